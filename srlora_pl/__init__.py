@@ -1,0 +1,29 @@
+"""SRLoRA, PiSSA and LoRA fine-tuning with PyTorch Lightning.
+
+Names are loaded on first use, so that ``import srlora_pl.lowrank`` (the maths) loads no Lightning.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "LoRA": "srlora_pl.lowrank",
+    "PiSSA": "srlora_pl.lowrank",
+    "SRLoRA": "srlora_pl.lowrank",
+    "SRLoRAMixin": "srlora_pl.mixin",
+    "ImageClassifier": "srlora_pl.tasks.image",
+    "ImageData": "srlora_pl.data.images",
+    "UserError": "srlora_pl.errors",
+}
+__all__ = list(_HOMES)  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'srlora_pl' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
