@@ -1,0 +1,252 @@
+"""What every task shares: optimizer and schedule, the watch over the loss, scores over whole splits."""
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, Metric, MetricCollection
+
+from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.lowrank import Method
+from srlora_pl.mixin import SRLoRAMixin
+from srlora_pl.resume import ExactResume
+from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, param_groups, schedule_factor
+
+Batch = dict[str, Tensor]
+
+
+class Task(ExactResume, SRLoRAMixin, L.LightningModule):
+    """A network that a method adapts, trained with an optimizer by name on batches that are dicts.
+
+    A subclass gives `logits`, `loss` and, where training differs, `training_loss`; its ``__init__`` calls
+    `build`. ``optimizer``: ``sgd`` (with ``momentum``), ``adamw``, or the path of a torch optimizer class.
+    ``lr``: the largest learning rate; ``head_lr``: the head's own. ``warmup_steps`` optimizer steps rise
+    linearly from 0, then the rate follows ``schedule`` to 0 at the run's last step, or stays.
+    """
+
+    def __init__(
+        self,
+        optimizer: str,
+        lr: float,
+        head_lr: float | None,
+        momentum: float,
+        weight_decay: float,
+        schedule: str,
+        warmup_steps: int,
+    ) -> None:
+        super().__init__()
+        optimizer_class(optimizer)
+        if schedule not in SCHEDULES:
+            near = did_you_mean(schedule, SCHEDULES)
+            raise UserError(f"model.schedule is {schedule!r}{near}: give one of {', '.join(SCHEDULES)}.")
+        require("lr", lr, "positive", 0 < lr < math.inf)
+        require("head_lr", head_lr, "positive", head_lr is None or 0 < head_lr < math.inf)
+        require("momentum", momentum, "from 0 up to, but not, 1", 0 <= momentum < 1)
+        require("weight_decay", weight_decay, "0 or positive", 0 <= weight_decay < math.inf)
+        require("warmup_steps", warmup_steps, "0 or positive", warmup_steps >= 0)
+        self.optimizer, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
+        self.lr, self.head_lr, self.schedule, self.warmup_steps = lr, head_lr, schedule, warmup_steps
+        self._non_finite = torch.zeros((), dtype=torch.bool)
+        self._checked_step = 0
+
+    # What a subclass says about itself
+
+    def build(
+        self,
+        net: nn.Module,
+        method: Method | dict[str, Any],
+        heads: tuple[str, ...],
+        scores: Callable[[], dict[str, Metric]],
+        main_score: str,
+        arguments: dict[str, Any],
+    ) -> None:
+        """Adapt ``net`` and remember how it was made.
+
+        ``heads``: dotted names in ``net`` of what trains besides the adapters. ``scores``: makes the metrics of
+        one split; ``main_score`` names the one that is also logged as ``score``. ``arguments``: the subclass's
+        constructor arguments, kept in every checkpoint, as plain containers because checkpoints are read with
+        ``weights_only=True``.
+        """
+        method = as_method(method)
+        self.save_hyperparameters({**arguments, "method": method.spec()})
+        self.net = net
+        self.heads = tuple(f"net.{head}." for head in heads)
+        self.main_score = main_score
+        self.adapt(self.net, method, trainable=heads)
+        # Grouping metrics by equal states at the first batch would merge top-1 and top-5 for good.
+        self.scores = nn.ModuleDict(
+            {
+                stage: MetricCollection({"loss": MeanMetric(nan_strategy="disable"), **scores()}, compute_groups=False)
+                for stage in ("val", "test")
+            }
+        )
+
+    def compile_blocks(self) -> None:
+        """Compile each repeated block that holds adapters: one graph serves all, and start-up stays short."""
+        blocks = {found[1] for name in self.adaptation.layers if (found := re.match(r"((?:.*\.)?\d+)\.", name))}
+        for block in sorted(blocks):
+            self.net.get_submodule(block).compile()
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The network's output for ``batch``."""
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        """The mean loss, as reported for validation and test."""
+        raise NotImplementedError
+
+    def training_loss(self, batch: Batch) -> Tensor:
+        """The mean loss that training minimises."""
+        return self.loss(self.logits(batch), batch["label"])
+
+    # Training
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        total = self.trainer.estimated_stepping_batches
+        if self.warmup_steps > total and not (self.trainer.fast_dev_run or self._is_tuning):
+            raise UserError(
+                f"model.warmup_steps is {self.warmup_steps} but the run has {total} optimizer steps: lower it, or "
+                "raise trainer.max_steps or trainer.max_epochs."
+            )
+        groups = param_groups(
+            self.named_parameters(), lambda name: name.startswith(self.heads), self.lr, self.head_lr, self.weight_decay
+        )
+        scaled = self.trainer.precision == "16-mixed"
+        optimizer = build_optimizer(self.optimizer, groups, self.lr, self.momentum, scaled)
+
+        # A closure: LambdaLR stores callable objects in checkpoints, and a resumed run may have another length.
+        def factor(step: int) -> float:
+            return schedule_factor(self.schedule, step, total, self.warmup_steps)
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._non_finite = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._checked_step = self.global_step
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.training_loss(batch)
+        self._non_finite = self._non_finite | ~torch.isfinite(loss.detach())
+        self.log("train/loss", loss, batch_size=len(batch["label"]))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        every = self.trainer.log_every_n_steps
+        if every and self.global_step - self._checked_step >= every:
+            self._refuse_non_finite_loss()
+        super().on_train_batch_end(outputs, batch, batch_idx)
+
+    def on_train_end(self) -> None:
+        self._refuse_non_finite_loss()
+        super().on_train_end()
+
+    def _refuse_non_finite_loss(self) -> None:
+        """Raise if any loss since the last look was NaN or infinite; the only place that waits for the device."""
+        first, last = self._checked_step + 1, max(self.global_step, self._checked_step + 1)
+        self._checked_step = self.global_step
+        bad = self.trainer.strategy.reduce_boolean_decision(bool(self._non_finite), all=False)
+        if bad and not self._is_tuning:
+            raise UserError(
+                f"The training loss became NaN or infinite in steps {first} to {last}: lower model.lr, raise "
+                "model.warmup_steps, set trainer.gradient_clip_val or use trainer.precision bf16-mixed or 32-true; "
+                "nothing was saved since, so the last checkpoint is good."
+            )
+
+    @property
+    def _is_tuning(self) -> bool:
+        """Whether Lightning's learning-rate or batch-size finder is at work: it may diverge on purpose."""
+        return isinstance(self.trainer.logger, DummyLogger) and not self.trainer.fast_dev_run
+
+    # Evaluation
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._score("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._score("test", batch)
+
+    def on_validation_epoch_start(self) -> None:
+        self.scores["val"].reset()
+
+    def on_test_epoch_start(self) -> None:
+        self.scores["test"].reset()
+
+    def on_validation_epoch_end(self) -> None:
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._report("test")
+
+    def _score(self, stage: str, batch: Batch) -> None:
+        logits, label = self.logits(batch).float(), batch["label"]
+        # Each metric takes from these what its own update() names.
+        self.scores[stage].update(
+            preds=logits, target=label, value=self.loss(logits, label), weight=torch.tensor(float(len(label)))
+        )
+
+    def _report(self, stage: str) -> None:
+        values = self.scores[stage].compute()
+        values["score"] = values[self.main_score]
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._refuse_non_finite_loss()
+        super().on_save_checkpoint(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("hyper_parameters", {})
+        for key in ("num_classes", "backbone", "backbone_kwargs"):
+            if key in saved and _identity(saved[key]) != _identity(self.hparams.get(key)):
+                raise UserError(
+                    f"The checkpoint was written with model.{key} {saved[key]!r}, but this run has "
+                    f"{self.hparams.get(key)!r}: set model.{key} to the former, or start anew without --ckpt_path."
+                )
+        super().on_load_checkpoint(checkpoint)
+
+
+def require(key: str, value: Any, what: str, holds: bool) -> None:
+    """Refuse a number that a user gave as ``model.<key>`` unless it ``holds``."""
+    if not holds:
+        raise UserError(f"model.{key} is {value}: it must be {what}.")
+
+
+def as_method(method: Method | dict[str, Any]) -> Method:
+    """A method object as it is; or made from ``{class_path, init_args}``, as a checkpoint keeps it.
+
+    A checkpoint may come from anyone, so its ``class_path`` only picks among the methods that are imported.
+    """
+    if isinstance(method, Method):
+        return method
+    path = str(method.get("class_path"))
+    known = {f"{home}.{cls.__qualname__}": cls for cls in _subclasses(Method) for home in _homes(cls)}
+    if path not in known:
+        raise UserError(f"model.method.class_path is {path!r}{did_you_mean(path, known)}: it names no method.")
+    return known[path](**method.get("init_args", {}))
+
+
+def _homes(cls: type) -> set[str]:
+    """The modules that ``cls`` can be imported from: the package's own methods also from its top."""
+    return {cls.__module__, cls.__module__.partition(".lowrank.")[0]}
+
+
+def _subclasses(cls: type) -> list[type]:
+    return [cls, *(deeper for sub in cls.__subclasses__() for deeper in _subclasses(sub))]
+
+
+def _identity(value: Any) -> Any:
+    """What must agree: a path's last part (folders move) and the arguments that shape the network."""
+    if isinstance(value, str):
+        return Path(value).name
+    if isinstance(value, dict):
+        return {k: v for k, v in value.items() if k != "pretrained"}
+    return value or {}

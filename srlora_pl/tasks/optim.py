@@ -1,0 +1,90 @@
+"""Optimizers and learning rates: plain functions of names and numbers."""
+
+import math
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from srlora_pl.errors import UserError, did_you_mean
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def schedule_factor(schedule: str, step: int, total: float, warmup: int) -> float:
+    """What the learning rate is multiplied by in optimizer step ``step`` (from 0) of ``total``.
+
+    Rises linearly from 0 over ``warmup`` steps, then follows ``schedule`` down to 0 at ``total`` or stays at 1.
+    """
+    if step < warmup:
+        return step / warmup
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def optimizer_class(name: str) -> type[Optimizer]:
+    """The class behind ``sgd``, ``adamw`` or a path such as ``torch.optim.NAdam``."""
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError):
+        found = None
+    if isinstance(found, type) and issubclass(found, Optimizer):
+        return found
+    known = [*OPTIMIZERS, *(f"torch.optim.{n}" for n in dir(torch.optim) if n[0].isupper())]
+    raise UserError(
+        f"model.optimizer is {name!r}{did_you_mean(name, known)}: give 'sgd', 'adamw' or the path of a torch "
+        "optimizer class such as 'torch.optim.NAdam'."
+    )
+
+
+def param_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    is_head: Callable[[str], bool],
+    lr: float,
+    head_lr: float | None,
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """The trainable parameters, one group per distinct (learning rate, weight decay).
+
+    Fewer groups mean fewer kernel launches. Vectors (biases, norms) are not decayed: decay pulls a scale to 0.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            rate = head_lr if head_lr is not None and is_head(name) else lr
+            decay = weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
+
+
+def build_optimizer(
+    name: str, groups: list[dict[str, Any]], lr: float, momentum: float, scaled_gradients: bool
+) -> Optimizer:
+    """The optimizer ``name`` over ``groups``; ``momentum`` is SGD's, the others keep their own defaults.
+
+    On CUDA and ROCm the update runs as one fused kernel, but not when a gradient scaler is at work: a fused
+    optimizer unscales by itself, so that everything before it would see scaled gradients.
+    """
+    options: dict[str, Any] = {"momentum": momentum} if name == "sgd" else {}
+    on_gpu = all(p.is_cuda for group in groups for p in group["params"])
+    if name in OPTIMIZERS and on_gpu and not scaled_gradients:
+        options["fused"] = True
+    try:
+        optimizer = optimizer_class(name)(groups, lr=lr, **options)  # type: ignore[call-arg]
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"model.optimizer {name!r} cannot be built from parameter groups and model.lr ({error}): choose "
+            "another one, such as 'adamw'."
+        ) from error
+    if "weight_decay" not in optimizer.defaults and any(group["weight_decay"] for group in groups):
+        raise UserError(f"model.optimizer {name!r} has no weight decay: set model.weight_decay to 0.")
+    return optimizer
