@@ -15,7 +15,7 @@ _HOMES = {
     "ImageData": "srlora_pl.data.images",
     "UserError": "srlora_pl.errors",
 }
-__all__ = list(_HOMES)  # noqa: PLE0605
+__all__ = list(_HOMES)
 __version__ = "0.1.0"
 
 

@@ -1,0 +1,427 @@
+"""A network under adaptation: its pairs, their spectra and scores, and the switches done and to come."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.lowrank import recompose
+from srlora_pl.lowrank.importance import Importance, all_finite
+from srlora_pl.lowrank.layer import LowRankLinear, Matrix
+from srlora_pl.lowrank.methods import Method, SRLoRA
+from srlora_pl.lowrank.schedule import Schedule
+from srlora_pl.lowrank.spectrum import Spectrum, fingerprint
+from srlora_pl.lowrank.targets import inject
+
+
+class MatrixState:
+    """What training has done to one matrix, besides its values.
+
+    Attributes:
+        spectrum: of the pretrained weight; None until the start.
+        directions: which singular direction each pair was last drawn from, (r,).
+        next_direction: the first that was never used.
+        fused: pairs fused so far, in order, each B (out, r') and A (r', in), on the CPU.
+        fused_directions: the directions those pairs had been drawn from.
+    """
+
+    def __init__(self, matrix: Matrix) -> None:
+        self.spectrum: Spectrum | None = None
+        self.directions = torch.arange(matrix.rank)
+        self.next_direction = matrix.rank
+        self.fused: list[tuple[Tensor, Tensor]] = []
+        self.fused_directions: list[int] = []
+
+
+class Adaptation:
+    """Puts ``method``'s pairs into ``net``, in place, and carries them through training.
+
+    A training loop calls `start` and `plan` once, then in every step `observe` between the backward pass and the
+    optimizer, and `switch_if_due` after it.
+
+    Args:
+        net: changed in place: the chosen linears become `LowRankLinear`, all else is frozen.
+        method: what to put where.
+        trainable: dotted names of modules or parameters of ``net`` that train beside the pairs, such as ``head``.
+
+    Raises:
+        UserError: see `srlora_pl.lowrank.targets.select`; or an entry of ``trainable`` that matches nothing.
+    """
+
+    def __init__(self, net: nn.Module, method: Method, trainable: Sequence[str] = ()) -> None:
+        self.net, self.method = net, method
+        self.layers: dict[str, LowRankLinear] = inject(net, method)
+        self.matrices = [matrix for name, layer in self.layers.items() for matrix in layer.matrices(name)]
+        self.states = {matrix: MatrixState(matrix) for matrix in self.matrices}
+        for matrix in self.matrices:
+            method.initialize(matrix)
+        self._freeze(trainable)
+        self.importance: Importance | None = None
+        if isinstance(method, SRLoRA):
+            self.importance = Importance(list(self.layers.values()), method.beta1, method.beta2)
+        self.started = not method.needs_spectrum
+        self.base_fingerprint: str | None = None  # of W0; known from the start or from a loaded state on
+        self.schedules: dict[int, Schedule] = {}  # by rank: with a rank_pattern each rank walks at its own pace
+        self.switches_done = 0
+        self._done: dict[int, int] = {}  # by rank, since the plan
+        self._pretrained: list[Tensor] | None = None
+        self._seen_all_layers = False
+
+    def _freeze(self, trainable: Sequence[str]) -> None:
+        pairs = {id(p) for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)}
+        names = [name for name, _ in self.net.named_parameters()]
+        for entry in trainable:
+            if not any(f"{name}.".startswith(f"{entry}.") for name in names):
+                near = did_you_mean(entry, {name.rpartition(".")[0] for name in names})
+                raise UserError(f"trainable names {entry!r}, which matches no parameter of the model{near}")
+        adapted = {id(p) for layer in self.layers.values() for p in layer.parameters()}
+        for name, parameter in self.net.named_parameters():
+            chosen = any(f"{name}.".startswith(f"{entry}.") for entry in trainable)
+            parameter.requires_grad_(id(parameter) in pairs or (chosen and id(parameter) not in adapted))
+
+    # --- before training -----------------------------------------------------------------------------------------
+
+    def start(
+        self, device: torch.device | None = None, progress: Callable[[list[Matrix]], Iterable[Matrix]] = iter
+    ) -> None:
+        """Compute the spectra and, on a model that has not started yet, put the pairs on them (Eq. 1 and 2).
+
+        On a model that has started (a second fit, a loaded state) the values stay. For methods without a spectrum
+        nothing happens.
+
+        Args:
+            device: where to compute the spectra, by default where each weight is.
+            progress: wraps the list of matrices to show how far the computation is.
+        """
+        if not self.started or self.base_fingerprint is None:
+            self.base_fingerprint = self._fingerprint()
+        if not self.method.needs_spectrum:
+            return
+        if any(state.spectrum is None for state in self.states.values()):
+            self._compute_spectra(device, progress)
+        if not self.started:
+            with recompose.full_precision():
+                for matrix, state in self.states.items():
+                    assert state.spectrum is not None
+                    self.method.start(matrix, state.spectrum)
+            self.started = True
+
+    def _compute_spectra(
+        self, device: torch.device | None, progress: Callable[[list[Matrix]], Iterable[Matrix]]
+    ) -> None:
+        if self.started and self._pretrained is None:
+            raise UserError(
+                "the model has already started and its pretrained weights are gone, so their singular directions "
+                "cannot be computed: call start() before loading weights, or let the trainer load with ckpt_path"
+            )
+        with recompose.full_precision():
+            for i, matrix in enumerate(progress(self.matrices)):
+                weight = matrix.weight if self._pretrained is None else self._pretrained[i]
+                weight = weight.to(matrix.weight.device if device is None else device, matrix.weight.dtype)
+                self.states[matrix].spectrum = Spectrum.of(weight, self.method.directions(matrix), matrix.name)
+        self._pretrained = None
+
+    def _fingerprint(self) -> str:
+        return fingerprint({name: layer.weight for name, layer in self.layers.items()})
+
+    def plan(self, last_step: int, first_step: int = 0) -> None:
+        """Spread the switches that remain over the optimizer steps ``first_step`` to ``last_step`` (Eq. 13, 14).
+
+        Raises:
+            UserError: more switches than steps.
+        """
+        planned = self.require_room(last_step - first_step)
+        self.schedules = {rank: Schedule(first_step, last_step, count) for rank, count in planned.items()}
+        self._done = dict.fromkeys(planned, 0)
+        if planned:
+            self._warn_of_limits()
+
+    def require_room(self, steps: int) -> dict[int, int]:
+        """N_switch (Eq. 13) of the directions that remain, by rank; empty for methods that never switch.
+
+        Raises:
+            UserError: more switches than ``steps``.
+        """
+        if not isinstance(self.method, SRLoRA):
+            return {}
+        planned = {}
+        for rank in sorted({matrix.rank for matrix in self.matrices}):
+            next_direction = max(s.next_direction for m, s in self.states.items() if m.rank == rank)
+            planned[rank] = max(self._reach - next_direction, 0) // self.method.recycled_rank(rank)
+            if planned[rank] > steps:
+                raise UserError(
+                    f"{planned[rank]} switches (method.target_rank {self.method.target_rank}, rank {rank}, "
+                    f"fusion_ratio {self.method.fusion_ratio}) do not fit into {steps} optimizer steps, lower "
+                    "method.target_rank or raise trainer.max_steps"
+                )
+        return planned
+
+    @property
+    def _reach(self) -> int:
+        """r_target, or the largest min(out, in) of the adapted matrices where that is smaller."""
+        return max(self.method.directions(matrix) for matrix in self.matrices)
+
+    def forgo_switches(self, last_step: int, first_step: int = 0) -> None:
+        """A plan without any switch, for runs too short for one."""
+        self.schedules = {m.rank: Schedule(first_step, last_step, 0) for m in self.matrices}
+        self._done = dict.fromkeys(self.schedules, 0)
+
+    def _warn_of_limits(self) -> None:
+        assert isinstance(self.method, SRLoRA)
+        reach, short, uneven = self._reach, [], set()
+        for matrix, state in self.states.items():
+            recycled = self.method.recycled_rank(matrix.rank)
+            if (reach - state.next_direction) % recycled:
+                uneven.add((matrix.rank, recycled))
+            if self._available(matrix) < reach:
+                short.append(f"{matrix.name} ({self._available(matrix)})")
+        if self.method.target_rank > reach:
+            warnings.warn(
+                f"target_rank {self.method.target_rank} is above min(out, in) of every adapted matrix; switches are "
+                f"planned for {reach}",
+                stacklevel=3,
+            )
+        for rank, recycled in sorted(uneven):
+            warnings.warn(
+                f"the directions left up to {reach} are no whole number of switches of {recycled} for rank {rank}; "
+                "the remainder stays unused",
+                stacklevel=3,
+            )
+        if short:
+            warnings.warn(
+                f"these matrices have fewer than {reach} singular directions and stop switching when theirs are used "
+                f"up: {', '.join(short)}",
+                stacklevel=3,
+            )
+
+    def _available(self, matrix: Matrix) -> int:
+        spectrum = self.states[matrix].spectrum
+        return self.method.directions(matrix) if spectrum is None else len(spectrum)
+
+    # --- in every step -------------------------------------------------------------------------------------------
+
+    def observe(self, gradients: Sequence[Tensor] | None = None, inverse_scale: Tensor | None = None) -> None:
+        """Take the gradients of this step into the scores (Eq. 3 to 5); call it before the optimizer's step.
+
+        Args:
+            gradients: all that must be finite for the step to count, by default those of the net's parameters.
+            inverse_scale: scalar that undoes the loss scale, where the gradients still carry it.
+
+        Raises:
+            UserError: at the first step, for adapted layers that got no gradient: nothing has called them.
+        """
+        if not self._seen_all_layers:
+            self._require_gradients()
+        if self.importance is None:
+            return
+        if gradients is None:
+            gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        self.importance.update(all_finite(gradients), inverse_scale)
+
+    def _require_gradients(self) -> None:
+        silent = [name for name, layer in self.layers.items() if layer.lora_B.grad is None]
+        if silent:
+            raise UserError(
+                f"the forward pass never called {', '.join(silent[:3])}"
+                + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
+                + ", so the pairs there cannot train: add these layers to method.exclude_modules"
+            )
+        self._seen_all_layers = True
+
+    def switch_if_due(self, step: int, optimizer: Optimizer | None = None) -> bool:
+        """Do the switches that are due once optimizer step ``step`` (counted from 1) is over; True if there were any.
+
+        How many are due is compared with how many were done, so that a switch that a stopped run missed is made up.
+        """
+        due = {rank: schedule.due(step) for rank, schedule in self.schedules.items()}
+        if optimizer is not None and step == 1 and self._recycles_state():
+            recompose.check_optimizer(optimizer, self.matrices)
+        switched = False
+        while ranks := {rank for rank in due if due[rank] > self._done[rank]}:
+            self._switch([matrix for matrix in self.matrices if matrix.rank in ranks], optimizer)
+            for rank in ranks:
+                self._done[rank] += 1
+            self.switches_done += 1
+            switched = True
+        return switched
+
+    def _recycles_state(self) -> bool:
+        return isinstance(self.method, SRLoRA) and self.method.optimizer_state != "keep" and self.switches_to_do > 0
+
+    def _switch(self, matrices: list[Matrix], optimizer: Optimizer | None) -> None:
+        method, importance = self.method, self.importance
+        assert isinstance(method, SRLoRA)
+        assert importance is not None
+        recycled_pairs = {}
+        unknown: set[str] = set()
+        with recompose.full_precision():
+            for matrix, scores in zip(matrices, importance.pair_scores(matrices), strict=True):
+                state, count = self.states[matrix], method.recycled_rank(matrix.rank)
+                if state.next_direction + count > self._available(matrix):
+                    continue  # its spectrum is used up
+                assert state.spectrum is not None, "start() comes before the first switch"
+                recycled = recompose.lowest(scores, count)
+                fused = recompose.recompose(matrix, recycled, state.spectrum, state.next_direction)
+                if optimizer is not None and method.optimizer_state != "keep":
+                    unknown |= recompose.recycle_optimizer_state(
+                        optimizer, matrix, recycled, fused, method.optimizer_state
+                    )
+                self._record(state, recycled.cpu(), fused)
+                recycled_pairs[matrix] = recycled
+            importance.reset(None if method.reset_scores == "all" else recycled_pairs)
+        if unknown:
+            warnings.warn(
+                f"{type(optimizer).__name__} keeps {', '.join(sorted(unknown))}, unknown to a switch: set to 0 for "
+                "recycled pairs",
+                stacklevel=2,
+            )
+
+    @staticmethod
+    def _record(state: MatrixState, recycled: Tensor, fused: tuple[Tensor, Tensor]) -> None:
+        state.fused_directions += state.directions[recycled].tolist()
+        state.fused.append((fused[0].cpu(), fused[1].cpu()))
+        state.directions[recycled] = torch.arange(len(recycled)) + state.next_direction
+        state.next_direction += len(recycled)
+
+    @property
+    def switches_to_do(self) -> int:
+        """How many switches the plan holds that fall before its end."""
+        return max((schedule.to_do for schedule in self.schedules.values()), default=0)
+
+    @property
+    def switches_missed(self) -> int:
+        """How many of the plan's switches have not been done."""
+        return max((schedule.to_do - self._done[rank] for rank, schedule in self.schedules.items()), default=0)
+
+    @property
+    def switches_planned(self) -> int:
+        """N_switch of Eq. 13; the last of them would fall on the last step and is not done."""
+        return max((schedule.planned for schedule in self.schedules.values()), default=0)
+
+    # --- looking at the result -----------------------------------------------------------------------------------
+
+    def merge(self) -> None:
+        """Put all pairs into the weights, for inference."""
+        for layer in self.layers.values():
+            layer.merge()
+
+    def unmerge(self) -> None:
+        """Undo `merge`, to the bit."""
+        for layer in self.layers.values():
+            layer.unmerge()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the net computes with the pretrained weights W0 (equal to rounding) and without pairs.
+
+        What trains beside the pairs, such as a head, stays as trained.
+        """
+        weights = {name: layer.weight.data for name, layer in self.layers.items()}
+        pretrained = self.pretrained_weights()
+        try:
+            for name, layer in self.layers.items():
+                layer.weight.data, layer.disabled = pretrained[name], True
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.weight.data, layer.disabled = weights[name], False
+
+    @torch.no_grad()
+    def pretrained_weights(self) -> dict[str, Tensor]:
+        """W0 of every layer, rebuilt from W, the fused pairs and the spectra, equal to rounding."""
+        weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        if not (self.started and self.method.needs_spectrum):
+            return weights
+        if self._pretrained is None:
+            by_layer = {id(layer): weights[name] for name, layer in self.layers.items()}
+            with recompose.full_precision():
+                for matrix, state in self.states.items():
+                    assert state.spectrum is not None
+                    W0, s = matrix.of_weight(by_layer[id(matrix.layer)]), matrix.scaling
+                    for B, A in state.fused:
+                        W0.addmm_(B.to(W0.device), A.to(W0.device), alpha=-s)
+                    W0.addmm_(*state.spectrum.pairs(0, state.next_direction, s, like=W0), alpha=s)
+            return weights
+        for matrix, W0 in zip(self.matrices, self._pretrained, strict=True):
+            matrix.of_weight(weights[self._layer_name(matrix)]).copy_(W0)
+        return weights
+
+    def _layer_name(self, matrix: Matrix) -> str:
+        return next(name for name, layer in self.layers.items() if layer is matrix.layer)
+
+    # --- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the trajectory depends on besides the parameters; plain containers and tensors."""
+        return {
+            "method": self.method.spec(),
+            "base_fingerprint": self.base_fingerprint,
+            "started": self.started,
+            "switches_done": self.switches_done,
+            "done": dict(self._done),
+            "schedules": {rank: asdict(schedule) for rank, schedule in self.schedules.items()},
+            "smoothed": None if self.importance is None else self.importance.smoothed,
+            "uncertainty": None if self.importance is None else self.importance.uncertainty,
+            "matrices": {
+                matrix.name: {
+                    "directions": state.directions,
+                    "next_direction": state.next_direction,
+                    "fused": state.fused,
+                    "fused_directions": state.fused_directions,
+                }
+                for matrix, state in self.states.items()
+            },
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``; call it before the parameters are loaded, while the weights are still W0.
+
+        Raises:
+            UserError: the state belongs to another method, another structure or another pretrained weight.
+        """
+        self._require_same(state)
+        if state["started"] and self.method.needs_spectrum and not self.started:
+            # The parameters that follow overwrite W0, from which a later fit takes the spectra.
+            self._pretrained = [matrix.weight.to("cpu", copy=True) for matrix in self.matrices]
+        self.started, self.base_fingerprint = state["started"], state["base_fingerprint"]
+        self.switches_done, self._done = state["switches_done"], dict(state["done"])
+        self.schedules = {rank: Schedule(**schedule) for rank, schedule in state["schedules"].items()}
+        if self.importance is not None:
+            device = self.importance.smoothed.device
+            self.importance.smoothed = state["smoothed"].to(device, copy=True)
+            self.importance.uncertainty = state["uncertainty"].to(device, copy=True)
+        for matrix in self.matrices:
+            saved, own = state["matrices"][matrix.name], self.states[matrix]
+            own.directions, own.next_direction = saved["directions"].cpu().clone(), saved["next_direction"]
+            own.fused = [(B.cpu(), A.cpu()) for B, A in saved["fused"]]
+            own.fused_directions = list(saved["fused_directions"])
+
+    def _require_same(self, state: dict[str, Any]) -> None:
+        ours, theirs = self.method.spec(), state["method"]
+        if ours["class_path"] != theirs["class_path"]:
+            raise UserError(
+                f"the checkpoint was made with {theirs['class_path']} and model.method is {ours['class_path']}, "
+                "use the checkpoint's method"
+            )
+        differing = [
+            f"{key} {theirs['init_args'].get(key)!r} (now {value!r})"
+            for key, value in ours["init_args"].items()
+            if theirs["init_args"].get(key) != value
+        ]
+        if differing:
+            raise UserError(f"the checkpoint was made with method.{', '.join(differing)}, use the checkpoint's values")
+        if list(state["matrices"]) != [matrix.name for matrix in self.matrices]:
+            raise UserError("the checkpoint adapts other layers than this model has, use the backbone it was made with")
+        if state["base_fingerprint"] is not None:
+            ours_ = self.base_fingerprint if self.started and self.base_fingerprint else self._fingerprint()
+            if ours_ != state["base_fingerprint"]:
+                raise UserError(
+                    "the checkpoint was made from other pretrained weights than this model's, use the backbone and "
+                    "backbone_checkpoint that it was made with"
+                )

@@ -1,0 +1,15 @@
+"""LoRA (Hu et al. 2022, arXiv 2106.09685)."""
+
+import math
+
+from torch import nn
+
+from srlora_pl.lowrank.layer import Matrix
+from srlora_pl.lowrank.methods.base import Method
+
+
+class LoRA(Method):
+    """A from Kaiming-uniform(a = sqrt 5), B = 0, the weight as it was; s = alpha / rank."""
+
+    def initialize(self, matrix: Matrix) -> None:
+        nn.init.kaiming_uniform_(matrix.A, a=math.sqrt(5))

@@ -1,0 +1,65 @@
+"""SRLoRA (Yang, Wang and Hossain 2025)."""
+
+from typing import Any, Literal
+
+from srlora_pl.errors import UserError
+from srlora_pl.lowrank.layer import Matrix
+from srlora_pl.lowrank.methods.pissa import PiSSA
+
+
+class SRLoRA(PiSSA):
+    """PiSSA that at intervals fuses its least important pairs and re-draws them from unused singular directions.
+
+    Args:
+        target_rank: how far down the spectrum training may walk, r_target.
+        fusion_ratio: share of the pairs that a switch recycles, gamma; gamma * rank must be a whole number.
+        beta1: decay of the smoothed sensitivity (Eq. 4).
+        beta2: decay of its uncertainty (Eq. 5).
+        reset_scores: after a switch all scores start anew, or only those of the recycled pairs (Alg. 1, line 10).
+        optimizer_state: what the optimizer remembers of recycled pairs: ``warm``, first moments 0 and second moments
+            rescaled to the new partner; ``zero``, nothing; ``keep``, everything.
+        kwargs: see `Method`.
+
+    Raises:
+        UserError: a value outside its range.
+    """
+
+    def __init__(
+        self,
+        target_rank: int = 128,
+        fusion_ratio: float = 0.5,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+        reset_scores: Literal["all", "recycled"] = "all",
+        optimizer_state: Literal["warm", "zero", "keep"] = "warm",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.target_rank, self.fusion_ratio, self.beta1, self.beta2 = target_rank, fusion_ratio, beta1, beta2
+        self.reset_scores, self.optimizer_state = reset_scores, optimizer_state
+        for value, where in ((beta1, "beta1"), (beta2, "beta2")):
+            if not 0 < value < 1:
+                raise UserError(f"method.{where} is {value}, it must lie between 0 and 1")
+        for choice, known, where in (
+            (reset_scores, ("all", "recycled"), "reset_scores"),
+            (optimizer_state, ("warm", "zero", "keep"), "optimizer_state"),
+        ):
+            if choice not in known:
+                raise UserError(f"method.{where} is {choice!r}, it must be one of {', '.join(known)}")
+        for rank in {self.rank, *self.rank_pattern.values()}:
+            self.recycled_rank(rank)
+            if target_rank < rank:
+                raise UserError(f"method.target_rank is {target_rank}, it must be at least the rank {rank}")
+
+    def recycled_rank(self, rank: int) -> int:
+        """r' = gamma * rank: how many pairs of a matrix of this rank one switch recycles."""
+        recycled = self.fusion_ratio * rank
+        if not 0 < self.fusion_ratio <= 1 or abs(recycled - round(recycled)) > 1e-9 or round(recycled) < 1:
+            raise UserError(
+                f"method.fusion_ratio is {self.fusion_ratio} and {self.fusion_ratio} x rank {rank} = {recycled:g}: "
+                "the ratio must lie in (0, 1] and the product be a whole number of at least 1"
+            )
+        return round(recycled)
+
+    def directions(self, matrix: Matrix) -> int:
+        return min(self.target_rank, *matrix.shape)

@@ -1,0 +1,33 @@
+"""Which optimizer steps switch (Eq. 13 and 14), in integers."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """``planned`` switches spread evenly over the optimizer steps ``first_step`` to ``last_step``.
+
+    Switch i of N falls after step ``first_step + floor(i * steps / N)``. The N-th, at the very end, is never done:
+    nothing would train after it.
+    """
+
+    first_step: int
+    last_step: int
+    planned: int
+
+    @property
+    def to_do(self) -> int:
+        """How many of the planned switches fall before the end."""
+        return max(self.planned - 1, 0)
+
+    def step_of(self, i: int) -> int:
+        """The optimizer step after which switch ``i`` (from 1) falls."""
+        return self.first_step + i * (self.last_step - self.first_step) // self.planned
+
+    def due(self, step: int) -> int:
+        """How many switches should have been done once optimizer step ``step`` is over."""
+        if self.to_do == 0:
+            return 0
+        # i * L // N <= t  is the same as  i <= ((t + 1) * N - 1) // L
+        passed = ((step - self.first_step + 1) * self.planned - 1) // (self.last_step - self.first_step)
+        return max(0, min(passed, self.to_do))

@@ -1,0 +1,80 @@
+"""The exact, truncated singular value decomposition of a pretrained weight (Eq. 1)."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srlora_pl.errors import UserError
+
+# Below this share of the largest singular value a direction is rounding noise of the stored weight.
+_RANK_TOLERANCE = 1e-6
+# The Gram matrix squares the condition number: fp64 leaves its eigenvectors fewer than eight digits beyond this.
+_GRAM_LIMIT = 1e-4
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The first k singular triplets of W0, sigma descending: ``U`` (out, k), ``sigma`` (k,), ``Vh`` (k, in).
+
+    k is at most what was asked for, and ends where the spectrum does (sigma_k < 1e-6 sigma_1).
+    """
+
+    U: Tensor
+    sigma: Tensor
+    Vh: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, weight: Tensor, directions: int, name: str = "weight") -> "Spectrum":
+        """The first ``directions`` triplets of ``weight`` (out, in), computed in fp64 and kept on the CPU in its dtype.
+
+        Raises:
+            UserError: if the weight is zero or holds a NaN or an infinity.
+        """
+        W = weight.double()
+        if not torch.isfinite(W).all():
+            raise UserError(f"the weight of {name} holds NaN or infinity, load a sound checkpoint of the backbone")
+        if not W.any():
+            raise UserError(
+                f"the weight of {name} is zero and has no singular directions, leave it out with exclude_modules"
+            )
+        U, sigma, Vh = _gram_svd(W)
+        if sigma[: min(directions, len(sigma))][-1] < _GRAM_LIMIT * sigma[0]:
+            U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+        k = min(directions, int((sigma >= _RANK_TOLERANCE * sigma[0]).sum()))
+        # clone(): a view would keep the whole decomposition alive
+        return cls(*(t.to(weight.dtype).cpu().clone() for t in (U[:, :k], sigma[:k], Vh[:k])))
+
+    def __len__(self) -> int:
+        return len(self.sigma)
+
+    def pairs(self, first: int, count: int, scaling: float, like: Tensor) -> tuple[Tensor, Tensor]:
+        """B (out, count) and A (count, in) along directions ``first`` to ``first + count`` (Eq. 2, Eq. 11).
+
+        ``scaling * B @ A`` is the part of W0 along them: both factors carry sqrt(sigma / scaling).
+        """
+        chosen = slice(first, first + count)
+        root = (self.sigma[chosen] / scaling).sqrt()
+        B, A = self.U[:, chosen] * root, root[:, None] * self.Vh[chosen]
+        return B.to(like.device, like.dtype), A.to(like.device, like.dtype)
+
+
+def _gram_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All singular triplets of W by the eigenvectors of its smaller Gram matrix, several times faster than svd."""
+    if W.shape[0] < W.shape[1]:
+        V, sigma, Uh = _gram_svd(W.T)
+        return Uh.T, sigma, V.T
+    values, V = torch.linalg.eigh(W.T @ W)
+    sigma, V = values.flip(0).clamp(min=0).sqrt(), V.flip(1)
+    return (W @ V) / sigma.clamp(min=torch.finfo(W.dtype).tiny), sigma, V.T
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """A digest of names, shapes, types and bytes: equal only for the same weights to the bit."""
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        digest.update(weight.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,214 @@
+"""Which linears of a network get pairs, and putting them in."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.lowrank.layer import LowRankLinear
+from srlora_pl.lowrank.methods.base import ALL_LINEAR, Method, name_matches
+
+QKV = ("query", "key", "value")
+# The same part of a transformer block in the names of timm and of the transformers families. A name is tried as it
+# stands first; only one that matches nothing is looked up here.
+ALIASES = {
+    "query": ("query", "q_proj", "query_proj", "q_lin", "q"),
+    "key": ("key", "k_proj", "key_proj", "k_lin", "k"),
+    "value": ("value", "v_proj", "value_proj", "v_lin", "v"),
+    "attention_output": ("attention.output.dense", "o_proj", "out_proj", "out_lin", "attn.proj"),
+    "fc1": ("fc1", "intermediate.dense", "lin1", "up_proj", "mlp.fc1"),
+    "fc2": ("fc2", r"\d+\.output.dense", "lin2", "down_proj", "mlp.fc2"),
+}
+FUSED_QKV = ("qkv", "Wqkv", "query_key_value")
+# Blocks that compute with a linear's weight without calling the linear: an adapter there would get no gradient.
+BYPASSED = {
+    ("torch.nn.modules.activation", "MultiheadAttention"): ("out_proj",),
+    ("torch.nn.modules.transformer", "TransformerEncoderLayer"): ("linear1", "linear2"),
+    ("timm.models.beit", "Attention"): ("qkv",),
+    ("timm.models.eva", "EvaAttention"): ("qkv",),
+    ("timm.models.swin_transformer_v2", "WindowAttention"): ("qkv",),
+}
+
+
+@dataclass
+class Target:
+    """One linear to adapt; of a fused qkv only the ``parts`` asked for (indices into q, k, v)."""
+
+    name: str
+    module: nn.Linear
+    parts: set[int] = field(default_factory=set)
+
+    @property
+    def fused(self) -> bool:
+        return self.name.rpartition(".")[2] in FUSED_QKV and self.module.out_features % 3 == 0
+
+
+def select(net: nn.Module, method: Method) -> list[Target]:
+    """The linears of ``net`` that ``method`` asks for, in the network's order.
+
+    Raises:
+        UserError: a name that matches nothing, something that is no plain linear layer, a weight that is tied or
+            read without a call, a weight in half precision, or a rank above min(out, in).
+    """
+    modules = {name: module for name, module in net.named_modules() if name}
+    wanted = _all_linear(modules) if method.target_modules == ALL_LINEAR else _named(modules, method)
+    _require_matches(method.exclude_modules, modules, "exclude_modules")
+    _require_matches(method.rank_pattern, modules, "rank_pattern")
+    _require_matches(method.alpha_pattern, modules, "alpha_pattern")
+    chosen = [
+        target
+        for target in wanted
+        if not any(name_matches(pattern, target.name) for pattern in method.exclude_modules)
+        and method.takes_layer(_block_index(target.name))
+    ]
+    if not chosen:
+        raise UserError(
+            f"target_modules={method.target_modules!r} with exclude_modules={method.exclude_modules!r} and "
+            f"layers={method.layers!r} leaves no linear layer to adapt, widen one of them"
+        )
+    tied = _tied_weights(net)
+    for target in chosen:
+        _require_adaptable(target, modules, tied)
+        _require_rank(target, method)
+    return chosen
+
+
+def inject(net: nn.Module, method: Method) -> dict[str, LowRankLinear]:
+    """Replace the chosen linears of ``net`` in place by `LowRankLinear`; returns them by name."""
+    layers = {}
+    for target in select(net, method):
+        rank = method.rank_of(target.name)
+        layer = LowRankLinear(
+            target.module,
+            rank,
+            method.scaling_of(target.name),
+            parts=3 if target.fused else 1,
+            adapted=tuple(sorted(target.parts)) if target.fused else (0,),
+            dropout=method.dropout,
+        )
+        parent, _, child = target.name.rpartition(".")
+        setattr(net.get_submodule(parent), child, layer)
+        layers[target.name] = layer
+    return layers
+
+
+def _all_linear(modules: dict[str, nn.Module]) -> list[Target]:
+    """Every linear inside the repeated blocks: so never an embedding, a pooler or a head."""
+    blocks = [name for name, module in modules.items() if _is_block_list(module)]
+    inside = {n: m for n, m in modules.items() if any(n.startswith(f"{block}.") for block in blocks)}
+    for name, module in inside.items():
+        if type(module).__name__ == "Conv1D":
+            raise UserError(
+                f"{name} is a Conv1D of transformers, which cannot be adapted: name plain linears in target_modules"
+            )
+    targets = [Target(name, module, {0, 1, 2}) for name, module in inside.items() if isinstance(module, nn.Linear)]
+    if not targets:
+        raise UserError(
+            "target_modules='all-linear' found no linear layer inside repeated blocks, name the layers to adapt "
+            "in target_modules"
+        )
+    return targets
+
+
+def _is_block_list(module: nn.Module) -> bool:
+    """A list of layers of one composite class, as ``blocks`` of timm and ``encoder.layer`` of transformers are."""
+    children = list(module.children())
+    return (
+        isinstance(module, nn.ModuleList | nn.Sequential)
+        and len({type(child) for child in children}) == 1
+        and any(True for _ in children[0].children())
+    )
+
+
+def _named(modules: dict[str, nn.Module], method: Method) -> list[Target]:
+    given = method.target_modules
+    chosen: dict[str, set[int]] = defaultdict(set)
+    for pattern in [given] if isinstance(given, str) else given:
+        found = _resolve(pattern, modules)
+        if not found:
+            leaves = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
+            near = did_you_mean(pattern.rpartition(".")[2], leaves) or f"; it has {', '.join(sorted(leaves))}"
+            raise UserError(f"target_modules names {pattern!r}, which matches no layer of the model{near}")
+        for name, parts in found.items():
+            if not isinstance(modules[name], nn.Linear):
+                raise UserError(
+                    f"target_modules names {pattern!r}, but {name} is a {type(modules[name]).__name__} and only "
+                    "linear layers can be adapted"
+                )
+            chosen[name] |= parts
+    # in the order of the network, whatever the order of the patterns
+    return [Target(name, module, chosen[name]) for name, module in modules.items() if name in chosen]  # type: ignore[arg-type]
+
+
+def _resolve(pattern: str, modules: dict[str, nn.Module]) -> dict[str, set[int]]:
+    """The modules that ``pattern`` means, and for a fused qkv which of its parts."""
+    found = {name: {0, 1, 2} for name in modules if name_matches(pattern, name)}
+    family = next((role for role, names in ALIASES.items() if pattern == role or pattern in names), None)
+    if found or family is None:
+        return found
+    found = {n: {0, 1, 2} for n in modules if any(name_matches(alias, n) for alias in ALIASES[family])}
+    if family in QKV:
+        found |= {n: {QKV.index(family)} for n in modules if n.rpartition(".")[2] in FUSED_QKV}
+    return found
+
+
+def _require_matches(patterns: Iterable[str], modules: dict[str, nn.Module], where: str) -> None:
+    for pattern in patterns:
+        if not any(name_matches(pattern, name) for name in modules):
+            leaves = {name.rpartition(".")[2] for name in modules}
+            raise UserError(
+                f"{where} names {pattern!r}, which matches no layer of the model{did_you_mean(pattern, leaves)}"
+            )
+
+
+def _require_adaptable(target: Target, modules: dict[str, nn.Module], tied: dict[str, str]) -> None:
+    parent, _, child = target.name.rpartition(".")
+    owner = modules.get(parent)
+    for cls in type(owner).__mro__:
+        if child in BYPASSED.get((cls.__module__, cls.__qualname__), ()):
+            raise UserError(
+                f"{target.name} cannot be adapted because {cls.__qualname__} reads its weight without calling it, "
+                f"add {child!r} to exclude_modules"
+            )
+    if type(target.module) is not nn.Linear:
+        raise UserError(
+            f"{target.name} is a {type(target.module).__name__}, not a plain nn.Linear, and cannot be adapted: "
+            f"add {child!r} to exclude_modules"
+        )
+    if target.name in tied:
+        raise UserError(
+            f"the weight of {target.name} is tied to {tied[target.name]} and cannot be adapted alone, "
+            f"add {child!r} to exclude_modules"
+        )
+    if target.module.weight.dtype.itemsize < 4:
+        raise UserError(
+            f"the weight of {target.name} is {target.module.weight.dtype}, where a switch would round it: load the "
+            "model in float32 and let trainer.precision do the rest"
+        )
+
+
+def _require_rank(target: Target, method: Method) -> None:
+    out = target.module.out_features // (3 if target.fused else 1)
+    largest, rank = min(out, target.module.in_features), method.rank_of(target.name)
+    if rank > largest:
+        raise UserError(
+            f"rank {rank} is above min(out, in) = {largest} of {target.name}, lower rank or give this layer its own "
+            "in rank_pattern"
+        )
+
+
+def _tied_weights(net: nn.Module) -> dict[str, str]:
+    """Modules that share their weight with another, each with the other's name."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in net.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name.rpartition(".")[0])
+    return {name: other for names in owners.values() for name in names for other in names if other != name}
+
+
+def _block_index(name: str) -> int | None:
+    """The number of the block that a layer lies in: the first number in its name."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found.group(1)) if found else None

@@ -1,0 +1,192 @@
+"""The one door between Lightning and the maths: hooks and checkpoint of any module that adapts a network."""
+
+import inspect
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from rich.progress import track
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from srlora_pl.errors import UserError
+from srlora_pl.lowrank import Adaptation, Method, SRLoRA
+from srlora_pl.lowrank.layer import Matrix
+
+if TYPE_CHECKING:
+    _Module = L.LightningModule
+else:
+    _Module = object
+
+_PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
+_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+_CHECKPOINT_KEY = "srlora"
+
+
+class SRLoRAMixin(_Module):
+    """Makes a ``LightningModule`` train low-rank pairs: ``class MyModel(SRLoRAMixin, L.LightningModule)``.
+
+    Call ``self.adapt(self.net, method)`` in ``__init__``; nothing else is needed. A hook of your own that this class
+    has too must call ``super()``; a class whose hook does not is refused when it is defined.
+
+    Attributes:
+        adaptation: the pairs and their history, an `srlora_pl.lowrank.Adaptation`.
+    """
+
+    adaptation: Adaptation
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(SRLoRAMixin)]
+        if L.LightningModule in before:
+            raise TypeError(f"{cls.__name__} must name SRLoRAMixin before LightningModule among its bases")
+        for owner in before:
+            for hook in _HOOKS & set(vars(owner)):
+                code = getattr(inspect.unwrap(vars(owner)[hook]), "__code__", None)
+                if code is not None and hook not in code.co_names:
+                    raise TypeError(
+                        f"{owner.__name__}.{hook} switches the adaptation off: it must call super().{hook}(...)"
+                    )
+
+    def adapt(self, net: nn.Module, method: Method, trainable: Sequence[str] = ()) -> None:
+        """Put ``method``'s pairs into ``net``, in place, and freeze all else in it.
+
+        Args:
+            net: a part of this module, with its pretrained weights loaded.
+            method: such as ``SRLoRA(rank=8)``.
+            trainable: dotted names in ``net`` that train too, such as ``head``.
+
+        Raises:
+            UserError: see `srlora_pl.lowrank.Adaptation`.
+        """
+        self.adaptation = Adaptation(net, method, trainable)
+
+    # --- before training -----------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage != "fit":
+            return
+        self._refuse_what_cannot_be_right()
+        # 64-true turns parameters into doubles only after this hook; the start should already be exact to 1e-16
+        self.trainer.precision_plugin.convert_module(self)
+        self.adaptation.start(device=self.trainer.strategy.root_device, progress=self._progress)
+
+    def _progress(self, matrices: list[Matrix]) -> Iterable[Matrix]:
+        shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        return track(matrices, "singular values of the pretrained weights", transient=True, disable=not shown)
+
+    def _refuse_what_cannot_be_right(self) -> None:
+        trainer = self.trainer
+        precision, strategy = trainer.precision_plugin.precision, type(trainer.strategy).__name__
+        if not self.automatic_optimization:
+            raise UserError(
+                "manual optimization hides the optimizer steps that the adaptation counts, use automatic_optimization"
+            )
+        if precision not in _PRECISIONS:
+            raise UserError(
+                f"trainer.precision is {precision!r}, where the frozen weights would be rounded, use one of "
+                f"{', '.join(_PRECISIONS)}"
+            )
+        if strategy in _STRATEGIES:
+            raise UserError(
+                f"trainer.strategy {strategy} shards the weights that a start or a switch changes, use ddp or one device"
+            )
+        averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
+        if averaging and isinstance(self.adaptation.method, SRLoRA):
+            raise UserError(
+                f"the callback {type(averaging[0]).__name__} would average pairs across a switch, where they mean "
+                "different directions: remove it or take a method without switches"
+            )
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        # A resumed run was checked when it began, and its length may only be asked for once its state is restored.
+        if isinstance(self.adaptation.method, SRLoRA) and self.trainer.ckpt_path is None:
+            steps = self._all_steps()
+            if not self._too_short(steps):
+                self.adaptation.require_room(steps)
+
+    def _all_steps(self) -> int:
+        """N_all, the optimizer steps of the run that the trainer is set to."""
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps) or steps < 0:
+            raise UserError("the length of the run is not known, so switches cannot be planned: set trainer.max_steps")
+        return int(steps)
+
+    def _too_short(self, steps: int) -> bool:
+        return bool(self.trainer.fast_dev_run) or steps < 2
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if isinstance(self.adaptation.method, SRLoRA):
+            self._plan(self.trainer.global_step, self._all_steps())
+            # a file written at a switch step, before the switch, is made up for here
+            self.adaptation.switch_if_due(self.trainer.global_step, self.trainer.optimizers[0])
+
+    def _plan(self, step: int, steps: int) -> None:
+        ends = {schedule.last_step for schedule in self.adaptation.schedules.values()}
+        if step > 0 and ends == {steps}:
+            return  # a resumed run goes on with its own plan
+        try:
+            self.adaptation.plan(steps, step)
+        except UserError:
+            # only a trial of a tuner comes here: the run itself has passed on_fit_start
+            self.adaptation.forgo_switches(steps, step)
+        if step > 0 and ends:
+            rank_zero_info(
+                f"The run now ends at step {steps}: {self.adaptation.switches_to_do} switches are spread over the "
+                f"steps from {step} on."
+            )
+        elif self.adaptation.switches_to_do == 0:
+            rank_zero_info(f"No switch falls into these {steps - step} optimizer steps.")
+
+    # --- in every step -------------------------------------------------------------------------------------------
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.adaptation.observe(gradients, self._inverse_loss_scale(optimizer))
+
+    def _inverse_loss_scale(self, optimizer: Optimizer) -> Tensor | None:
+        """1 / loss scale where the gradients still carry it: fused optimizers unscale inside their own step."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+            return None
+        return scaler._get_scale_async().reciprocal()  # get_scale() would wait for the device
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        step = self.trainer.global_step
+        self.adaptation.switch_if_due(step, self.trainer.optimizers[0])
+        if step % self.trainer.log_every_n_steps == 0:
+            self.log("srlora/switches", float(self.adaptation.switches_done))
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        missed = self.adaptation.switches_missed
+        if missed:
+            rank_zero_info(
+                f"Training stopped at step {self.trainer.global_step}: {missed} of "
+                f"{self.adaptation.switches_to_do} switches were not reached."
+            )
+
+    # --- checkpoint ----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if any(layer.merged for layer in self.adaptation.layers.values()):
+            raise UserError("the pairs are merged into the weights, call unmerge() before saving a checkpoint")
+        checkpoint[_CHECKPOINT_KEY] = self.adaptation.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if _CHECKPOINT_KEY not in checkpoint:
+            raise UserError("the checkpoint holds no adaptation, it was written by another program or module")
+        self.adaptation.load_state_dict(checkpoint[_CHECKPOINT_KEY])
+
+
+_HOOKS = {name for name in vars(SRLoRAMixin) if name.startswith("on_") or name == "setup"}
