@@ -1,0 +1,6 @@
+"""What watches a run and writes about it."""
+
+from srlora_pl.callbacks.csv_log import ContinuedCSVLogger
+from srlora_pl.callbacks.predictions import PredictionWriter
+
+__all__ = ["ContinuedCSVLogger", "PredictionWriter"]

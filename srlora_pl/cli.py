@@ -1,0 +1,105 @@
+"""The command line: ``python cli.py fit --config configs/quickstart.yaml``, also installed as ``srlora``.
+
+Only what answers at once lives here: help, subcommands, reading the config files, and turning an error that the
+user can mend into one sentence. torch and Lightning are imported when a run is really asked for.
+"""
+
+import argparse
+import sys
+import traceback
+from pathlib import Path
+
+from srlora_pl import config
+from srlora_pl.errors import UserError, did_you_mean
+
+COMMANDS = {
+    "fit": "train, then test the best checkpoint where the test data have labels",
+    "validate": "score a checkpoint on the validation split",
+    "test": "score a checkpoint on the test data",
+    "predict": "write a CSV with the label of every image of data.predict_root, or of the test data",
+}
+
+HELP = f"""usage: python cli.py SUBCOMMAND --config configs/NAME.yaml [--config configs/methods/METHOD.yaml]
+                     [--ckpt_path FILE] [--KEY VALUE ...]
+
+subcommands:
+{chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
+
+options of every subcommand:
+  -c, --config FILE    settings; several files are laid on top of each other
+  --ckpt_path FILE     fit: go on from here; validate, test, predict: the weights to use
+  --KEY VALUE          any setting, such as --model.lr 0.01 --model.method.rank 4 --data.batch_size 32
+  --print_config       print all settings, and stop
+  --help               every setting of the trainer, and how to list a class's own
+
+examples:
+  python cli.py fit --config configs/quickstart.yaml
+  python cli.py fit --config configs/quickstart.yaml --config configs/methods/lora.yaml --seed_everything 1
+  python cli.py test --config runs/quickstart-srlora/version_0/config.yaml \\
+                     --ckpt_path runs/quickstart-srlora/version_0/checkpoints/last.ckpt"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line on ``argv`` (by default the process's own arguments) and return the exit code.
+
+    0: done. 2: something in the input is wrong, said in one sentence on stderr. 130: interrupted. Errors of the
+    program itself keep their traceback.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except Exception as error:
+        if not _is_the_users(error):
+            raise
+        return _say(f"error: {' '.join(str(error).split())}", 2)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if arguments else 2
+    command, *options = arguments
+    if command not in COMMANDS:
+        near = did_you_mean(command, COMMANDS)
+        raise UserError(f"unknown subcommand {command!r}{near}: it is one of {', '.join(COMMANDS)}")
+    files, options = _split_configs(options)
+    contents = [config.read(file) for file in files]
+
+    from srlora_pl.run import Run
+
+    Run(command, files, contents, options).start()
+    return 0
+
+
+def _split_configs(options: list[str]) -> tuple[list[str], list[str]]:
+    """The values of ``--config``, and everything else as it was."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-c", "--config", action="append", default=[])
+    try:
+        known, rest = parser.parse_known_args(options)
+    except argparse.ArgumentError as error:
+        raise UserError("--config needs the name of a file") from error
+    return known.config, rest
+
+
+def _is_the_users(error: Exception) -> bool:
+    """Whether the user's settings caused ``error``: ours says so, Lightning's shows it by where it was raised.
+
+    Lightning refuses settings with MisconfigurationException, ValueError and RuntimeError alike; an error with
+    the last two from anywhere else is a bug.
+    """
+    if isinstance(error, UserError):
+        return True
+    if type(error).__name__ == "MisconfigurationException":
+        return True
+    if type(error) not in (ValueError, RuntimeError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and "lightning" in Path(frames[-1].filename).parts
+
+
+def _say(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

@@ -1,0 +1,214 @@
+"""Config files: reading them, laying overlays on a task's file, and saying in one sentence what is wrong in them.
+
+Nothing here imports torch or Lightning, so that a mistyped file name is answered at once.
+"""
+
+import ast
+import re
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from srlora_pl.errors import UserError, did_you_mean
+
+Node = dict[str, Any]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads ``1e-4`` as text; everybody who writes it means the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+def read(path: str) -> Node:
+    """The settings of a YAML file.
+
+    Raises:
+        UserError: there is no such file, or it is not a YAML mapping.
+    """
+    file = Path(path)
+    if not file.is_file():
+        siblings = map(str, file.parent.glob("*.yaml"))
+        raise UserError(f"the config file {path} does not exist{did_you_mean(path, siblings)}")
+    try:
+        content = yaml.load(file.read_text("utf-8"), _Loader) or {}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path} is not valid YAML: {error.problem} in line {line}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a YAML text file") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold settings as 'key: value' lines, not {_short(content)}")
+    if not isinstance(content.get("trainer", {}), dict):
+        raise UserError(f"trainer in {path} must hold settings of its own, not {_short(content['trainer'])}")
+    return content
+
+
+def write(settings: Node) -> str:
+    """The YAML text of ``settings``."""
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def combine(contents: Sequence[Node]) -> tuple[Node, Node | None]:
+    """What several config files say together: the settings without overlays, and the last overlay's method.
+
+    Later files win. A file that names another method after one was named is an overlay: its method and its own
+    arguments stand apart, so that laying a second overlay on top leaves nothing of the first.
+    """
+    settings: Node = {}
+    overlay: Node | None = None
+    for content in contents:
+        method = _method(content)
+        if method and "class_path" in method and _method(settings):
+            overlay = method
+            content = _without_method(content)
+        settings = _merge(settings, content)
+    return settings, overlay
+
+
+def method_arguments(settings: Node, overlay: Node | None) -> set[str]:
+    """The names of all arguments that the files give a method, its own or not."""
+    nodes = (_method(settings), overlay)
+    return {name for node in nodes if node for name in node.get("init_args") or {}}
+
+
+def _method(content: Node) -> Node | None:
+    model = content.get("model")
+    arguments = model.get("init_args") if isinstance(model, dict) else None
+    method = arguments.get("method") if isinstance(arguments, dict) else None
+    if isinstance(method, str):
+        return {"class_path": method}
+    return method if isinstance(method, dict) else None
+
+
+def _without_method(content: Node) -> Node:
+    arguments = {k: v for k, v in content["model"]["init_args"].items() if k != "method"}
+    return {**content, "model": {**content["model"], "init_args": arguments}}
+
+
+def _merge(old: Any, new: Any) -> Any:
+    """``new`` over ``old``, mappings key by key; arguments of one class are not handed to another."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    if new.get("class_path", old.get("class_path")) != old.get("class_path"):
+        return new
+    return {**old, **{key: _merge(old.get(key), value) for key, value in new.items()}}
+
+
+# -- errors of the parser
+
+
+def explain(message: str, known: Iterable[str], files: Sequence[str], options: Sequence[str]) -> str:
+    """jsonargparse's account of a rejected setting, in one sentence.
+
+    ``message``: the text of its ArgumentError, an indented trace through nested types. ``known``: the dotted keys
+    of the parser. ``files`` and ``options``: the config files and the command line, to say where the setting
+    stands. A message of an unknown form comes back as it is, on one line.
+    """
+    key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    owners = re.findall(r"Problem with given class_path '([^']+)'", message)
+    owner = owners[-1] if owners else ""
+
+    def where(name: str) -> str:
+        return _place(name, files, options)
+
+    if found := re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
+        if f"--{found[1]}" not in message:
+            return f"{found[1]!r} on the command line belongs to no option (options are written --key value)"
+        return _unknown_key("", found[1], known, where(found[1]))
+    if found := re.search(r"Group '(\w+)' does not accept option '([^']+)'", message):
+        return _unknown_key("", f"{found[1]}.{found[2]}", known, where(f"{found[1]}.{found[2]}"))
+    if found := re.search(r"Option '([^']+)' is not accepted", message):
+        choices = _arguments(owner) if owner else known
+        return _unknown_key(owner, found[1], choices, where(f"{key}.{found[1]}".lstrip(".")))
+    if found := re.search(r"the following arguments are required: (.+)", message):
+        if not key:
+            return f"{found[1]} is missing, give a task's file with --config configs/NAME.yaml"
+        return f"{owner or key} needs {found[1]}, which {key}.init_args does not give"
+    if wrong := _wrong_class(message, owner):
+        return f"{wrong}, see {where(key)}"
+    if found := re.search(r"Not a valid subclass of (\w+)", message):
+        if extra := _extra_key(message):
+            return f"{where(f'{key}.{extra}')} stands beside class_path, it belongs below init_args"
+        return f"{where(key)} must name a {found[1]} as class_path, with its arguments below init_args"
+    return _wrong_type(message, where(key)) or " ".join(message.split())
+
+
+def _place(key: str, files: Sequence[str], options: Sequence[str]) -> str:
+    """``model.lr (configs/x.yaml, line 12)`` for a dotted key, as far as it can be told where it was written."""
+    if any(re.split("[=+]", option)[0] == f"--{key}" for option in options):
+        return f"--{key}"
+    name = re.escape(key.rsplit(".", 1)[-1])
+    for file in reversed(files):
+        for number, line in enumerate(Path(file).read_text("utf-8").splitlines(), 1):
+            if re.match(rf"[\s\-{{]*['\"]?{name}['\"]?\s*:", line):
+                return f"{key} ({file}, line {number})"
+    return key
+
+
+def _unknown_key(owner: str, name: str, choices: Iterable[str], where: str) -> str:
+    near = did_you_mean(name, choices)
+    return f"{where} is unknown{f' to {owner}' if owner else ''}{near}"
+
+
+def _wrong_class(message: str, owner: str) -> str:
+    if found := re.search(r"Import path (\S+) does not correspond to a subclass of (\w+)", message):
+        return f"{found[1]} is not a {found[2]}"
+    bare = re.search(r"Expected a dot import path string: ([\w.]+)", message)
+    if not (bare or re.search(r"has no attribute '\w+'|No module named", message)):
+        return ""
+    wanted = bare[1] if bare else owner
+    module, _, name = wanted.rpartition(".")
+    for home in (module, "srlora_pl", "lightning.pytorch.callbacks"):
+        try:
+            near = did_you_mean(name, dir(import_module(home)))
+        except (ImportError, ValueError):
+            continue
+        if near:
+            return f"there is no class {wanted!r}" + near.replace("'", f"'{home}.", 1)
+    return f"there is no class {wanted!r}"
+
+
+def _wrong_type(message: str, where: str) -> str:
+    got = re.search(r"Got value: (.*)", message) or re.search(r"Given value: (.*)", message)
+    innermost = message.rsplit('Parser key "', 1)[-1]
+    expected = [_type_name(text) for text in re.findall(r"Expected (.+?)(?:\. Got value|$)", innermost, re.M)]
+    if not (got and expected):
+        return ""
+    return f"{where} must be {' or '.join(filter(None, expected)) or 'null'}, not {got[1]!r}"
+
+
+def _type_name(text: str) -> str:
+    names = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "NoneType": ""}
+    if found := re.match(r"an? <class '(?:\w+\.)*(\w+)'>", text):
+        return names.get(found[1], f"a {found[1]}")
+    return re.sub(r"^an? typing\.Literal\[(.*)\]$", r"one of \1", text)
+
+
+def _extra_key(message: str) -> str:
+    """The first key of the given value that stands beside ``class_path`` and ``init_args``."""
+    given = re.search(r"Given value: (\{.*\})", message)
+    try:
+        value = ast.literal_eval(given[1]) if given else {}
+    except (ValueError, SyntaxError):
+        return ""
+    return next((key for key in value if key not in ("class_path", "init_args", "dict_kwargs")), "")
+
+
+def _arguments(class_path: str) -> list[str]:
+    """Names of the arguments of a class, its bases' too where it passes them on."""
+    module, _, name = class_path.rpartition(".")
+    cls = getattr(import_module(module), name)
+    return [argument for base in cls.__mro__ for argument in signature(base.__init__).parameters]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

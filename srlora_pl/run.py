@@ -1,0 +1,311 @@
+"""One run of the command line: LightningCLI with this package's defaults, folders and closing words."""
+
+import argparse
+import logging
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from srlora_pl import config
+from srlora_pl.callbacks import ContinuedCSVLogger, PredictionWriter
+from srlora_pl.data.base import DataModule
+from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.tasks.base import Task
+
+TRAINER_DEFAULTS = {
+    "default_root_dir": "runs",
+    # The DataModules deal their order out to the devices themselves, so that a resumed run finds its place.
+    "use_distributed_sampler": False,
+}
+
+# Warnings that tell the user of a config nothing: each is either answered here or by design.
+NOISE = (
+    ".*does not have many workers which may be a bottleneck",
+    ".*fp16 is not supported on CPU",  # said below in one line
+    ".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
+    ".*The number of training batches .* is smaller than the logging interval",
+)
+
+
+class Run(LightningCLI):
+    """A subcommand on parsed settings.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        files: names of the config files, in order.
+        contents: what they hold, as `config.read` returns it.
+        options: the rest of the command line; it rules over the files.
+
+    Raises:
+        UserError: a setting is unknown or has a wrong value, or the checkpoint cannot be read.
+    """
+
+    def __init__(self, command: str, files: Sequence[str], contents: Sequence[config.Node], options: list[str]) -> None:
+        self.command, self.files, self.options = command, files, options
+        self.given, self.overlay = config.combine(contents)
+        self.folder: Path | None = None
+        _quieten()
+        super().__init__(
+            Task,
+            DataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            save_config_callback=None,
+            auto_configure_optimizers=False,
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": f"python cli.py {command}"},
+            args=[*_as_options(self.given, self.overlay), *options],
+            # Without subcommands of its own LightningCLI leaves the checkpoint's hyperparameters alone; with
+            # them they would overrule the command line.
+            run=False,
+        )
+
+    # -- settings
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        parser.add_argument("--ckpt_path", type=str | None, help="The checkpoint to go on from, or to use.")
+        parser.add_argument("--name", type=str | None, help="Of the run; by default that of the config file.")
+        if self.command == "predict":
+            parser.add_argument("--output", type=str | None, help="The CSV; by default in the run's folder.")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        try:
+            self.config = parser.parse_args(args)  # type: ignore[arg-type]
+        except argparse.ArgumentError as error:
+            known = [action.dest for action in parser._actions]
+            raise UserError(config.explain(str(error), known, self.files, self.options)) from error
+        # Neither belongs to the settings that a run keeps: a second use of its config.yaml starts anew.
+        self.ckpt_path = self.config.pop("ckpt_path")
+        self.output = self.config.pop("output", None)
+        self.config.name = self.config.name or (Path(self.files[0]).stem if self.files else "run")
+        self._say_what_was_dropped()
+        if self.ckpt_path:
+            _require_checkpoint(Path(self.ckpt_path))
+        elif self.command == "predict":
+            raise UserError("predict needs --ckpt_path, the checkpoint of a finished run")
+        elif self.command != "fit":
+            rank_zero_info(f"note: without --ckpt_path, {self.command} scores the untrained model")
+
+    def _say_what_was_dropped(self) -> None:
+        """An overlay or ``--model.method`` changes the class; arguments that it does not take fall away."""
+        method = self.config.model.init_args.get("method")
+        if method is None:
+            return
+        dropped = config.method_arguments(self.given, self.overlay) - set(vars(method.init_args))
+        if dropped:
+            rank_zero_info(f"note: {method.class_path} takes no {', '.join(sorted(dropped))}: dropped")
+
+    # -- the trainer
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self.config_init.trainer
+        callbacks = _as_list(settings.callbacks)
+        loggers: Any = settings.logger
+        if self.command == "fit" and not settings.fast_dev_run:
+            self.folder, self.is_new = self._choose_folder()
+            if loggers in (None, True):
+                loggers = _loggers(self.folder)
+            if settings.enable_checkpointing is not False and not _chooses_best(callbacks):
+                callbacks.append(_best_and_last(self.folder))
+            if loggers:
+                callbacks.append(LearningRateMonitor("step"))
+        elif loggers in (None, True):
+            loggers = False
+        if self.command == "predict":
+            checkpoint = Path(self.ckpt_path)
+            folder = _folder_of(checkpoint) or checkpoint.parent
+            self.writer = PredictionWriter(Path(self.output or folder / "predictions.csv"))
+            callbacks.append(self.writer)
+        if settings.enable_progress_bar is not False and not _has(callbacks, ProgressBar):
+            callbacks.append(RichProgressBar())
+        trainer = super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+        if str(settings.precision) in ("16", "16-mixed") and trainer.precision == "bf16-mixed":
+            rank_zero_info("note: 16-mixed needs a GPU, on this CPU the run uses bf16-mixed")
+        return trainer
+
+    def _choose_folder(self) -> tuple[Path, bool]:
+        """The folder of the run that ``ckpt_path`` belongs to, or a new one; and whether it is new."""
+        if self.ckpt_path and (folder := _folder_of(Path(self.ckpt_path))):
+            return folder, False
+        method = self.config.model.init_args.method.class_path.rsplit(".", 1)[-1].lower()
+        root = self.config.trainer.default_root_dir or TRAINER_DEFAULTS["default_root_dir"]
+        return _new_version(Path(root, f"{self.config.name}-{method}")), True
+
+    # -- subcommands
+
+    def start(self) -> None:
+        """Run the subcommand."""
+        getattr(self, self.command)()
+
+    def fit(self) -> None:
+        if self.folder:
+            self._save_config(self.folder)
+        try:
+            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
+        except UserError:
+            # A run that never took a step leaves nothing behind.
+            if self.folder and self.is_new and not self.trainer.global_step:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        checkpoint: Any = self.trainer.checkpoint_callback
+        best = getattr(checkpoint, "best_model_path", "")
+        scores = self._scores("val")
+        if self.datamodule.has_test_labels:
+            self.trainer.test(self.model, self.datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
+            scores = self._scores("test")
+        lines = []
+        if best:
+            value = float(checkpoint.best_model_score)
+            lines.append(f"best checkpoint: {_relative(best)} ({checkpoint.monitor} {value:.4f})")
+        lines.append(f"run written to {_relative(self.folder)}" if self.folder else "fast_dev_run: nothing written")
+        self._close(scores, lines)
+
+    def validate(self) -> None:
+        self._close(self._evaluate("validate", self.ckpt_path), [f"checkpoint: {self.ckpt_path}"])
+
+    def test(self) -> None:
+        if not self.datamodule.has_test_labels:
+            raise UserError("the test data of this config have no labels, use validate or predict")
+        self._close(self._evaluate("test", self.ckpt_path), [f"checkpoint: {self.ckpt_path}"])
+
+    def _evaluate(self, command: str, checkpoint: str | None) -> dict[str, float]:
+        evaluate = getattr(self.trainer, command)
+        evaluate(self.model, datamodule=self.datamodule, ckpt_path=checkpoint, weights_only=True, verbose=False)
+        return self._scores("test" if command == "test" else "val")
+
+    def predict(self) -> None:
+        self.trainer.predict(
+            self.model,
+            datamodule=self.datamodule,
+            ckpt_path=self.ckpt_path,
+            weights_only=True,
+            return_predictions=False,
+        )
+        self._close({}, [f"{self.writer.rows} predictions written to {_relative(self.writer.path)}"])
+
+    # -- closing words
+
+    def _scores(self, stage: str) -> dict[str, float]:
+        return {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith(f"{stage}/")}
+
+    @rank_zero_only
+    def _close(self, scores: dict[str, float], lines: Sequence[str]) -> None:
+        console = Console(highlight=False, soft_wrap=True)
+        if scores:
+            table = Table("score", "value")
+            for name, value in scores.items():
+                table.add_row(name, f"{value:.4f}")
+            console.print(table)
+        for line in lines:
+            console.print(line, markup=False)
+
+    @rank_zero_only
+    def _save_config(self, folder: Path) -> None:
+        self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True)
+
+
+def _as_options(settings: config.Node, overlay: config.Node | None) -> list[str]:
+    """The files' settings as two ``--config`` options: of the first method the second keeps what it also takes."""
+    nodes = [settings] if settings else []
+    if overlay:
+        nodes.append({"model": {"init_args": {"method": overlay}}})
+    return [option for node in nodes for option in ("--config", config.write(node))]
+
+
+def _require_checkpoint(path: Path) -> None:
+    """Refuse a missing, truncated or foreign file; the tensors themselves stay on disk."""
+    if not path.is_file():
+        near = did_you_mean(str(path), map(str, path.parent.glob("*.ckpt")))
+        raise UserError(f"--ckpt_path {path} does not exist{near}")
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"--ckpt_path {path} cannot be read, it is truncated or no checkpoint of this package: give another file"
+        ) from error
+    if not (isinstance(content, dict) and "state_dict" in content and "pytorch-lightning_version" in content):
+        raise UserError(f"--ckpt_path {path} holds no Lightning checkpoint (for weights use model.backbone_checkpoint)")
+
+
+def _folder_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that wrote ``checkpoint``, or None for a file that lies elsewhere."""
+    folder = checkpoint.resolve().parent.parent
+    is_run = checkpoint.resolve().parent.name == "checkpoints" and (folder / "config.yaml").is_file()
+    return folder if is_run else None
+
+
+def _new_version(root: Path) -> Path:
+    """The next free ``version_N`` below ``root``, taken at once, so that runs started together do not share one."""
+    taken = [int(path.name[8:]) for path in root.glob("version_*") if path.name[8:].isdigit()]
+    number = max(taken, default=-1) + 1
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        return root / f"version_{number}"  # the other ranks write nothing
+    while True:
+        folder = root / f"version_{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder.resolve()
+
+
+def _loggers(folder: Path) -> list[Logger]:
+    home = {"save_dir": str(folder.parent), "name": "", "version": folder.name}
+    return [TensorBoardLogger(**home, default_hp_metric=False), ContinuedCSVLogger(**home)]
+
+
+def _best_and_last(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        folder / "checkpoints",
+        filename="best-step{step}",
+        auto_insert_metric_name=False,
+        monitor="val/loss",
+        mode="min",
+        save_last=True,
+        # A resumed run replaces its own last.ckpt instead of beginning a last-v1.ckpt beside it.
+        enable_version_counter=False,
+    )
+
+
+def _chooses_best(callbacks: Sequence[Callback]) -> bool:
+    """Whether the user brings a ModelCheckpoint that chooses by a score, which then takes the place of ours."""
+    return any(isinstance(callback, ModelCheckpoint) and callback.monitor for callback in callbacks)
+
+
+def _has(callbacks: Sequence[Callback], kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def _relative(path: str | Path) -> Path:
+    """``path`` as seen from here, where that is shorter."""
+    path, here = Path(path).resolve(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _quieten() -> None:
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).addFilter(_is_no_advertisement)
+
+
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    return "Tip: For seamless" not in record.getMessage()
