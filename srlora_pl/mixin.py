@@ -80,7 +80,7 @@ class SRLoRAMixin(_Module):
         return track(matrices, "singular values of the pretrained weights", transient=True, disable=not shown)
 
     def _refuse_what_cannot_be_right(self) -> None:
-        trainer = self.trainer
+        trainer: Any = self.trainer
         precision, strategy = trainer.precision_plugin.precision, type(trainer.strategy).__name__
         if not self.automatic_optimization:
             raise UserError(
@@ -92,9 +92,7 @@ class SRLoRAMixin(_Module):
                 f"{', '.join(_PRECISIONS)}"
             )
         if strategy in _STRATEGIES:
-            raise UserError(
-                f"trainer.strategy {strategy} shards the weights that a start or a switch changes, use ddp or one device"
-            )
+            raise UserError(f"trainer.strategy {strategy} shards the weights that a start or a switch changes, use ddp")
         averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
         if averaging and isinstance(self.adaptation.method, SRLoRA):
             raise UserError(
@@ -105,9 +103,10 @@ class SRLoRAMixin(_Module):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         # A resumed run was checked when it began, and its length may only be asked for once its state is restored.
-        if isinstance(self.adaptation.method, SRLoRA) and self.trainer.ckpt_path is None:
+        trainer: Any = self.trainer
+        if isinstance(self.adaptation.method, SRLoRA) and trainer.ckpt_path is None:
             steps = self._all_steps()
-            if not self._too_short(steps):
+            if steps > 1 and not trainer.fast_dev_run:
                 self.adaptation.require_room(steps)
 
     def _all_steps(self) -> int:
@@ -116,9 +115,6 @@ class SRLoRAMixin(_Module):
         if not math.isfinite(steps) or steps < 0:
             raise UserError("the length of the run is not known, so switches cannot be planned: set trainer.max_steps")
         return int(steps)
-
-    def _too_short(self, steps: int) -> bool:
-        return bool(self.trainer.fast_dev_run) or steps < 2
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -160,9 +156,9 @@ class SRLoRAMixin(_Module):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
-        step = self.trainer.global_step
-        self.adaptation.switch_if_due(step, self.trainer.optimizers[0])
-        if step % self.trainer.log_every_n_steps == 0:
+        trainer: Any = self.trainer
+        self.adaptation.switch_if_due(trainer.global_step, trainer.optimizers[0])
+        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             self.log("srlora/switches", float(self.adaptation.switches_done))
 
     def on_train_end(self) -> None:

@@ -36,11 +36,9 @@ class ExactResume(_Module):
             self._half_done = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
-        loop = self.trainer.fit_loop.epoch_loop
-        reseed(run_seed(), loop.batch_progress.total.processed, self.global_rank)
-        loop._batches_that_stepped = (
-            self.trainer.global_step
-        )  # the loggers' step; Lightning's own is off after a resume
+        reseed(run_seed(), _processed(self.trainer), self.global_rank)
+        # the step that loggers see; Lightning's own count is off by one after some resumes
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         return super().on_train_batch_start(batch, batch_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -50,7 +48,7 @@ class ExactResume(_Module):
         if trainer.state.fn == "fit" and trainer.fit_loop._should_accumulate():
             gradients = {n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None}
         checkpoint[_KEY] = {
-            "processed": trainer.fit_loop.epoch_loop.batch_progress.total.processed,
+            "processed": _processed(trainer),
             "batches_per_epoch": trainer.num_training_batches,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "seed": run_seed(),
@@ -71,6 +69,11 @@ class ExactResume(_Module):
         self._half_done = state["gradients"] or None
         if state["processed"] and state["batches_per_epoch"] != float("inf"):
             _set_position(checkpoint["loops"]["fit_loop"], state["processed"], int(state["batches_per_epoch"]))
+
+
+def _processed(trainer: Any) -> int:
+    """Training micro-batches that this run has done."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
 
 def _set_position(loops: dict[str, Any], processed: int, batches_per_epoch: int) -> None:

@@ -44,6 +44,10 @@ class Spectrum:
         if sigma[: min(directions, len(sigma))][-1] < _GRAM_LIMIT * sigma[0]:
             U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
         k = min(directions, int((sigma >= _RANK_TOLERANCE * sigma[0]).sum()))
+        # A pair of vectors is defined up to a common sign: take the one where the largest entry of u is positive, so
+        # that a run does not depend on the LAPACK at hand.
+        sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+        U, Vh = U * sign, Vh * sign.T
         # clone(): a view would keep the whole decomposition alive
         return cls(*(t.to(weight.dtype).cpu().clone() for t in (U[:, :k], sigma[:k], Vh[:k])))
 

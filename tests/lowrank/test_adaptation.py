@@ -1,0 +1,384 @@
+"""The invariants of a start, of switches and of what one can do with an adapted network."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from srlora_pl import UserError
+from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
+from tests.toys import toy_batches, toy_net, train
+
+# rounding of one layer's products, a few dozen terms each
+ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-14}
+
+
+def srlora(**options):
+    return SRLoRA(**{"rank": 4, "alpha": 8.0, "target_rank": 12, **options})
+
+
+def trained(method, steps=40, dtype=torch.float32, optimizer=torch.optim.AdamW, **options):
+    net = toy_net(dtype=dtype)
+    adaptation = Adaptation(net, method)
+    adaptation.start()
+    adaptation.plan(steps)
+    opt = optimizer([p for p in net.parameters() if p.requires_grad], lr=0.01, **options)
+    train(net, adaptation, opt, toy_batches(steps, dtype=dtype))
+    return net, adaptation, opt
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("alpha", [0.5, 4.0, 40.0])
+@pytest.mark.parametrize("method", [LoRA, PiSSA, SRLoRA])
+def test_injection_and_start_leave_the_output(method, alpha, dtype):
+    net = toy_net(dtype=dtype)
+    x = toy_batches(1, dtype=dtype)[0][0]
+    before = net(x)
+    adaptation = Adaptation(net, method(rank=4, alpha=alpha))
+    assert torch.equal(net(x), before)
+    adaptation.start()
+    torch.testing.assert_close(net(x), before, rtol=0, atol=20 * ROUNDING[dtype])
+    moved = any((s.spectrum is not None) for s in adaptation.states.values())
+    assert moved == method.needs_spectrum
+
+
+@pytest.mark.parametrize("dtype", ROUNDING)
+@pytest.mark.parametrize("alpha", [0.5, 40.0])
+def test_a_switch_leaves_the_effective_weight_and_moves_everything_else(alpha, dtype):
+    net, adaptation, optimizer = trained(srlora(alpha=alpha), steps=5, dtype=dtype)
+    x = toy_batches(1, dtype=dtype)[0][0]
+    before, output = [layer.merged_weight() for layer in adaptation.layers.values()], net(x)
+    weights = [layer.weight.clone() for layer in adaptation.layers.values()]
+    adaptation._switch(adaptation.matrices, optimizer)
+    for layer, effective, weight in zip(adaptation.layers.values(), before, weights, strict=True):
+        torch.testing.assert_close(layer.merged_weight(), effective, rtol=0, atol=ROUNDING[dtype])
+        assert (layer.weight - weight).abs().max() > 1e-3
+    torch.testing.assert_close(net(x), output, rtol=0, atol=20 * ROUNDING[dtype])
+
+
+def test_a_reduced_matmul_precision_does_not_reach_a_switch():
+    _, adaptation, optimizer = trained(srlora(), steps=5)
+    before = [layer.merged_weight() for layer in adaptation.layers.values()]
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            adaptation._switch(adaptation.matrices, optimizer)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for layer, effective in zip(adaptation.layers.values(), before, strict=True):
+        torch.testing.assert_close(layer.merged_weight(), effective, rtol=0, atol=ROUNDING[torch.float32])
+
+
+def test_the_weight_moves_only_at_a_switch_and_the_number_of_trainable_parameters_never():
+    steps = 40
+    net = toy_net()
+    adaptation = Adaptation(net, srlora())
+    adaptation.start()
+    adaptation.plan(steps)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    moved = []
+    for step, batch in enumerate(toy_batches(steps)):
+        before = {name: layer.weight.clone() for name, layer in adaptation.layers.items()}
+        train(net, adaptation, optimizer, [batch], first_step=step)
+        changed = [name for name, layer in adaptation.layers.items() if not torch.equal(layer.weight, before[name])]
+        assert changed in ([], list(adaptation.layers))
+        moved += [step + 1] if changed else []
+        assert sum(p.numel() for p in net.parameters() if p.requires_grad) == trainable
+    assert moved == [10, 20, 30]
+
+
+def test_directions_never_repeat():
+    _, adaptation, _ = trained(srlora())
+    for matrix, state in adaptation.states.items():
+        ever = state.fused_directions + state.directions.tolist()
+        assert sorted(ever) == list(range(10)), matrix.name
+        assert state.next_direction == 10
+
+
+@pytest.mark.parametrize("method", [PiSSA(rank=4, alpha=8.0), srlora(), LoRA(rank=4, alpha=8.0)])
+def test_ledger(method):
+    """W_eff - W0 = s * (what training did to every pair that was ever active), the sum kept here in fp64."""
+    steps = 40
+    net = toy_net(dtype=torch.float64)
+    adaptation = Adaptation(net, method)
+    W0 = {name: layer.weight.clone() for name, layer in adaptation.layers.items()}
+    adaptation.start()
+    adaptation.plan(steps)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    ledger = {name: torch.zeros_like(w) for name, w in W0.items()}
+    for step, batch in enumerate(toy_batches(steps, dtype=torch.float64)):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(batch[0]), batch[1]).backward()
+        adaptation.observe()
+        before = {name: layer.merged_weight() - layer.weight for name, layer in adaptation.layers.items()}
+        optimizer.step()
+        for name, layer in adaptation.layers.items():
+            ledger[name] += layer.merged_weight() - layer.weight - before[name]
+        adaptation.switch_if_due(step + 1, optimizer)
+    for name, layer in adaptation.layers.items():
+        assert ledger[name].abs().max() > 1e-2
+        torch.testing.assert_close(layer.merged_weight() - W0[name], ledger[name], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", [PiSSA(rank=4, alpha=8.0), srlora(), LoRA(rank=4, alpha=8.0)])
+def test_disabled_computes_as_the_pretrained_network(method):
+    net, adaptation, _ = trained(method)
+    pristine, x = toy_net(), toy_batches(1)[0][0]
+    after = net(x)
+    assert (after - pristine(x)).abs().max() > 1e-2
+    with adaptation.disabled():
+        torch.testing.assert_close(net(x), pristine(x), rtol=0, atol=1e-5)
+    assert torch.equal(net(x), after)
+
+
+def test_merge_is_exact_idempotent_and_undone_to_the_bit():
+    net, adaptation, _ = trained(srlora())
+    x = toy_batches(1)[0][0]
+    before, state = net(x), {k: v.clone() for k, v in net.state_dict().items()}
+    adaptation.merge()
+    merged = [layer.weight.clone() for layer in adaptation.layers.values()]
+    adaptation.merge()
+    for layer, weight in zip(adaptation.layers.values(), merged, strict=True):
+        assert torch.equal(layer.weight, weight)
+        assert torch.equal(layer.merged_weight(), weight)
+    torch.testing.assert_close(net(x), before, rtol=0, atol=2e-5)
+    adaptation.unmerge()
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+    assert torch.equal(net(x), before)
+
+
+# --- optimizer state -------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "sgd": (torch.optim.SGD, {"momentum": 0.9}),
+    "adam-amsgrad": (torch.optim.Adam, {"amsgrad": True}),
+    "nadam": (torch.optim.NAdam, {}),
+    "radam": (torch.optim.RAdam, {}),
+    "adagrad": (torch.optim.Adagrad, {}),
+    "rmsprop": (torch.optim.RMSprop, {"momentum": 0.5, "centered": True}),
+}
+SECOND = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+
+
+@pytest.mark.parametrize("how", ["warm", "zero", "keep"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_state_of_recycled_pairs(name, how):
+    optimizer, options = OPTIMIZERS[name]
+    _, adaptation, optimizer = trained(srlora(optimizer_state=how), steps=5, optimizer=optimizer, **options)
+    matrices = adaptation.matrices
+    assert any("[k]" in m.name for m in matrices)
+
+    def states(m):
+        out = {}
+        for side, parameter, view in (("A", m.layer.lora_A, m.of_A), ("B", m.layer.lora_B, lambda t, m=m: m.of_B(t).T)):
+            for key, value in optimizer.state[parameter].items():
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    out[side, key] = view(value).clone()
+        return out
+
+    before, pairs = [states(m) for m in matrices], [(m.B.clone(), m.A.clone()) for m in matrices]
+    held = [adaptation.states[m].directions.clone() for m in matrices]
+    adaptation._switch(matrices, optimizer)
+    for m, old, (B, A), directions in zip(matrices, before, pairs, held, strict=True):
+        recycled = adaptation.states[m].directions != directions
+        assert recycled.sum() == 2
+        growth = {
+            "B": m.A.square().sum(1) / A.square().sum(1),
+            "A": m.B.square().sum(0) / B.square().sum(0),
+        }
+        assert old
+        for (side, key), value in states(m).items():
+            assert torch.equal(value[~recycled], old[side, key][~recycled])
+            expected = old[side, key][recycled]
+            if how == "zero" or (how == "warm" and key not in SECOND):
+                expected = torch.zeros_like(expected)
+            elif how == "warm":
+                expected = expected * growth[side][recycled, None]
+            torch.testing.assert_close(value[recycled], expected)
+
+
+def test_a_state_of_unknown_meaning_is_zeroed_and_said():
+    _, adaptation, optimizer = trained(srlora(), steps=5, optimizer=torch.optim.Adamax)
+    with pytest.warns(UserWarning, match="Adamax keeps exp_inf"):
+        adaptation._switch(adaptation.matrices, optimizer)
+
+
+def test_factored_states_are_refused_at_the_first_step():
+    with pytest.raises(UserError, match=r"Adafactor keeps '(row|col)_var'.*optimizer_state"):
+        trained(srlora(), optimizer=torch.optim.Adafactor)
+    trained(srlora(optimizer_state="keep"), optimizer=torch.optim.Adafactor)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_step_with_a_non_finite_gradient_leaves_no_trace_in_the_averages(poison):
+    net, adaptation, optimizer = trained(srlora(), steps=5)
+    before = adaptation.importance.smoothed.clone(), adaptation.importance.uncertainty.clone()
+    x, y = toy_batches(1)[0]
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(net(x), y).backward()
+    adaptation.layers["blocks.1.fc2"].lora_A.grad[1, 3] = poison
+    adaptation.observe()
+    assert torch.equal(adaptation.importance.smoothed, before[0])
+    assert torch.equal(adaptation.importance.uncertainty, before[1])
+    adaptation.layers["blocks.1.fc2"].lora_A.grad[1, 3] = 0
+    adaptation.observe()
+    assert not torch.equal(adaptation.importance.smoothed, before[0])
+
+
+def test_an_adapted_layer_that_was_never_called_is_named():
+    net = toy_net()
+    adaptation = Adaptation(net, srlora())
+    adaptation.start()
+    net.blocks[1].forward = lambda x: x
+    nn.functional.cross_entropy(net(toy_batches(1)[0][0]), toy_batches(1)[0][1]).backward()
+    with pytest.raises(UserError, match=r"never called blocks\.1\.qkv, .* and 1 more"):
+        adaptation.observe()
+
+
+# --- limits of the plan ----------------------------------------------------------------------------------------------
+
+
+def plan(method, steps, **net):
+    adaptation = Adaptation(toy_net(**net), method)
+    adaptation.start()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adaptation.plan(steps)
+    return adaptation, [str(w.message) for w in caught]
+
+
+def test_more_switches_than_steps_is_an_error():
+    with pytest.raises(UserError, match=r"4 switches .*target_rank 12, rank 4.* 3 optimizer steps"):
+        plan(srlora(), 3)
+
+
+def test_a_target_above_every_matrix_is_planned_for_the_largest_and_said_once():
+    adaptation, said = plan(srlora(target_rank=100), 50)
+    # min(out, in) is 12 everywhere
+    assert adaptation.switches_planned == 4
+    assert len(said) == 1
+    assert "100" in said[0]
+    assert "12" in said[0]
+
+
+def test_a_remainder_that_fills_no_switch_is_said():
+    adaptation, said = plan(srlora(target_rank=11), 50)
+    assert adaptation.switches_planned == 3
+    assert said == [said[0]]
+    assert "no whole number of switches of 2 for rank 4" in said[0]
+
+
+def test_a_matrix_whose_spectrum_is_used_up_stops_and_is_named():
+    net = toy_net()
+    with torch.no_grad():  # rank 7: three pairs' worth beyond r = 4
+        u, s, v = torch.linalg.svd(net.blocks[0].proj.weight)
+        net.blocks[0].proj.weight.copy_(u[:, :7] * s[:7] @ v[:7])
+    adaptation = Adaptation(net, srlora())
+    adaptation.start()
+    with pytest.warns(UserWarning, match=r"fewer than 12 .*blocks\.0\.proj \(7\)"):
+        adaptation.plan(40)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    train(net, adaptation, optimizer, toy_batches(40))
+    reached = {m.name: s.next_direction for m, s in adaptation.states.items()}
+    assert reached.pop("blocks.0.proj") == 6
+    assert set(reached.values()) == {10}
+
+
+def test_a_rank_beyond_the_spectrum_is_an_error_that_names_the_matrix():
+    net = toy_net()
+    with torch.no_grad():
+        net.blocks[0].proj.weight[:] = torch.outer(torch.arange(1.0, 13), torch.ones(12))
+    with pytest.raises(UserError, match=r"rank 4 is above the 1 .*blocks\.0\.proj"):
+        Adaptation(net, PiSSA(rank=4)).start()
+
+
+def test_with_a_rank_pattern_every_rank_walks_to_the_same_target():
+    net, adaptation, _ = trained(srlora(rank_pattern={"fc1": 2}), steps=60)
+    assert {name: layer.rank for name, layer in adaptation.layers.items()}["blocks.0.fc1"] == 2
+    # r = 4, r' = 2: 4 switches planned, 3 done; r = 2, r' = 1: 10 planned, 9 done
+    for matrix, state in adaptation.states.items():
+        assert state.next_direction == (11 if "fc1" in matrix.name else 10)
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [7, 20, 21])
+def test_a_loop_that_is_stopped_and_resumed_equals_the_uninterrupted_one(stop, tmp_path):
+    steps, batches = 40, toy_batches(40)
+    whole, expected, _ = trained(srlora(), steps=steps)
+
+    net = toy_net()
+    adaptation = Adaptation(net, srlora())
+    adaptation.start()
+    adaptation.plan(steps)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    train(net, adaptation, optimizer, batches[:stop])
+    state = {"net": net.state_dict(), "adaptation": adaptation.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, tmp_path / "state.pt")
+
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    net = toy_net()
+    adaptation = Adaptation(net, srlora())
+    adaptation.start()
+    adaptation.load_state_dict(state["adaptation"])
+    net.load_state_dict(state["net"])
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    optimizer.load_state_dict(state["optimizer"])
+    train(net, adaptation, optimizer, batches[stop:], first_step=stop)
+    for (name, value), other in zip(whole.state_dict().items(), net.state_dict().values(), strict=True):
+        assert torch.equal(value, other), name
+    assert torch.equal(adaptation.importance.smoothed, expected.importance.smoothed)
+    assert adaptation.switches_done == expected.switches_done == 3
+
+
+def test_load_then_start_takes_the_spectra_from_the_pretrained_weights():
+    net, adaptation, _ = trained(srlora())
+    other = toy_net()
+    loaded = Adaptation(other, srlora())
+    loaded.load_state_dict(adaptation.state_dict())
+    other.load_state_dict(net.state_dict())
+    assert not any(s.spectrum for s in loaded.states.values())
+    with loaded.disabled():
+        x = toy_batches(1)[0][0]
+        torch.testing.assert_close(other(x), toy_net()(x), rtol=0, atol=1e-6)
+    loaded.start()
+    for mine, theirs in zip(loaded.states.values(), adaptation.states.values(), strict=True):
+        assert torch.equal(mine.spectrum.U, theirs.spectrum.U)
+    assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        (LoRA(rank=4, alpha=8.0), "srlora_pl.SRLoRA.*srlora_pl.LoRA"),
+        (srlora(rank=2), r"method.rank 4 \(now 2\)"),
+        (srlora(target_rank=10), r"method.target_rank 12 \(now 10\)"),
+    ],
+)
+def test_a_state_of_another_method_is_refused(method, says):
+    _, adaptation, _ = trained(srlora(), steps=5)
+    with pytest.raises(UserError, match=says):
+        Adaptation(toy_net(), method).load_state_dict(adaptation.state_dict())
+
+
+def test_a_state_of_other_pretrained_weights_is_refused():
+    _, adaptation, _ = trained(srlora(), steps=5)
+    with pytest.raises(UserError, match="other pretrained weights"):
+        Adaptation(toy_net(seed=5), srlora()).load_state_dict(adaptation.state_dict())
+
+
+def test_a_second_start_and_plan_go_on_from_where_the_first_ended():
+    net, adaptation, optimizer = trained(srlora(target_rank=12), steps=20)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    adaptation.start()
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    adaptation.plan(20)
+    # 3 of 4 switches were done, the directions for one are left, and one alone would fall on the last step
+    assert (adaptation.switches_planned, adaptation.switches_to_do) == (1, 0)

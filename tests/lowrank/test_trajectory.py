@@ -1,0 +1,128 @@
+"""The whole trajectory against Algorithm 1 in plain fp64."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from srlora_pl.lowrank import Adaptation, SRLoRA
+from tests.reference import ReferenceSRLoRA
+from tests.toys import toy_batches, toy_net, train
+
+STEPS, RANK, ALPHA, TARGET, GAMMA = 60, 4, 10.0, 12, 0.5
+OPTIMIZERS = {
+    "sgd": {"name": "sgd", "lr": 0.05, "momentum": 0.9},
+    "adamw": {"name": "adamw", "lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1},
+}
+TOLERANCE = 1e-9
+
+
+def build_optimizer(settings, parameters):
+    options = {key: value for key, value in settings.items() if key != "name"}
+    return {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[settings["name"]](parameters, **options)
+
+
+def run_package(optimizer, **options):
+    net = toy_net(dtype=torch.float64)
+    W0s = [w.clone().numpy() for block in net.blocks for w in matrices_of(block)]
+    method = SRLoRA(rank=RANK, alpha=ALPHA, target_rank=TARGET, fusion_ratio=GAMMA, **options)
+    adaptation = Adaptation(net, method)
+    adaptation.start()
+    adaptation.plan(STEPS)
+    optimizer = build_optimizer(optimizer, [p for p in net.parameters() if p.requires_grad])
+    return net, W0s, adaptation, optimizer
+
+
+def matrices_of(block):
+    return [
+        *block.qkv.weight.detach().chunk(3),
+        block.proj.weight.detach(),
+        block.fc1.weight.detach(),
+        block.fc2.weight.detach(),
+    ]
+
+
+def functional_loss(net):
+    """The toy net as a function of its effective weights only."""
+    depth = len(net.blocks)
+
+    def loss(weights, batch):
+        x, y = batch
+        x = nn.functional.linear(x, net.embed.weight, net.embed.bias)
+        for i in range(depth):
+            block = net.blocks[i]
+            q, k, v, proj, fc1, fc2 = weights[6 * i : 6 * i + 6]
+            bq, bk, bv = block.qkv.bias.chunk(3)
+            linear = nn.functional.linear
+            x = x + linear(torch.tanh(linear(x, q, bq) * linear(x, k, bk)) + linear(x, v, bv), proj, block.proj.bias)
+            x = x + linear(torch.tanh(linear(x, fc1, block.fc1.bias)), fc2, block.fc2.bias)
+        return nn.functional.cross_entropy(nn.functional.linear(x, net.head.weight, net.head.bias), y)
+
+    return loss
+
+
+@pytest.mark.parametrize("state", ["warm", "zero", "keep"])
+@pytest.mark.parametrize("reset", ["all", "recycled"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_trajectory_equals_the_plain_algorithm(name, reset, state):
+    net, W0s, adaptation, optimizer = run_package(OPTIMIZERS[name], reset_scores=reset, optimizer_state=state)
+    planned = (TARGET - RANK) // 2
+    reference = ReferenceSRLoRA(
+        W0s,
+        RANK,
+        ALPHA / RANK,
+        recycled=2,
+        switch_steps={i * STEPS // planned for i in range(1, planned)},
+        optimizer=OPTIMIZERS[name],
+        reset=reset,
+        state=state,
+    )
+    loss = functional_loss(net)
+    for step, batch in enumerate(toy_batches(STEPS, dtype=torch.float64)):
+        train(net, adaptation, optimizer, [batch], first_step=step)
+        reference.train_step(loss, batch)
+    assert adaptation.switches_done == planned - 1 == 3
+
+    averages = adaptation.importance
+    smoothed, uncertainty = averages._split(averages.smoothed), averages._split(averages.uncertainty)
+    for ours, theirs in zip(adaptation.matrices, reference.matrices, strict=True):
+        layer = ours.layer
+        for value, expected in ((ours.weight, theirs.W), (ours.B, theirs.B), (ours.A, theirs.A)):
+            np.testing.assert_allclose(value.numpy(), expected, atol=TOLERANCE, rtol=0)
+        for mine, index in ((smoothed, 0), (uncertainty, 1)):
+            np.testing.assert_allclose(
+                ours.of_B(mine[id(layer.lora_B)]).numpy(), theirs.averages["B"][index], atol=TOLERANCE, rtol=0
+            )
+            np.testing.assert_allclose(
+                ours.of_A(mine[id(layer.lora_A)]).numpy(), theirs.averages["A"][index], atol=TOLERANCE, rtol=0
+            )
+        state_ = adaptation.states[ours]
+        assert state_.next_direction == theirs.next_direction
+        # which pairs were recycled: the directions that the pairs hold tell the whole history
+        held = list(range(RANK))
+        following = RANK
+        for low in theirs.chosen:
+            for k in low:
+                held[k], following = following, following + 1
+        assert state_.directions.tolist() == held
+
+
+def test_the_reference_would_notice_a_wrong_choice():
+    """Sanity of the test above: recycling the highest pairs instead leaves the trajectory by far."""
+    from srlora_pl.lowrank import recompose
+
+    net, _, adaptation, optimizer = run_package(OPTIMIZERS["sgd"])
+    wrong_net, _, wrong, wrong_optimizer = run_package(OPTIMIZERS["sgd"])
+    batches = toy_batches(STEPS, dtype=torch.float64)
+    train(net, adaptation, optimizer, batches)
+    lowest = recompose.lowest
+    try:
+        recompose.lowest = lambda scores, count: lowest(-scores, count)
+        train(wrong_net, wrong, wrong_optimizer, batches)
+    finally:
+        recompose.lowest = lowest
+    gap = max(
+        (a.merged_weight() - b.merged_weight()).abs().max().item()
+        for a, b in zip(adaptation.layers.values(), wrong.layers.values(), strict=True)
+    )
+    assert gap > 1e6 * TOLERANCE
