@@ -1,0 +1,286 @@
+"""What every DataModule of this package shares: an order that any run can resume exactly, and its checks.
+
+One number decides everything: how many training micro-batches the run has processed. The order of an epoch is
+a function of (run seed, epoch), a sample's augmentation one of (run seed, epoch, index), so a resumed run only
+has to start its sampler at ``divmod(processed, batches per epoch)``.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from srlora_pl.errors import UserError
+from srlora_pl.randomness import derive, run_seed
+
+# Streams keep the uses of one seed apart; large numbers, so that no step or epoch is mistaken for one.
+_ORDER = int.from_bytes(b"order")
+_SPLIT = int.from_bytes(b"split")
+
+# A key is what a sampler asks a data set for: (index, epoch) in training, the index alone elsewhere.
+Key = tuple[int, int] | int
+Batch = dict[str, Any]
+
+
+class KeyedDataset(Dataset):
+    """A data set that answers for a whole batch of keys at once."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        raise NotImplementedError
+
+
+class DataModule(L.LightningDataModule):
+    """Base of the package's DataModules: a held-out split, exact order, resume, and checks of its arguments.
+
+    A subclass sets `num_classes` and `class_names` in ``__init__``, fills `train_set`, `val_set`, `test_set` and
+    `predict_set` in `load`, and may give its own order of an epoch in `train_order`.
+
+    Args:
+        batch_size: samples in a batch, per device.
+        val_fraction: share of the training data held out for validation, in [0, 1).
+        seed: of that split only; order and augmentation follow ``seed_everything``.
+        num_workers: processes that load data; 0 loads in the main process.
+    """
+
+    num_classes: int
+    class_names: list[str]
+
+    def __init__(self, batch_size: int, val_fraction: float, seed: int, num_workers: int) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"data.batch_size is {batch_size}, but a batch needs at least 1 sample.")
+        if not 0 <= val_fraction < 1:
+            raise UserError(f"data.val_fraction is {val_fraction}, but it must be at least 0 and less than 1.")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers is {num_workers}, but it must be 0 or more.")
+        self.batch_size, self.val_fraction = batch_size, val_fraction
+        self.seed, self.num_workers = seed, num_workers
+        self.train_set: KeyedDataset | None = None
+        self.val_set: KeyedDataset | None = None
+        self.test_set: KeyedDataset | None = None
+        self.predict_set: KeyedDataset | None = None
+        self._resumed: int | None = None
+
+    def load(self, stage: str) -> None:
+        """Fill the data sets that ``stage`` (fit, validate, test or predict) needs."""
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """Load the data of ``stage``; errors that the user can mend come from here, before any step."""
+        if stage == "fit":
+            self._resumed = None  # of an earlier fit; a checkpoint to resume from is loaded after this hook
+        self._check_head()
+        self.load(stage)
+        if stage == "fit" and self.batch_size > len(self._train()):
+            raise UserError(
+                f"data.batch_size is {self.batch_size}, but the training split has only {len(self._train())} "
+                f"samples; use a smaller batch."
+            )
+        if stage == "validate" and self.val_set is None:
+            raise UserError("There is no validation split; set data.val_fraction above 0.")
+
+    def _check_head(self) -> None:
+        head = getattr(self.trainer and self.trainer.lightning_module, "num_classes", None)
+        if head is not None and head != self.num_classes:
+            raise UserError(
+                f"The model's head has {head} classes, but the data has {self.num_classes}; "
+                f"set model.num_classes to {self.num_classes} or leave it out."
+            )
+
+    def _train(self) -> KeyedDataset:
+        if self.train_set is None:
+            raise RuntimeError("setup('fit') has not run yet")
+        return self.train_set
+
+    # -- loaders
+
+    def train_dataloader(self) -> "Loader":
+        """Batches in the order of this run, from where it stands."""
+        return self._loader(self._train(), batch_sampler=EpochBatches(self))
+
+    def val_dataloader(self) -> "Loader | list[Loader]":
+        """The held-out split; no loader at all when nothing is held out."""
+        return [] if self.val_set is None else self._loader(self.val_set, batch_size=self.batch_size)
+
+    def test_dataloader(self) -> "Loader | list[Loader]":
+        return [] if self.test_set is None else self._loader(self.test_set, batch_size=self.batch_size)
+
+    def predict_dataloader(self) -> "Loader | list[Loader]":
+        return [] if self.predict_set is None else self._loader(self.predict_set, batch_size=self.batch_size)
+
+    def _loader(self, dataset: KeyedDataset, **batching: Any) -> "Loader":
+        return Loader(
+            dataset,
+            collate_fn=_as_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # Without a generator of its own a new iterator draws from the global stream, and a resumed run
+            # makes one iterator more than an uninterrupted one.
+            generator=torch.Generator(),
+            **batching,
+        )
+
+    # -- order and position
+
+    def train_order(self, epoch: int) -> Tensor:
+        """The order of an epoch: a permutation of the training split, int64 (n,), f(run seed, epoch)."""
+        generator = torch.Generator().manual_seed(derive(run_seed(), _ORDER, epoch))
+        return torch.randperm(len(self._train()), generator=generator)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of one epoch on one device, with ``trainer.limit_train_batches`` as Lightning counts it."""
+        batches = len(EpochBatches(self))
+        limit = self.trainer.limit_train_batches if self.trainer else 1.0
+        return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+
+    @property
+    def processed(self) -> int:
+        """Training micro-batches that this run has processed."""
+        if self.trainer is None:
+            return 0
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+
+    def start_position(self) -> tuple[int, int]:
+        """(epoch, batch) at which an iterator that is made now has to start.
+
+        Lightning may make the first iterator of a resumed run before it restores its own counter (as soon as
+        ``configure_optimizers`` asks for the number of steps), so that iterator takes the checkpoint's count.
+        """
+        processed, self._resumed = self._resumed if self._resumed is not None else self.processed, None
+        return divmod(processed, self.batches_per_epoch)
+
+    # -- checkpoint
+
+    def _fingerprint(self) -> dict[str, int | float]:
+        """Everything besides the count that the order depends on."""
+        return {
+            "seed_everything": run_seed(),
+            "data.batch_size": self.batch_size,
+            "data.val_fraction": self.val_fraction,
+            "data.seed": self.seed,
+            "training samples": len(self._train()),
+            "batches per epoch": self.batches_per_epoch,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count of processed micro-batches, and what it is counted in."""
+        if self.train_set is None:
+            return {}
+        return {"processed": self.processed, **self._fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the position of a checkpoint.
+
+        Raises:
+            UserError: the run's data order differs from the checkpoint's, so that the position means nothing.
+        """
+        if self.trainer and self.trainer.state.fn != TrainerFn.FITTING:
+            return
+        for name, here in self._fingerprint().items():
+            there = state_dict.get(name)
+            if there != here:
+                raise UserError(
+                    f"The checkpoint was written with {name} = {there}, this run has {here}, so it cannot "
+                    f"go on where that one stopped; give it the same value, or start anew without --ckpt_path."
+                )
+        self._resumed = state_dict["processed"]
+
+
+class EpochBatches:
+    """The batch sampler of training: the rest of an epoch from where the run stands, as (index, epoch) keys.
+
+    A batch of W devices is cut from one order, so that W devices see together what one would see with a batch W
+    times as large. An order that does not divide by W is filled up from its own start.
+    """
+
+    def __init__(self, data: DataModule) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        world = _rank_and_world(self.data)[1]
+        return -(-len(self.data._train()) // (world * self.data.batch_size))
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        # Not a generator: the position must be read now, not when the first batch is asked for.
+        epoch, start = self.data.start_position()
+        # overfit_batches promises the same batches in every epoch.
+        shuffle = 0 if getattr(self.data.trainer, "overfit_batches", 0) else epoch
+        rank, world = _rank_and_world(self.data)
+        order = self.data.train_order(shuffle)
+        order = torch.cat([order, order[: -len(order) % world]])[rank::world]
+        batches = order.split(self.data.batch_size)[start : self.data.batches_per_epoch]
+        return ([(index, epoch) for index in batch.tolist()] for batch in batches)
+
+
+class Loader(DataLoader):
+    """A DataLoader that Lightning takes for resumable, and whose workers' user errors arrive as they were raised."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return map(_raise_user_error, super().__iter__())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the position is the DataModule's."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        pass
+
+
+def user_error_as_batch(error: UserError) -> Batch:
+    """What a data set returns for a batch it cannot give.
+
+    An exception raised in a worker reaches the user with the worker's traceback pasted into its message; sent as
+    a batch it keeps its one sentence.
+    """
+    return {"user_error": str(error)}
+
+
+def _raise_user_error(batch: Batch) -> Batch:
+    if "user_error" in batch:
+        raise UserError(batch["user_error"])
+    return batch
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _rank_and_world(data: DataModule) -> tuple[int, int]:
+    return (data.trainer.global_rank, data.trainer.world_size) if data.trainer else (0, 1)
+
+
+def split_keys(keys: Sequence[Key]) -> tuple[Tensor, Tensor | None]:
+    """Indices, int64 (b,), and epochs, int64 (b,), or None for keys without epochs."""
+    table = torch.tensor(keys, dtype=torch.int64)
+    return (table, None) if table.ndim == 1 else (table[:, 0], table[:, 1])
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Cut a data set in two, every class in the same proportion (to one sample), at random by ``seed``.
+
+    ``labels``: int64 (n,). Returns the rows that stay and the rows held out, both ascending, int64.
+    The held-out part has round(fraction * n) rows; no class loses its last sample.
+    """
+    generator = torch.Generator().manual_seed(derive(seed, _SPLIT))
+    counts = torch.bincount(labels)
+    # Whole samples per class first; what is left goes to the largest remainders, ties to the lower class.
+    share = counts.double() * fraction
+    held = share.floor().long()
+    short = round(fraction * len(labels)) - int(held.sum())
+    held[(held - share).argsort(stable=True)[:short]] += 1
+    held = held.clamp(max=(counts - 1).clamp(min=0))
+
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    taken = place < held[labels[by_class]]
+    return by_class[~taken].sort().values, by_class[taken].sort().values

@@ -1,0 +1,211 @@
+"""Images for classification: known data sets, the user's own folder, or a data set of ``datasets``."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys, stratified_split, user_error_as_batch
+from srlora_pl.data.sources import Pictures, Split, find_source, into_memory, picture_files
+from srlora_pl.data.transforms import ImageTransform
+from srlora_pl.errors import UserError
+
+
+class ImageData(DataModule):
+    """Images and labels, split, augmented, resized and normalised for the model at hand.
+
+    Batches, once on the device, are dicts of ``image``, float32 (b, 3, H, W) normalised; ``label``, int64 (b,),
+    absent where there is none; ``index``, int64 (b,), the position in the split.
+
+    Mean, std, size and interpolation are the model's (its ``data_config``). Images of one size that fit in memory
+    are kept there as bytes and cropped and resized by the batch, on the device; others are decoded, cropped and
+    resized in the workers. The validation split is the source's own, or ``val_fraction`` of the training split,
+    stratified.
+
+    Args:
+        name: ``digits`` (shipped), ``mnist``, ``cifar10``, ``cifar100`` or ``stl10`` (downloaded into ``root`` when
+            missing); None for data of your own at ``root``.
+        root: a folder; without ``name`` one with a folder of images per class (or ``train/``, ``val/``, ``test/``
+            with such folders in them), a folder of a data set of ``datasets``, or that data set's name on the hub.
+        batch_size: images in a batch, per device.
+        val_fraction: share of the training data held out for validation, in [0, 1).
+        seed: of that split only.
+        num_workers: processes that load data; 0 loads in the main process.
+        image_column: column of the images in a data set of ``datasets``.
+        label_column: column of the labels there.
+        hflip: mirror half of the training images left to right.
+        crop_scale: smallest and largest share of the area that a random training crop keeps.
+        test_crop_pct: evaluation images are resized to size / test_crop_pct, and the middle is kept.
+        predict_root: a folder of images or one file to predict; None predicts the test split.
+
+    Raises:
+        UserError: data that is missing, empty, broken or of one class; an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        root: str = "data",
+        batch_size: int = 64,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        num_workers: int = 0,
+        image_column: str = "image",
+        label_column: str = "label",
+        hflip: bool = True,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        test_crop_pct: float = 1.0,
+        predict_root: str | None = None,
+    ) -> None:
+        super().__init__(batch_size, val_fraction, seed, num_workers)
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise UserError(f"data.crop_scale is {list(crop_scale)}; it needs 0 < smallest <= largest <= 1.")
+        if not 0 < test_crop_pct <= 1:
+            raise UserError(f"data.test_crop_pct is {test_crop_pct}; it must be above 0 and at most 1.")
+        self.options = {"crop_scale": tuple(crop_scale), "hflip": hflip, "test_crop_pct": test_crop_pct}
+        self.predict_root = predict_root
+        self.source = find_source(name, root, image_column, label_column)
+        self.class_names = list(self.source.class_names)
+        self.num_classes = len(self.class_names)
+        self.transform: ImageTransform | None = None
+        self._splits: dict[str, Split] = {}
+        self._names: Callable[[int], str] = str
+
+    def prepare_data(self) -> None:
+        """Download what is missing."""
+        self.source.prepare()
+
+    def load(self, stage: str) -> None:
+        """Read the splits of ``stage``; the model's data config decides their size and scale."""
+        config = getattr(self.trainer and self.trainer.lightning_module, "data_config", None)
+        if config is None:
+            raise UserError(
+                "ImageData needs a model with data_config (mean, std, input_size, interpolation); "
+                "set self.data_config in the model's __init__."
+            )
+        self.transform = ImageTransform.for_model(config, **self.options)
+        if stage in ("fit", "validate"):
+            self._load_train_and_val()
+        elif stage == "test":
+            if not self.has_test_labels:
+                raise UserError("The data has no labelled test split; add one, or run validate instead.")
+            self.test_set = self._images(self._split("test"))
+        elif stage == "predict":
+            self._load_predict()
+
+    def _load_train_and_val(self) -> None:
+        train = self._split("train")
+        assert train.labels is not None
+        if self.source.has("val"):
+            self.train_set, self.val_set = self._images(train), self._images(self._split("val"))
+            return
+        kept, held = stratified_split(train.labels, self.val_fraction, self.seed)
+        if self.val_fraction > 0 and not len(held):
+            raise UserError(
+                f"data.val_fraction {self.val_fraction} of {len(kept)} training images is not one image; "
+                f"use a larger fraction."
+            )
+        self.train_set = self._images(train, kept)
+        self.val_set = self._images(train, held) if len(held) else None
+
+    def _load_predict(self) -> None:
+        if self.predict_root is not None:
+            split = picture_files(Path(self.predict_root), "data.predict_root")
+        elif self.source.has("test"):
+            split = self._split("test")
+        else:
+            raise UserError("The data has no test split to predict; set data.predict_root to images.")
+        self._names = split.names
+        self.predict_set = self._images(Split(split.images, None))
+
+    @property
+    def has_test_labels(self) -> bool:
+        """Whether there is a test split to score on."""
+        return self.source.has("test") and self._split("test").labels is not None
+
+    def sample_name(self, index: int) -> str:
+        """What to call a predicted image: its file, or its index in the test split."""
+        return self._names(index)
+
+    def _split(self, name: str) -> Split:
+        if name not in self._splits:
+            self._splits[name] = self.source.load(name)
+        return self._splits[name]
+
+    def _images(self, split: Split, rows: Tensor | None = None) -> "MemoryImages | FileImages":
+        if isinstance(split.images, Pictures):
+            pixels = into_memory(split.images)
+            split.images = split.images if pixels is None else pixels
+        if isinstance(split.images, Pictures):
+            assert self.transform is not None
+            return FileImages(split.images, split.labels, rows, self.transform)
+        return MemoryImages(split.images, split.labels, rows)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Crop and resize what was not cropped in the workers, then normalise; the batch is on its device."""
+        assert self.transform is not None
+        batch = dict(batch)
+        epoch = batch.pop("epoch", None)
+        image = batch.pop("image")
+        if batch.pop("whole"):
+            if epoch is None:
+                image = self.transform.test(image)
+            else:
+                image = self.transform.train(image, torch.stack([epoch, batch["index"]], 1))
+        return {"image": self.transform.normalise(image), **batch}
+
+
+class MemoryImages(KeyedDataset):
+    """Images of one size, uint8 (n, c, h, w), given out whole."""
+
+    def __init__(self, images: Tensor, labels: Tensor | None, rows: Tensor | None) -> None:
+        self.images, self.labels = images, labels
+        self.rows = torch.arange(len(images)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        index, epoch = split_keys(keys)
+        rows = self.rows[index]
+        return _batch(self.images[rows], True, self.labels, rows, index, epoch)
+
+
+class FileImages(KeyedDataset):
+    """Encoded images of any size, decoded, cropped and resized here, that is, in the workers."""
+
+    def __init__(
+        self, pictures: Pictures, labels: Tensor | None, rows: Tensor | None, transform: ImageTransform
+    ) -> None:
+        self.pictures, self.labels, self.transform = pictures, labels, transform
+        self.rows = torch.arange(pictures.count) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        index, epoch = split_keys(keys)
+        rows = self.rows[index]
+        try:
+            images = [self._one(int(row), key) for row, key in zip(rows, keys, strict=True)]
+        except UserError as error:
+            return user_error_as_batch(error)
+        return _batch(torch.stack(images), False, self.labels, rows, index, epoch)
+
+    def _one(self, row: int, key: Key) -> Tensor:
+        if isinstance(key, int):
+            return self.pictures.decode(row, self.transform.test_one)
+        index, epoch = key
+        return self.pictures.decode(row, lambda image: self.transform.train_one(image, (epoch, index)))
+
+
+def _batch(
+    images: Tensor, whole: bool, labels: Tensor | None, rows: Tensor, index: Tensor, epoch: Tensor | None
+) -> Batch:
+    batch: Batch = {"image": images, "whole": whole, "index": index}
+    if labels is not None:
+        batch["label"] = labels[rows]
+    if epoch is not None:
+        batch["epoch"] = epoch
+    return batch

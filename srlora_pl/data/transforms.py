@@ -1,0 +1,260 @@
+"""Crop, resize, flip and normalise whole batches of uint8 images on any device, equal to what PIL does one by one.
+
+A resize is linear in each axis, so crop, resize and flip of an image are two matrix products, one per axis, with
+matrices that differ from sample to sample. As in PIL the horizontal one comes first, and its result is rounded
+to whole grey levels before the vertical one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil, log
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from srlora_pl.errors import UserError
+from srlora_pl.randomness import derive, run_seed, uniform
+
+_AUGMENT = int.from_bytes(b"augment")
+_RATIO = (3 / 4, 4 / 3)  # of width to height, torchvision's RandomResizedCrop
+_TRIES = 10
+
+
+def _triangle(t: Tensor) -> Tensor:
+    return (1 - t.abs()).clamp_(min=0)
+
+
+def _cubic(t: Tensor, a: float = -0.5) -> Tensor:
+    """Keys' cubic (1981), with PIL's a."""
+    t = t.abs().clamp_(max=2)
+    near = ((a + 2) * t - (a + 3)) * t * t + 1
+    far = (((t - 5) * t + 8) * t - 4) * a
+    return torch.where(t < 1, near, far)
+
+
+class _Filter(NamedTuple):
+    weight: Callable[[Tensor], Tensor]
+    support: float
+    pil: Image.Resampling
+
+
+_FILTERS = {
+    "bilinear": _Filter(_triangle, 1.0, Image.Resampling.BILINEAR),
+    "bicubic": _Filter(_cubic, 2.0, Image.Resampling.BICUBIC),
+}
+
+
+class Boxes(NamedTuple):
+    """One crop per sample, in whole pixels, each int64 (b,); ``flip``, bool (b,), mirrors it left to right."""
+
+    top: Tensor
+    left: Tensor
+    height: Tensor
+    width: Tensor
+    flip: Tensor
+
+
+def random_boxes(numbers: Tensor, height: int, width: int, scale: tuple[float, float], hflip: bool) -> Boxes:
+    """The crops of torchvision's RandomResizedCrop and a coin for the flip.
+
+    ``numbers``: uniform in [0, 1), float64 (b, `DRAWS`). Ten tries of (area, aspect ratio) are made at once, and
+    the first that fits the image counts; when none fits it is the central crop of the nearest allowed ratio.
+    """
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * numbers[:, :_TRIES])
+    low, high = log(_RATIO[0]), log(_RATIO[1])
+    ratio = (low + (high - low) * numbers[:, _TRIES : 2 * _TRIES]).exp()
+    w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+
+    # The fallback stands behind the tries, so that it is the first that fits when they do not.
+    fallback_h, fallback_w = _central(height, width)
+    fits = torch.cat([fits, torch.ones_like(fits[:, :1])], 1)
+    h = torch.cat([h, torch.full_like(h[:, :1], fallback_h)], 1)
+    w = torch.cat([w, torch.full_like(w[:, :1], fallback_w)], 1)
+    first = fits.to(torch.uint8).argmax(1, keepdim=True)
+    h, w = h.gather(1, first)[:, 0], w.gather(1, first)[:, 0]
+
+    central = first[:, 0] == _TRIES
+    top = torch.where(central, (height - h) // 2, (numbers[:, -3] * (height - h + 1)).long())
+    left = torch.where(central, (width - w) // 2, (numbers[:, -2] * (width - w + 1)).long())
+    flip = numbers[:, -1] < 0.5 if hflip else torch.zeros_like(central)
+    return Boxes(top, left, h, w, flip)
+
+
+DRAWS = 2 * _TRIES + 3
+
+
+def _central(height: int, width: int) -> tuple[int, int]:
+    if width / height < _RATIO[0]:
+        return round(width / _RATIO[0]), width
+    if width / height > _RATIO[1]:
+        return height, round(height * _RATIO[1])
+    return height, width
+
+
+def axis_weights(start: Tensor, length: Tensor, full: int, size: int, kind: str, flip: Tensor | None = None) -> Tensor:
+    """What each output pixel of one axis takes from each input pixel, as PIL's antialiased resize computes it.
+
+    ``start``, ``length``: the crop of each sample, int64 (b,); ``full``: input pixels; ``size``: output pixels.
+    Returns float32 (b, size, full). The weights are rounded to 22 binary places, as PIL's own are.
+    """
+    filter_ = _FILTERS[kind]
+    scale = length.double() / size
+    stretch = scale.clamp(min=1)  # a downscale widens the filter: that is the antialiasing
+    out = torch.arange(size, device=start.device).expand(len(start), size)
+    if flip is not None:
+        out = torch.where(flip[:, None], size - 1 - out, out)
+    center = start[:, None] + (out + 0.5) * scale[:, None]
+    # Whole and broken part apart: float32 then keeps every digit of the distance that matters.
+    whole = center.floor()
+    pixel = torch.arange(full, device=start.device, dtype=torch.float32)
+    distance = (pixel - whole.float()[..., None]) + (0.5 - (center - whole)).float()[..., None]
+    weight = filter_.weight(distance / stretch.float()[:, None, None])
+    end = start + length
+    weight *= ((pixel >= start[:, None]) & (pixel < end[:, None]))[:, None]
+    weight /= weight.sum(-1, keepdim=True)
+    return weight.mul_(2**22).round_().mul_(2**-22)
+
+
+def resize(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Resize uint8 images (b, c, h, w) by their axes' weights (b, H, h) and (b, W, w), horizontally first.
+
+    Returns whole grey levels as float32, (b, c, H, W).
+    """
+    b, c, h, w = images.shape
+    rows = rows.repeat_interleave(c, 0)
+    x = images.reshape(b, c * h, w).float()
+    x = _to_levels(torch.bmm(x, columns.transpose(1, 2)))
+    x = _to_levels(torch.bmm(rows, x.view(b * c, h, -1)))
+    return x.view(b, c, *x.shape[1:])
+
+
+def _to_levels(x: Tensor) -> Tensor:
+    """Rounded half up and clipped, as PIL does after each pass; in place."""
+    return x.add_(0.5).floor_().clamp_(0, 255)
+
+
+@dataclass(frozen=True)
+class ImageTransform:
+    """From uint8 images to a model's input, for training and for evaluation.
+
+    Attributes:
+        size: (height, width) in pixels of the model's input.
+        mean, std: per RGB channel, of images in [0, 1].
+        interpolation: ``bilinear`` or ``bicubic``.
+        crop_scale: smallest and largest share of an image's area that a training crop keeps.
+        hflip: mirror half of the training images left to right.
+        test_crop_pct: evaluation resizes to size / test_crop_pct and keeps the middle; 1.0 keeps all.
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    hflip: bool = True
+    test_crop_pct: float = 1.0
+
+    @classmethod
+    def for_model(cls, config: dict[str, Any], **options: Any) -> "ImageTransform":
+        """The transform that a model's data config (timm's ``resolve_model_data_config``) asks for."""
+        if config["interpolation"] not in _FILTERS:
+            raise UserError(
+                f"The model's data config asks for interpolation {config['interpolation']!r}, but images are "
+                f"resized with {' or '.join(_FILTERS)}; set one of them in model.data_config."
+            )
+        _, height, width = config["input_size"]
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        return cls((height, width), mean, std, config["interpolation"], **options)
+
+    # -- whole batches
+
+    def train(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Augmented uint8 images (b, c, h, w) as grey levels, (b, c, H, W); ``keys``: (epoch, index), int64 (b, 2)."""
+        _, _, height, width = images.shape
+        boxes = self.boxes(keys, height, width)
+        rows = axis_weights(boxes.top, boxes.height, height, self.size[0], self.interpolation)
+        columns = axis_weights(boxes.left, boxes.width, width, self.size[1], self.interpolation, boxes.flip)
+        return resize(images, rows, columns)
+
+    def test(self, images: Tensor) -> Tensor:
+        """Uint8 images (b, c, h, w) resized, and their middle kept: grey levels, (b, c, H, W)."""
+        axes = []
+        for size, full in zip(self.size, images.shape[2:], strict=True):
+            whole = torch.tensor([full], device=images.device)
+            big = self._test_size(size)
+            skip = (big - size) // 2
+            weights = axis_weights(torch.zeros_like(whole), whole, full, big, self.interpolation)
+            axes.append(weights[:, skip : skip + size].expand(len(images), -1, -1))
+        return resize(images, *axes)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Grey levels 0 to 255, (b, c, H, W), as float32 RGB input, (b, 3, H, W); floats are changed in place."""
+        mean = torch.tensor(self.mean, device=images.device)[:, None, None] * 255
+        std = torch.tensor(self.std, device=images.device)[:, None, None] * 255
+        levels = images.float()
+        levels = levels.sub_(mean) if levels.shape[1] == 3 else levels - mean
+        return levels.div_(std)
+
+    def boxes(self, keys: Tensor, height: int, width: int) -> Boxes:
+        """The training crops of the samples ``keys``, a function of (run seed, epoch, index)."""
+        numbers = uniform(derive(run_seed(), _AUGMENT), keys, DRAWS)
+        return random_boxes(numbers, height, width, self.crop_scale, self.hflip)
+
+    def _test_size(self, size: int) -> int:
+        return round(size / self.test_crop_pct)
+
+    # -- one image, in a worker: the same crops and, for images that draft() leaves alone, the same pixels
+
+    def train_one(self, image: Image.Image, key: tuple[int, int]) -> Tensor:
+        """The same for one picture of any size, decoded here: uint8 (c, H, W); ``key``: (epoch, index)."""
+        boxes = self.boxes(torch.tensor([key]), image.height, image.width)
+        top, left, height, width, flip = (int(value) for value in boxes)
+        small = self._cut(image, (left, top, left + width, top + height), self.size)
+        return _to_tensor(small.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else small)
+
+    def test_one(self, image: Image.Image) -> Tensor:
+        big = self._test_size(self.size[0]), self._test_size(self.size[1])
+        whole = self._cut(image, (0, 0, *image.size), big)
+        top, left = (big[0] - self.size[0]) // 2, (big[1] - self.size[1]) // 2
+        return _to_tensor(whole.crop((left, top, left + self.size[1], top + self.size[0])))
+
+    def _cut(self, image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
+        """Crop to ``box`` (left, top, right, bottom) and resize to ``size`` (height, width).
+
+        A large JPEG is decoded at a half, a quarter or an eighth of its size, as long as the crop keeps at
+        least twice the pixels per side that it is resized to: several times faster, and hardly to be seen.
+        """
+        width = image.width
+        spare = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / 2
+        if spare >= 2:
+            image.draft(None, (ceil(image.width / spare), ceil(image.height / spare)))
+            shrink = width / image.width
+            box = tuple(round(edge / shrink) for edge in box)  # type: ignore[assignment]
+        rgb = to_rgb(image).crop(box)
+        return rgb.resize((size[1], size[0]), _FILTERS[self.interpolation].pil)
+
+
+def check_mode(image: Image.Image) -> None:
+    """Refuse pixels that have no fixed range, such as floating-point ones.
+
+    Raises:
+        UserError: the rest of a sentence that begins with the file's name.
+    """
+    if image.mode in ("I", "F", "LAB"):
+        raise UserError(f"has image mode {image.mode!r}, which has no 8-bit form; convert it to RGB")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An 8-bit RGB copy; transparency is dropped, 16-bit grey keeps its upper 8 bits."""
+    check_mode(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
