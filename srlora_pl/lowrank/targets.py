@@ -18,18 +18,15 @@ ALIASES = {
     "query": ("query", "q_proj", "query_proj", "q_lin", "q"),
     "key": ("key", "k_proj", "key_proj", "k_lin", "k"),
     "value": ("value", "v_proj", "value_proj", "v_lin", "v"),
-    "attention_output": ("attention.output.dense", "o_proj", "out_proj", "out_lin", "attn.proj"),
-    "fc1": ("fc1", "intermediate.dense", "lin1", "up_proj", "mlp.fc1"),
-    "fc2": ("fc2", r"\d+\.output.dense", "lin2", "down_proj", "mlp.fc2"),
+    "attention_output": ("attention.output.dense", "o_proj", "out_proj", "out_lin", "attn.proj", "attn.Wo"),
+    "fc1": ("fc1", "intermediate.dense", "lin1", "up_proj", "mlp.Wi"),
+    "fc2": ("fc2", r"\d+.output.dense", "lin2", "down_proj", "mlp.Wo"),
 }
 FUSED_QKV = ("qkv", "Wqkv", "query_key_value")
-# Blocks that compute with a linear's weight without calling the linear: an adapter there would get no gradient.
-BYPASSED = {
-    ("torch.nn.modules.activation", "MultiheadAttention"): ("out_proj",),
-    ("torch.nn.modules.transformer", "TransformerEncoderLayer"): ("linear1", "linear2"),
-    ("timm.models.beit", "Attention"): ("qkv",),
-    ("timm.models.eva", "EvaAttention"): ("qkv",),
-    ("timm.models.swin_transformer_v2", "WindowAttention"): ("qkv",),
+# Modules that compute with a child's weight without calling the child: an adapter there would get no gradient.
+BYPASSED: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.MultiheadAttention: ("out_proj",),
+    nn.TransformerEncoderLayer: ("linear1", "linear2"),  # in evaluation only
 }
 
 
@@ -97,8 +94,7 @@ def inject(net: nn.Module, method: Method) -> dict[str, LowRankLinear]:
 
 def _all_linear(modules: dict[str, nn.Module]) -> list[Target]:
     """Every linear inside the repeated blocks: so never an embedding, a pooler or a head."""
-    blocks = [name for name, module in modules.items() if _is_block_list(module)]
-    inside = {n: m for n, m in modules.items() if any(n.startswith(f"{block}.") for block in blocks)}
+    inside = _inside_blocks(modules)
     for name, module in inside.items():
         if type(module).__name__ == "Conv1D":
             raise UserError(
@@ -111,6 +107,11 @@ def _all_linear(modules: dict[str, nn.Module]) -> list[Target]:
             "in target_modules"
         )
     return targets
+
+
+def _inside_blocks(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    blocks = [name for name, module in modules.items() if _is_block_list(module)]
+    return {n: m for n, m in modules.items() if any(n.startswith(f"{block}.") for block in blocks)}
 
 
 def _is_block_list(module: nn.Module) -> bool:
@@ -149,9 +150,10 @@ def _resolve(pattern: str, modules: dict[str, nn.Module]) -> dict[str, set[int]]
     family = next((role for role, names in ALIASES.items() if pattern == role or pattern in names), None)
     if found or family is None:
         return found
-    found = {n: {0, 1, 2} for n in modules if any(name_matches(alias, n) for alias in ALIASES[family])}
+    inside = _inside_blocks(modules)
+    found = {n: {0, 1, 2} for n in inside if any(name_matches(alias, n) for alias in ALIASES[family])}
     if family in QKV:
-        found |= {n: {QKV.index(family)} for n in modules if n.rpartition(".")[2] in FUSED_QKV}
+        found |= {n: {QKV.index(family)} for n in inside if n.rpartition(".")[2] in FUSED_QKV}
     return found
 
 
@@ -167,12 +169,11 @@ def _require_matches(patterns: Iterable[str], modules: dict[str, nn.Module], whe
 def _require_adaptable(target: Target, modules: dict[str, nn.Module], tied: dict[str, str]) -> None:
     parent, _, child = target.name.rpartition(".")
     owner = modules.get(parent)
-    for cls in type(owner).__mro__:
-        if child in BYPASSED.get((cls.__module__, cls.__qualname__), ()):
-            raise UserError(
-                f"{target.name} cannot be adapted because {cls.__qualname__} reads its weight without calling it, "
-                f"add {child!r} to exclude_modules"
-            )
+    if _bypasses(owner, child):
+        raise UserError(
+            f"{target.name} cannot be adapted because its {type(owner).__name__} reads the weight without calling the "
+            f"layer, add {child!r} to exclude_modules"
+        )
     if type(target.module) is not nn.Linear:
         raise UserError(
             f"{target.name} is a {type(target.module).__name__}, not a plain nn.Linear, and cannot be adapted: "
@@ -188,6 +189,14 @@ def _require_adaptable(target: Target, modules: dict[str, nn.Module], tied: dict
             f"the weight of {target.name} is {target.module.weight.dtype}, where a switch would round it: load the "
             "model in float32 and let trainer.precision do the rest"
         )
+
+
+def _bypasses(owner: nn.Module | None, child: str) -> bool:
+    if any(isinstance(owner, cls) and child in children for cls, children in BYPASSED.items()):
+        return True
+    # timm's BEiT, EVA and Swin v2 join their own q and v biases to a qkv without bias
+    joins_bias = getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
+    return child in FUSED_QKV and joins_bias
 
 
 def _require_rank(target: Target, method: Method) -> None:

@@ -299,7 +299,7 @@ def test_a_rank_beyond_the_spectrum_is_an_error_that_names_the_matrix():
 
 
 def test_with_a_rank_pattern_every_rank_walks_to_the_same_target():
-    net, adaptation, _ = trained(srlora(rank_pattern={"fc1": 2}), steps=60)
+    _net, adaptation, _ = trained(srlora(rank_pattern={"fc1": 2}), steps=60)
     assert {name: layer.rank for name, layer in adaptation.layers.items()}["blocks.0.fc1"] == 2
     # r = 4, r' = 2: 4 switches planned, 3 done; r = 2, r' = 1: 10 planned, 9 done
     for matrix, state in adaptation.states.items():
@@ -375,7 +375,7 @@ def test_a_state_of_other_pretrained_weights_is_refused():
 
 
 def test_a_second_start_and_plan_go_on_from_where_the_first_ended():
-    net, adaptation, optimizer = trained(srlora(target_rank=12), steps=20)
+    net, adaptation, _optimizer = trained(srlora(target_rank=12), steps=20)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     adaptation.start()
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,7 +38,7 @@ def test_switches_are_even_never_at_the_end_and_never_two_at_once(first, planned
     schedule = Schedule(first, last, planned)
     due = [schedule.due(t) for t in range(first, last + 1)]
     assert due[0] == 0
-    assert all(b - a in (0, 1) for a, b in zip(due, due[1:], strict=False))
-    at = [t for t, (a, b) in enumerate(zip(due, due[1:], strict=False), start=first + 1) if b > a]
+    assert all(b - a in (0, 1) for a, b in itertools.pairwise(due))
+    at = [t for t, (a, b) in enumerate(itertools.pairwise(due), start=first + 1) if b > a]
     assert at == [first + i * (last - first) // planned for i in range(1, planned)]
     assert last not in at

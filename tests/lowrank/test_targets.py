@@ -1,0 +1,255 @@
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from torch import nn
+
+from srlora_pl import UserError
+from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, SRLoRA
+from tests.toys import toy_net
+
+
+def adapted(net, **options):
+    adaptation = Adaptation(net, LoRA(**{"rank": 2, "alpha": 2.0, **options}))
+    return {name.rpartition(".")[2] if name.startswith("blocks.0") else name for name in names(adaptation)}
+
+
+def names(adaptation):
+    return [matrix.name for matrix in adaptation.matrices]
+
+
+def pair_parameters(adaptation):
+    return sum(p.numel() for layer in adaptation.layers.values() for p in (layer.lora_A, layer.lora_B))
+
+
+def test_vit_base_has_the_papers_number_of_parameters_and_keeps_it_over_switches():
+    net = timm.create_model("vit_base_patch16_224", depth=12)
+    adaptation = Adaptation(net, SRLoRA(rank=8))
+    assert pair_parameters(adaptation) == 1_327_104
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 1_327_104
+    assert len(adaptation.matrices) == 12 * 6
+    assert {layer.parts for name, layer in adaptation.layers.items() if name.endswith("qkv")} == {3}
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ("all-linear", {"qkv[q]", "qkv[k]", "qkv[v]", "proj", "fc1", "fc2"}),
+        (["qkv"], {"qkv[q]", "qkv[k]", "qkv[v]"}),
+        (["query", "value"], {"qkv[q]", "qkv[v]"}),
+        (["v_proj", "fc1"], {"qkv[v]", "fc1"}),
+        (r"fc\d", {"fc1", "fc2"}),
+        ([r"blocks\.0\.proj", "fc2"], {"proj", "fc2"}),
+        (["head", "fc1"], {"fc1", "head"}),
+    ],
+)
+def test_names_regular_expressions_and_parts_of_a_fused_qkv(targets, expected):
+    assert adapted(toy_net(depth=1), target_modules=targets) == expected
+
+
+def test_excluded_modules_and_layer_ranges():
+    assert adapted(toy_net(depth=1), exclude_modules=["fc.", "qkv"]) == {"proj"}
+    adaptation = Adaptation(toy_net(depth=5), LoRA(rank=2, target_modules=["fc1"], layers="0,3-4"))
+    assert names(adaptation) == ["blocks.0.fc1", "blocks.3.fc1", "blocks.4.fc1"]
+    assert names(Adaptation(toy_net(depth=3), LoRA(rank=2, target_modules=["fc1"], layers=1))) == ["blocks.1.fc1"]
+
+
+def test_rank_and_alpha_patterns_take_the_first_match():
+    method = LoRA(rank=2, alpha=6.0, rank_pattern={r"blocks\.1\.fc1": 3, "fc1": 4}, alpha_pattern={"proj": 1.0})
+    layers = Adaptation(toy_net(), method).layers
+    assert [layers[f"blocks.{i}.fc1"].rank for i in (0, 1)] == [4, 3]
+    assert layers["blocks.1.fc1"].scaling == 6.0 / 3
+    assert layers["blocks.0.proj"].scaling == 1.0 / 2
+    assert layers["blocks.0.fc2"].scaling == 3.0
+    assert Adaptation(toy_net(), LoRA(rank=4, alpha=6.0, use_rslora=True)).layers["blocks.0.proj"].scaling == 3.0
+
+
+@pytest.mark.parametrize("parts", [(0,), (1, 2), (0, 1, 2)])
+def test_a_fused_layer_equals_three_plain_ones(parts):
+    torch.manual_seed(0)
+    fused = LowRankLinear(nn.Linear(6, 15), rank=2, scaling=1.5, parts=3, adapted=parts)
+    nn.init.normal_(fused.lora_A)
+    nn.init.normal_(fused.lora_B)
+    x = torch.randn(4, 7, 6)
+    expected = []
+    for part, (W, b) in enumerate(zip(fused.weight.chunk(3), fused.bias.chunk(3), strict=True)):
+        if part in parts:
+            i = parts.index(part)
+            W = W + 1.5 * fused.lora_B[i] @ fused.lora_A[i]
+        expected.append(x @ W.T + b)
+    torch.testing.assert_close(fused(x), torch.cat(expected, dim=-1))
+    torch.testing.assert_close(fused(x), nn.functional.linear(x, fused.merged_weight(), fused.bias))
+
+
+def test_adapter_dropout_acts_on_the_pairs_only_and_only_in_training():
+    torch.manual_seed(0)
+    layer = LowRankLinear(nn.Linear(50, 3), rank=2, scaling=1.0, dropout=0.5)
+    nn.init.normal_(layer.lora_A)
+    x = torch.randn(9, 50)
+    base = nn.functional.linear(x, layer.weight, layer.bias)
+    assert torch.equal(layer.train()(x), base)  # B = 0: what is dropped never reaches the frozen branch
+    nn.init.normal_(layer.lora_B)
+    torch.manual_seed(3)
+    dropped = layer(x)
+    torch.manual_seed(3)
+    expected = base + nn.functional.dropout(x, 0.5) @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(dropped, expected)
+    torch.testing.assert_close(layer.eval()(x), base + x @ layer.lora_A.T @ layer.lora_B.T)
+
+
+def test_trainable_names_train_and_all_else_is_frozen():
+    net = toy_net()
+    Adaptation(net, LoRA(rank=2), trainable=["head"])
+    trainable = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert {name.rpartition(".")[2] for name in trainable} == {"lora_A", "lora_B", "weight", "bias"}
+    assert {name for name in trainable if "lora" not in name} == {"head.weight", "head.bias"}
+    with pytest.raises(UserError, match=r"'haed'.*did you mean 'head'"):
+        Adaptation(toy_net(), LoRA(rank=2), trainable=["haed"])
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+FAMILIES = {
+    "deberta-v2": transformers.DebertaV2Config(
+        **SMALL, relative_attention=True, pos_att_type=["p2c", "c2p"], share_att_key=True
+    ),
+    "bert": transformers.BertConfig(**SMALL),
+    "roberta": transformers.RobertaConfig(**SMALL),
+    "electra": transformers.ElectraConfig(**SMALL, embedding_size=16),
+    "distilbert": transformers.DistilBertConfig(vocab_size=50, dim=32, n_layers=2, n_heads=2, hidden_dim=64),
+    "modernbert": transformers.ModernBertConfig(
+        **SMALL, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_encoders_answer_to_the_same_names(family):
+    def build():
+        return transformers.AutoModelForSequenceClassification.from_config(FAMILIES[family])
+
+    everything = Adaptation(build(), LoRA(rank=2)).matrices
+    roles = {
+        role: {m.name for m in Adaptation(build(), LoRA(rank=2, target_modules=[role])).matrices}
+        for role in ("query", "key", "value", "attention_output", "fc1", "fc2")
+    }
+    assert all(len(found) == 2 for found in roles.values()), roles
+    assert {m.name for m in everything} == set().union(*roles.values())
+    assert not any("pooler" in m.name or "classifier" in m.name for m in everything)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(toy_net().blocks[i] for i in range(2))
+        self.blocks[1].fc1.weight = self.blocks[0].fc1.weight
+
+
+def half():
+    return toy_net(dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "says"),
+    [
+        (toy_net, {"target_modules": ["quary"]}, r"'quary'.*matches no layer.*it has .*fc1.*qkv"),
+        (toy_net, {"target_modules": ["prof"]}, r"'prof'.*did you mean 'proj'"),
+        (toy_net, {"exclude_modules": ["fc3"]}, r"exclude_modules names 'fc3'.*did you mean 'fc\d'"),
+        (toy_net, {"rank_pattern": {"prj": 2}}, r"rank_pattern names 'prj'.*did you mean 'proj'"),
+        (toy_net, {"layers": "7-9"}, r"layers='7-9' leaves no linear layer"),
+        (toy_net, {"layers": "a-b"}, r"layers is 'a-b'"),
+        (toy_net, {"target_modules": ["fc("]}, r"'fc\(', which is no regular expression"),
+        (toy_net, {"rank": 13}, r"rank 13 is above min\(out, in\) = 12 of blocks\.0\.qkv"),
+        (toy_net, {"rank": 0}, r"rank is 0"),
+        (toy_net, {"alpha": 0.0}, r"alpha is 0"),
+        (toy_net, {"dropout": 1.0}, r"dropout is 1"),
+        (half, {}, r"blocks\.0\.qkv is torch\.bfloat16"),
+        (Tied, {}, r"blocks\.0\.fc1 is tied to blocks\.1\.fc1"),
+        (lambda: nn.Sequential(nn.Linear(3, 3)), {}, r"found no linear layer inside repeated blocks"),
+        (
+            lambda: timm.create_model("resnet18"),
+            {"target_modules": ["conv1"]},
+            r"conv1 is a Conv2d and only linear layers",
+        ),
+        (
+            lambda: transformers.GPT2Model(transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=1)),
+            {},
+            r"h\.0\.attn\.c_attn is a Conv1D",
+        ),
+        (
+            lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2),
+            {},
+            r"layers\.0\.self_attn\.out_proj cannot be adapted because its MultiheadAttention reads",
+        ),
+        (
+            lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2),
+            {"exclude_modules": ["out_proj"]},
+            r"linear1 cannot be adapted because its TransformerEncoderLayer reads",
+        ),
+        (
+            lambda: torchvision.models.VisionTransformer(32, 16, 2, 2, 8, 16),
+            {},
+            r"out_proj cannot be adapted because its MultiheadAttention reads",
+        ),
+        (
+            lambda: timm.create_model("beit_base_patch16_224", depth=1),
+            {},
+            r"qkv cannot be adapted because its Attention",
+        ),
+        (
+            lambda: timm.create_model("eva02_tiny_patch14_224", depth=1),
+            {},
+            r"qkv cannot be adapted because its EvaAttention reads",
+        ),
+        (
+            lambda: timm.create_model("swinv2_tiny_window8_256", depths=(1, 1)),
+            {"exclude_modules": ["cpb_mlp.*"]},
+            r"qkv cannot be adapted because its WindowAttention reads",
+        ),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_by_name(build, options, says):
+    with pytest.raises(UserError, match=says) as error:
+        Adaptation(build(), LoRA(**{"rank": 2, **options}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"fusion_ratio": 0.3}, r"fusion_ratio is 0.3 and 0.3 x rank 8 = 2.4"),
+        ({"fusion_ratio": 0.0}, r"fusion_ratio is 0.0"),
+        ({"fusion_ratio": 1.5}, r"fusion_ratio is 1.5"),
+        ({"fusion_ratio": 0.5, "rank": 1}, r"0.5 x rank 1 = 0.5"),
+        ({"fusion_ratio": 0.5, "rank_pattern": {"fc1": 3}}, r"0.5 x rank 3 = 1.5"),
+        ({"target_rank": 7}, r"target_rank is 7.*rank 8"),
+        ({"beta1": 1.0}, r"beta1 is 1.0"),
+        ({"beta2": 0.0}, r"beta2 is 0.0"),
+        ({"reset_scores": "none"}, r"reset_scores is 'none'.*all, recycled"),
+        ({"optimizer_state": "hot"}, r"optimizer_state is 'hot'.*warm, zero, keep"),
+    ],
+)
+def test_srloras_own_values(options, says):
+    with pytest.raises(UserError, match=says):
+        SRLoRA(**options)
+
+
+def test_separate_qkv_bias_is_called_and_so_can_be_adapted():
+    net = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=24, num_heads=2, num_classes=2)
+    net.blocks[0].attn.qkv_bias_separate = True
+    adaptation = Adaptation(net, LoRA(rank=2))
+    net(torch.randn(1, 3, 224, 224)).sum().backward()
+    adaptation.observe()
+    assert adaptation.layers["blocks.0.attn.qkv"].lora_B.grad.abs().sum() > 0
+
+
+def test_spec_rebuilds_the_method():
+    method = SRLoRA(rank=4, target_rank=12, target_modules=["fc1"], layers="0-1")
+    spec = method.spec()
+    assert spec["class_path"] == "srlora_pl.SRLoRA"
+    assert SRLoRA(**spec["init_args"]).spec() == spec
+    assert spec["init_args"]["layers"] == "0-1"
+    assert set(spec["init_args"]) == {
+        "rank", "alpha", "target_modules", "exclude_modules", "layers", "rank_pattern", "alpha_pattern", "dropout",
+        "use_rslora", "target_rank", "fusion_ratio", "beta1", "beta2", "reset_scores", "optimizer_state",
+    }  # fmt: skip
