@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric, MetricCollection
@@ -25,7 +26,7 @@ Batch = dict[str, Tensor]
 class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     """A network that a method adapts, trained with an optimizer by name on batches that are dicts.
 
-    A subclass gives `logits`, `loss` and, where training differs, `training_loss`; its ``__init__`` calls
+    A subclass gives `logits`, `losses` and, where training differs, `training_loss`; its ``__init__`` calls
     `build`. ``optimizer``: ``sgd`` (with ``momentum``), ``adamw``, or the path of a torch optimizer class.
     ``lr``: the largest learning rate; ``head_lr``: the head's own. ``warmup_steps`` optimizer steps rise
     linearly from 0, then the rate follows ``schedule`` to 0 at the run's last step, or stays.
@@ -80,13 +81,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.heads = tuple(f"net.{head}." for head in heads)
         self.main_score = main_score
         self.adapt(self.net, method, trainable=heads)
-        # Grouping metrics by equal states at the first batch would merge top-1 and top-5 for good.
-        self.scores = nn.ModuleDict(
-            {
-                stage: MetricCollection({"loss": MeanMetric(nan_strategy="disable"), **scores()}, compute_groups=False)
-                for stage in ("val", "test")
-            }
-        )
+        self.val_scores, self.test_scores = _collect(scores()), _collect(scores())
 
     def compile_blocks(self) -> None:
         """Compile each repeated block that holds adapters: one graph serves all, and start-up stays short."""
@@ -98,19 +93,23 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         """The network's output for ``batch``."""
         raise NotImplementedError
 
-    def loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        """The mean loss, as reported for validation and test."""
+    def losses(self, logits: Tensor, label: Tensor) -> Tensor:
+        """The loss of each sample (B,), as reported for validation and test."""
         raise NotImplementedError
 
     def training_loss(self, batch: Batch) -> Tensor:
         """The mean loss that training minimises."""
-        return self.loss(self.logits(batch), batch["label"])
+        return self.losses(self.logits(batch), batch["label"]).mean()
 
     # Training
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         total = self.trainer.estimated_stepping_batches
-        if self.warmup_steps > total and not (self.trainer.fast_dev_run or self._is_tuning):
+        if self.schedule != "constant" and not math.isfinite(total):
+            raise UserError(
+                f"model.schedule {self.schedule!r} ends with the run, whose length is not known: set trainer.max_steps."
+            )
+        if self.warmup_steps > total and not (self._is_rehearsal or self._is_tuning):
             raise UserError(
                 f"model.warmup_steps is {self.warmup_steps} but the run has {total} optimizer steps: lower it, or "
                 "raise trainer.max_steps or trainer.max_epochs."
@@ -139,7 +138,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self.global_step - self._checked_step >= every:
             self._refuse_non_finite_loss()
         super().on_train_batch_end(outputs, batch, batch_idx)
@@ -163,37 +162,39 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     @property
     def _is_tuning(self) -> bool:
         """Whether Lightning's learning-rate or batch-size finder is at work: it may diverge on purpose."""
-        return isinstance(self.trainer.logger, DummyLogger) and not self.trainer.fast_dev_run
+        return isinstance(self.trainer.logger, DummyLogger) and not self._is_rehearsal
+
+    @property
+    def _is_rehearsal(self) -> bool:
+        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
 
     # Evaluation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score("val", batch)
+        self._score(self.val_scores, batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score("test", batch)
+        self._score(self.test_scores, batch)
 
     def on_validation_epoch_start(self) -> None:
-        self.scores["val"].reset()
+        self.val_scores.reset()
 
     def on_test_epoch_start(self) -> None:
-        self.scores["test"].reset()
+        self.test_scores.reset()
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val")
+        self._report("val", self.val_scores)
 
     def on_test_epoch_end(self) -> None:
-        self._report("test")
+        self._report("test", self.test_scores)
 
-    def _score(self, stage: str, batch: Batch) -> None:
+    def _score(self, scores: MetricCollection, batch: Batch) -> None:
         logits, label = self.logits(batch).float(), batch["label"]
         # Each metric takes from these what its own update() names.
-        self.scores[stage].update(
-            preds=logits, target=label, value=self.loss(logits, label), weight=torch.tensor(float(len(label)))
-        )
+        scores.update(preds=logits, target=label, value=self.losses(logits, label))
 
-    def _report(self, stage: str) -> None:
-        values = self.scores[stage].compute()
+    def _report(self, stage: str, scores: MetricCollection) -> None:
+        values = scores.compute()
         values["score"] = values[self.main_score]
         self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
 
@@ -212,6 +213,12 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
                     f"{self.hparams.get(key)!r}: set model.{key} to the former, or start anew without --ckpt_path."
                 )
         super().on_load_checkpoint(checkpoint)
+
+
+def _collect(scores: dict[str, Metric]) -> MetricCollection:
+    # Grouping metrics whose states are equal after the first batch would merge top-1 and top-5 for good. A NaN loss
+    # must show as such, and looking for one would wait for the device in every batch.
+    return MetricCollection({"loss": MeanMetric(nan_strategy="disable"), **scores}, compute_groups=False)
 
 
 def require(key: str, value: Any, what: str, holds: bool) -> None:
@@ -239,7 +246,7 @@ def _homes(cls: type) -> set[str]:
     return {cls.__module__, cls.__module__.partition(".lowrank.")[0]}
 
 
-def _subclasses(cls: type) -> list[type]:
+def _subclasses(cls: type[Method]) -> list[type[Method]]:
     return [cls, *(deeper for sub in cls.__subclasses__() for deeper in _subclasses(sub))]
 
 

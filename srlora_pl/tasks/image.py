@@ -99,8 +99,8 @@ class ImageClassifier(Task):
     def logits(self, batch: Batch) -> Tensor:
         return self(batch["image"])
 
-    def loss(self, logits: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(logits, label)
+    def losses(self, logits: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(logits, label, reduction="none")
 
     def training_loss(self, batch: Batch) -> Tensor:
         image, label = batch["image"], batch["label"]

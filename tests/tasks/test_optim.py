@@ -1,0 +1,83 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from srlora_pl.errors import UserError
+from srlora_pl.tasks.optim import build_optimizer, optimizer_class, param_groups, schedule_factor
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reference"),
+    [("cosine", get_cosine_schedule_with_warmup), ("linear", get_linear_schedule_with_warmup)],
+)
+@pytest.mark.parametrize("warmup", [0, 1, 7, 19])
+def test_schedules_equal_those_of_transformers(schedule, reference, warmup):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = reference(optimizer, warmup, 20)
+    for step in range(21):
+        assert schedule_factor(schedule, step, 20, warmup) * 2.0 == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+
+
+def test_schedule_closed_form():
+    assert schedule_factor("cosine", 5, 500, 10) == 0.5
+    assert schedule_factor("cosine", 10, 500, 10) == 1.0
+    assert schedule_factor("cosine", 255, 500, 10) == pytest.approx(0.5)
+    assert schedule_factor("cosine", 132, 500, 10) == pytest.approx(0.5 * (1 + math.cos(math.pi * 122 / 490)))
+    assert schedule_factor("linear", 255, 500, 10) == 0.5
+    assert [schedule_factor("constant", step, 500, 2) for step in (0, 1, 2, 499)] == [0.0, 0.5, 1.0, 1.0]
+    assert schedule_factor("cosine", 501, 500, 10) == schedule_factor("linear", 501, 500, 10) == 0.0
+
+
+def test_one_group_per_learning_rate_and_decay():
+    net = nn.ModuleDict({"body": nn.Linear(3, 3), "norm": nn.LayerNorm(3), "head": nn.Linear(3, 2)})
+    net["body"].bias.requires_grad_(False)
+    by_id = {id(p): name for name, p in net.named_parameters()}
+
+    def groups(head_lr, decay):
+        made = param_groups(net.named_parameters(), lambda n: n.startswith("head."), 1.0, head_lr, decay)
+        return {(g["lr"], g["weight_decay"]): [by_id[id(p)] for p in g["params"]] for g in made}
+
+    assert groups(None, 0.0) == {(1.0, 0.0): ["body.weight", "norm.weight", "norm.bias", "head.weight", "head.bias"]}
+    assert groups(3.0, 0.1) == {
+        (1.0, 0.1): ["body.weight"],
+        (1.0, 0.0): ["norm.weight", "norm.bias"],
+        (3.0, 0.1): ["head.weight"],
+        (3.0, 0.0): ["head.bias"],
+    }
+
+
+def test_optimizers_by_name_and_by_path():
+    groups = [{"params": [nn.Parameter(torch.zeros(2, 2))], "lr": 0.3, "weight_decay": 0.1}]
+    sgd = build_optimizer("sgd", groups, 0.1, 0.8, scaled_gradients=False)
+    assert type(sgd) is torch.optim.SGD
+    assert (sgd.param_groups[0]["lr"], sgd.param_groups[0]["momentum"], sgd.defaults["fused"]) == (0.3, 0.8, None)
+    nadam = build_optimizer("torch.optim.NAdam", groups, 0.1, 0.8, scaled_gradients=False)
+    assert type(nadam) is torch.optim.NAdam
+    assert nadam.param_groups[0]["weight_decay"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adamW", "did you mean 'adamw'"),
+        ("torch.optim.NAdm", "did you mean 'torch.optim.NAdam'"),
+        ("torch.nn.Linear", "model.optimizer is 'torch.nn.Linear'"),
+        ("nosuch.module.Adam", "model.optimizer is 'nosuch.module.Adam'"),
+    ],
+)
+def test_unknown_optimizers_are_refused(name, words):
+    with pytest.raises(UserError, match=words):
+        optimizer_class(name)
+
+
+def test_an_optimizer_that_cannot_do_what_is_asked_is_refused():
+    two = [{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.1, "weight_decay": decay} for decay in (0.0, 0.1)]
+    with pytest.raises(UserError, match=r"'torch.optim.Rprop' has no weight decay: set model.weight_decay to 0"):
+        build_optimizer("torch.optim.Rprop", two, 0.1, 0.9, scaled_gradients=False)
+    with pytest.raises(UserError, match=r"'torch.optim.LBFGS' cannot be built"):
+        build_optimizer("torch.optim.LBFGS", two, 0.1, 0.9, scaled_gradients=False)
