@@ -127,6 +127,7 @@ def test_rehearsals_may_be_shorter_than_the_warm_up(classifier, trainer, loader)
     assert found is not None
     assert not math.isfinite(found.results["loss"][-1])  # a finder may diverge
     assert model.lr == found.suggestion()
+    model.lr = 0.1
     run.fit(model, loader)
     assert run.global_step == 60
 
