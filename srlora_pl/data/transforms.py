@@ -1,8 +1,8 @@
 """Crop, resize, flip and normalise whole batches of uint8 images on any device, equal to what PIL does one by one.
 
 A resize is linear in each axis, so crop, resize and flip of an image are two matrix products, one per axis, with
-matrices that differ from sample to sample. As in PIL the horizontal one comes first, and its result is rounded
-to whole grey levels before the vertical one.
+matrices that differ from sample to sample. As in PIL the result of the first is rounded to whole grey levels
+before the second, and the order of the two follows from the sizes (`vertical_first`).
 """
 
 from collections.abc import Callable
@@ -107,16 +107,27 @@ def axis_weights(start: Tensor, length: Tensor, full: int, size: int, kind: str,
     out = torch.arange(size, device=start.device).expand(len(start), size)
     if flip is not None:
         out = torch.where(flip[:, None], size - 1 - out, out)
-    center = start[:, None] + (out + 0.5) * scale[:, None]
-    # Whole and broken part apart: float32 then keeps every digit of the distance that matters.
-    whole = center.floor()
-    pixel = torch.arange(full, device=start.device, dtype=torch.float32)
-    distance = (pixel - whole.float()[..., None]) + (0.5 - (center - whole)).float()[..., None]
-    weight = filter_.weight(distance / stretch.float()[:, None, None])
-    end = start + length
-    weight *= ((pixel >= start[:, None]) & (pixel < end[:, None]))[:, None]
+    center = (out + 0.5) * scale[:, None]
+    # Only the pixels within the filter's reach, at most `taps`, then put in their places.
+    taps = 2 * ceil(filter_.support * max(1, full / size)) + 1
+    first = (center - (filter_.support * stretch)[:, None]).floor().long()
+    pixel = first[..., None] + torch.arange(taps, device=start.device)
+    weight = filter_.weight((pixel + 0.5 - center[..., None]) / stretch[:, None, None])
+    weight *= (pixel >= 0) & (pixel < length[:, None, None])
     weight /= weight.sum(-1, keepdim=True)
-    return weight.mul_(2**22).round_().mul_(2**-22)
+    weight = weight.mul_(2**22).round_().mul_(2**-22).float()  # exact in float32
+    place = (pixel + start[:, None, None]).clamp_(0, full - 1)
+    return weight.new_zeros(len(start), size, full).scatter_add_(-1, place, weight)
+
+
+def vertical_first(height: Any, width: Any, size: tuple[int, int]) -> Any:
+    """Whether a crop (ints, or int tensors of many) is resized by columns before rows: Pillow 13's rule.
+
+    Older ones always begin with the rows; `ImageTransform` spells both passes out, so its pixels are the same
+    with any Pillow.
+    """
+    shrink = height - size[0]
+    return (shrink > 0) & (shrink > 2 * (width - size[1]))
 
 
 def resize(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -125,11 +136,17 @@ def resize(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     Returns whole grey levels as float32, (b, c, H, W).
     """
     b, c, h, w = images.shape
-    rows = rows.repeat_interleave(c, 0)
-    x = images.reshape(b, c * h, w).float()
-    x = _to_levels(torch.bmm(x, columns.transpose(1, 2)))
-    x = _to_levels(torch.bmm(rows, x.view(b * c, h, -1)))
+    # In float64 the first pass is PIL's to the last bit (its weights have 22 binary places, the pixels 8), so
+    # that the rounding errors of both passes cannot add up; float32 does for the second, the larger one.
+    x = images.reshape(b, c * h, w).double()
+    x = _to_levels(torch.bmm(x, columns.transpose(1, 2).double())).float()
+    x = _to_levels(torch.bmm(rows.repeat_interleave(c, 0), x.view(b * c, h, -1)))
     return x.view(b, c, *x.shape[1:])
+
+
+def resize_vertically_first(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """`resize` with the passes in the other order."""
+    return resize(images.transpose(2, 3), columns, rows).transpose(2, 3)
 
 
 def _to_levels(x: Tensor) -> Tensor:
@@ -178,18 +195,28 @@ class ImageTransform:
         boxes = self.boxes(keys, height, width)
         rows = axis_weights(boxes.top, boxes.height, height, self.size[0], self.interpolation)
         columns = axis_weights(boxes.left, boxes.width, width, self.size[1], self.interpolation, boxes.flip)
-        return resize(images, rows, columns)
+        out = resize(images, rows, columns)
+        if height <= self.size[0]:
+            return out  # no crop can be taller than its output
+        other = vertical_first(boxes.height, boxes.width, self.size)[:, None, None, None]
+        return torch.where(other, resize_vertically_first(images, rows, columns), out)
 
     def test(self, images: Tensor) -> Tensor:
         """Uint8 images (b, c, h, w) resized, and their middle kept: grey levels, (b, c, H, W)."""
-        axes = []
-        for size, full in zip(self.size, images.shape[2:], strict=True):
-            whole = torch.tensor([full], device=images.device)
-            big = self._test_size(size)
-            skip = (big - size) // 2
-            weights = axis_weights(torch.zeros_like(whole), whole, full, big, self.interpolation)
-            axes.append(weights[:, skip : skip + size].expand(len(images), -1, -1))
-        return resize(images, *axes)
+        rows, columns = (self._middle(*axis, images) for axis in zip(images.shape[2:], self.size, strict=True))
+        columns_first = vertical_first(*images.shape[2:], self._test_size)
+        return (resize_vertically_first if columns_first else resize)(images, rows, columns)
+
+    def _middle(self, full: int, size: int, images: Tensor) -> Tensor:
+        whole = torch.tensor([full], device=images.device)
+        big = round(size / self.test_crop_pct)
+        weights = axis_weights(torch.zeros_like(whole), whole, full, big, self.interpolation)
+        return weights.narrow(1, (big - size) // 2, size).expand(len(images), -1, -1)
+
+    @property
+    def _test_size(self) -> tuple[int, int]:
+        height, width = (round(size / self.test_crop_pct) for size in self.size)
+        return height, width
 
     def normalise(self, images: Tensor) -> Tensor:
         """Grey levels 0 to 255, (b, c, H, W), as float32 RGB input, (b, 3, H, W); floats are changed in place."""
@@ -204,9 +231,6 @@ class ImageTransform:
         numbers = uniform(derive(run_seed(), _AUGMENT), keys, DRAWS)
         return random_boxes(numbers, height, width, self.crop_scale, self.hflip)
 
-    def _test_size(self, size: int) -> int:
-        return round(size / self.test_crop_pct)
-
     # -- one image, in a worker: the same crops and, for images that draft() leaves alone, the same pixels
 
     def train_one(self, image: Image.Image, key: tuple[int, int]) -> Tensor:
@@ -217,7 +241,7 @@ class ImageTransform:
         return _to_tensor(small.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else small)
 
     def test_one(self, image: Image.Image) -> Tensor:
-        big = self._test_size(self.size[0]), self._test_size(self.size[1])
+        big = self._test_size
         whole = self._cut(image, (0, 0, *image.size), big)
         top, left = (big[0] - self.size[0]) // 2, (big[1] - self.size[1]) // 2
         return _to_tensor(whole.crop((left, top, left + self.size[1], top + self.size[0])))
@@ -234,8 +258,10 @@ class ImageTransform:
             image.draft(None, (ceil(image.width / spare), ceil(image.height / spare)))
             shrink = width / image.width
             box = tuple(round(edge / shrink) for edge in box)  # type: ignore[assignment]
-        rgb = to_rgb(image).crop(box)
-        return rgb.resize((size[1], size[0]), _FILTERS[self.interpolation].pil)
+        crop, kind = to_rgb(image).crop(box), _FILTERS[self.interpolation].pil
+        columns_first = vertical_first(crop.height, crop.width, size)
+        between = (crop.width, size[0]) if columns_first else (size[1], crop.height)
+        return crop.resize(between, kind).resize((size[1], size[0]), kind)
 
 
 def check_mode(image: Image.Image) -> None:
