@@ -48,12 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     try:
         return _dispatch(arguments)
+    except SystemExit as stop:  # --help and --print_config
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except Exception as error:
-        if not _is_the_users(error):
+        if (sentence := _for_the_user(error)) is None:
             raise
-        return _say(f"error: {' '.join(str(error).split())}", 2)
+        return _say(f"error: {' '.join(sentence.split())}", 2)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -84,20 +86,26 @@ def _split_configs(options: list[str]) -> tuple[list[str], list[str]]:
     return known.config, rest
 
 
-def _is_the_users(error: Exception) -> bool:
-    """Whether the user's settings caused ``error``: ours says so, Lightning's shows it by where it was raised.
+def _for_the_user(error: BaseException) -> str | None:
+    """What to tell the user who caused ``error``, or None for a bug.
 
-    Lightning refuses settings with MisconfigurationException, ValueError and RuntimeError alike; an error with
-    the last two from anywhere else is a bug.
+    jsonargparse wraps what a class raises, so the causes are looked at too. Lightning refuses settings with
+    MisconfigurationException, ValueError and RuntimeError alike; the last two from anywhere else are bugs.
     """
     if isinstance(error, UserError):
-        return True
-    if type(error).__name__ == "MisconfigurationException":
-        return True
-    if type(error) not in (ValueError, RuntimeError):
-        return False
+        return str(error)
+    misconfigured = type(error).__name__ == "MisconfigurationException"
+    if misconfigured or (type(error) in (ValueError, RuntimeError) and _comes_from_lightning(error)):
+        return f"Lightning refuses these settings: {error}"
+    return _for_the_user(error.__cause__) if error.__cause__ else None
+
+
+def _comes_from_lightning(error: BaseException) -> bool:
+    lightning = sys.modules.get("lightning")
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and "lightning" in Path(frames[-1].filename).parts
+    if not frames or lightning is None or lightning.__file__ is None:
+        return False
+    return Path(frames[-1].filename).is_relative_to(Path(lightning.__file__).parent)
 
 
 def _say(message: str, code: int) -> int:

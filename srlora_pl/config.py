@@ -61,6 +61,9 @@ def combine(contents: Sequence[Node]) -> tuple[Node, Node | None]:
 
     Later files win. A file that names another method after one was named is an overlay: its method and its own
     arguments stand apart, so that laying a second overlay on top leaves nothing of the first.
+
+    Raises:
+        UserError: the files hold arguments of a model, but no model.
     """
     settings: Node = {}
     overlay: Node | None = None
@@ -70,6 +73,12 @@ def combine(contents: Sequence[Node]) -> tuple[Node, Node | None]:
             overlay = method
             content = _without_method(content)
         settings = _merge(settings, content)
+    model = settings.get("model")
+    if isinstance(model, dict) and "class_path" not in model:
+        raise UserError(
+            "the config files give no model.class_path: put a task's file before an overlay, "
+            "as in --config configs/quickstart.yaml --config configs/methods/lora.yaml"
+        )
     return settings, overlay
 
 
@@ -123,6 +132,10 @@ def explain(message: str, known: Iterable[str], files: Sequence[str], options: S
         if f"--{found[1]}" not in message:
             return f"{found[1]!r} on the command line belongs to no option (options are written --key value)"
         return _unknown_key("", found[1], known, where(found[1]))
+    if found := re.search(r"argument (--[\w.]+): expected", message):
+        following = zip(options, [*options[1:], "--"], strict=True)
+        bare = next((o for o, then in following if o.startswith(found[1]) and then.startswith("--")), found[1])
+        return f"{bare} needs a value after it"
     if found := re.search(r"Group '(\w+)' does not accept option '([^']+)'", message):
         return _unknown_key("", f"{found[1]}.{found[2]}", known, where(f"{found[1]}.{found[2]}"))
     if found := re.search(r"Option '([^']+)' is not accepted", message):
@@ -130,7 +143,7 @@ def explain(message: str, known: Iterable[str], files: Sequence[str], options: S
         return _unknown_key(owner, found[1], choices, where(f"{key}.{found[1]}".lstrip(".")))
     if found := re.search(r"the following arguments are required: (.+)", message):
         if not key:
-            return f"{found[1]} is missing, give a task's file with --config configs/NAME.yaml"
+            return f"{found[1]} not given, name a task's file with --config configs/NAME.yaml"
         return f"{owner or key} needs {found[1]}, which {key}.init_args does not give"
     if wrong := _wrong_class(message, owner):
         return f"{wrong}, see {where(key)}"
@@ -166,12 +179,14 @@ def _wrong_class(message: str, owner: str) -> str:
         return ""
     wanted = bare[1] if bare else owner
     module, _, name = wanted.rpartition(".")
-    for home in (module, "srlora_pl", "lightning.pytorch.callbacks"):
+    for home in (module, "srlora_pl", "lightning.pytorch.callbacks", "lightning.pytorch.loggers"):
         try:
-            near = did_you_mean(name, dir(import_module(home)))
+            known = dir(import_module(home))
         except (ImportError, ValueError):
             continue
-        if near:
+        # Wrong capitals are the likeliest slip, and further apart for did_you_mean than another name.
+        same = next((right for right in known if right.lower() == name.lower()), name)
+        if near := did_you_mean(same, known):
             return f"there is no class {wanted!r}" + near.replace("'", f"'{home}.", 1)
     return f"there is no class {wanted!r}"
 

@@ -3,17 +3,18 @@
 import argparse
 import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -23,8 +24,9 @@ from srlora_pl.data.base import DataModule
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.tasks.base import Task
 
+ROOT = "runs"
 TRAINER_DEFAULTS = {
-    "default_root_dir": "runs",
+    "default_root_dir": ROOT,
     # The DataModules deal their order out to the devices themselves, so that a resumed run finds its place.
     "use_distributed_sampler": False,
 }
@@ -35,6 +37,9 @@ NOISE = (
     ".*fp16 is not supported on CPU",  # said below in one line
     ".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
     ".*The number of training batches .* is smaller than the logging interval",
+    ".*callbacks used to create the checkpoint need to be provided",  # test and predict choose no checkpoint
+    ".*treespec, LeafSpec.* is deprecated",
+    ".*Total length of `list` across ranks is zero",  # no validation split
 )
 
 
@@ -87,6 +92,7 @@ class Run(LightningCLI):
         except argparse.ArgumentError as error:
             known = [action.dest for action in parser._actions]
             raise UserError(config.explain(str(error), known, self.files, self.options)) from error
+        self._refuse_num_classes()
         # Neither belongs to the settings that a run keeps: a second use of its config.yaml starts anew.
         self.ckpt_path = self.config.pop("ckpt_path")
         self.output = self.config.pop("output", None)
@@ -97,7 +103,12 @@ class Run(LightningCLI):
         elif self.command == "predict":
             raise UserError("predict needs --ckpt_path, the checkpoint of a finished run")
         elif self.command != "fit":
-            rank_zero_info(f"note: without --ckpt_path, {self.command} scores the untrained model")
+            _note(f"without --ckpt_path, {self.command} scores the untrained model")
+
+    def _refuse_num_classes(self) -> None:
+        count = self.config.model.init_args.get("num_classes")
+        if count is not None:
+            raise UserError(f"model.num_classes {count} is not for you to set, it comes from the data: leave it out")
 
     def _say_what_was_dropped(self) -> None:
         """An overlay or ``--model.method`` changes the class; arguments that it does not take fall away."""
@@ -106,7 +117,7 @@ class Run(LightningCLI):
             return
         dropped = config.method_arguments(self.given, self.overlay) - set(vars(method.init_args))
         if dropped:
-            rank_zero_info(f"note: {method.class_path} takes no {', '.join(sorted(dropped))}: dropped")
+            _note(f"{method.class_path} takes no {', '.join(sorted(dropped))}: dropped")
 
     # -- the trainer
 
@@ -120,7 +131,7 @@ class Run(LightningCLI):
                 loggers = _loggers(self.folder)
             if settings.enable_checkpointing is not False and not _chooses_best(callbacks):
                 callbacks.append(_best_and_last(self.folder))
-            if loggers:
+            if loggers and not _has(callbacks, LearningRateMonitor):
                 callbacks.append(LearningRateMonitor("step"))
         elif loggers in (None, True):
             loggers = False
@@ -130,10 +141,14 @@ class Run(LightningCLI):
             self.writer = PredictionWriter(Path(self.output or folder / "predictions.csv"))
             callbacks.append(self.writer)
         if settings.enable_progress_bar is not False and not _has(callbacks, ProgressBar):
-            callbacks.append(RichProgressBar())
-        trainer = super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+            callbacks.append(_Progress())
+        try:
+            trainer = super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+        except Exception:
+            self._discard_folder()
+            raise
         if str(settings.precision) in ("16", "16-mixed") and trainer.precision == "bf16-mixed":
-            rank_zero_info("note: 16-mixed needs a GPU, on this CPU the run uses bf16-mixed")
+            _note("16-mixed needs a GPU, on this CPU the run uses bf16-mixed")
         return trainer
 
     def _choose_folder(self) -> tuple[Path, bool]:
@@ -141,8 +156,15 @@ class Run(LightningCLI):
         if self.ckpt_path and (folder := _folder_of(Path(self.ckpt_path))):
             return folder, False
         method = self.config.model.init_args.method.class_path.rsplit(".", 1)[-1].lower()
-        root = self.config.trainer.default_root_dir or TRAINER_DEFAULTS["default_root_dir"]
+        root = self.config.trainer.default_root_dir or ROOT
         return _new_version(Path(root, f"{self.config.name}-{method}")), True
+
+    def _discard_folder(self) -> None:
+        """A run that never took a step leaves nothing behind."""
+        if self.folder and self.is_new:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            if not any(self.folder.parent.iterdir()):
+                self.folder.parent.rmdir()
 
     # -- subcommands
 
@@ -155,10 +177,9 @@ class Run(LightningCLI):
             self._save_config(self.folder)
         try:
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
-        except UserError:
-            # A run that never took a step leaves nothing behind.
-            if self.folder and self.is_new and not self.trainer.global_step:
-                shutil.rmtree(self.folder, ignore_errors=True)
+        except Exception:
+            if not self.trainer.global_step:
+                self._discard_folder()
             raise
         checkpoint: Any = self.trainer.checkpoint_callback
         best = getattr(checkpoint, "best_model_path", "")
@@ -166,19 +187,18 @@ class Run(LightningCLI):
         if self.datamodule.has_test_labels:
             self.trainer.test(self.model, self.datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
             scores = self._scores("test")
-        lines = []
         if best:
-            value = float(checkpoint.best_model_score)
-            lines.append(f"best checkpoint: {_relative(best)} ({checkpoint.monitor} {value:.4f})")
-        lines.append(f"run written to {_relative(self.folder)}" if self.folder else "fast_dev_run: nothing written")
-        self._close(scores, lines)
+            score = f"{checkpoint.monitor} {float(checkpoint.best_model_score):.4f}"
+            which = f"best checkpoint: {_relative(best)} ({score})"
+        else:
+            which = "no checkpoint was chosen by validation, the scores are those of the last weights"
+        where = f"run written to {_relative(self.folder)}" if self.folder else "fast_dev_run: nothing written"
+        self._close(scores, [which, where])
 
     def validate(self) -> None:
         self._close(self._evaluate("validate", self.ckpt_path), [f"checkpoint: {self.ckpt_path}"])
 
     def test(self) -> None:
-        if not self.datamodule.has_test_labels:
-            raise UserError("the test data of this config have no labels, use validate or predict")
         self._close(self._evaluate("test", self.ckpt_path), [f"checkpoint: {self.ckpt_path}"])
 
     def _evaluate(self, command: str, checkpoint: str | None) -> dict[str, float]:
@@ -259,13 +279,17 @@ def _new_version(root: Path) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             number += 1
+        except OSError as error:
+            raise UserError(
+                f"trainer.default_root_dir: {folder} cannot be made ({error.strerror}), give a folder for the runs"
+            ) from error
         else:
             return folder.resolve()
 
 
 def _loggers(folder: Path) -> list[Logger]:
-    home = {"save_dir": str(folder.parent), "name": "", "version": folder.name}
-    return [TensorBoardLogger(**home, default_hp_metric=False), ContinuedCSVLogger(**home)]
+    home = (folder.parent, "", folder.name)
+    return [TensorBoardLogger(*home, default_hp_metric=False), ContinuedCSVLogger(*home)]
 
 
 def _best_and_last(folder: Path) -> ModelCheckpoint:
@@ -279,6 +303,13 @@ def _best_and_last(folder: Path) -> ModelCheckpoint:
         # A resumed run replaces its own last.ckpt instead of beginning a last-v1.ckpt beside it.
         enable_version_counter=False,
     )
+
+
+class _Progress(RichProgressBar):
+    """Lightning's bar without the last letters of the version's name."""
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 def _chooses_best(callbacks: Sequence[Callback]) -> bool:
@@ -298,6 +329,11 @@ def _relative(path: str | Path) -> Path:
     """``path`` as seen from here, where that is shorter."""
     path, here = Path(path).resolve(), Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+@rank_zero_only
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _quieten() -> None:

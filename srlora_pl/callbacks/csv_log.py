@@ -12,9 +12,9 @@ class ContinuedCSVLogger(CSVLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
+    def experiment(self) -> ExperimentWriter:  # type: ignore[override]
         """The writer behind the logger."""
-        if self._experiment is None:
+        if not isinstance(self._experiment, _AppendingWriter):
             self._experiment = _AppendingWriter(self.log_dir)
         return self._experiment
 

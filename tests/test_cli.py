@@ -1,0 +1,423 @@
+"""The command line: a whole small run through `main`, what it leaves behind, and what it says to bad input."""
+
+import contextlib
+import csv
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from srlora_pl.cli import main
+from srlora_pl.data.sources import Digits
+from srlora_pl.run import Run
+
+ROOT = Path(__file__).parent.parent
+SMALL_RUN = """
+seed_everything: 3
+model:
+  class_path: srlora_pl.ImageClassifier
+  init_args:
+    backbone: vit_tiny_patch16_224
+    backbone_kwargs:
+      {pretrained: false, img_size: 16, patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2, class_token: true}
+    method: {class_path: srlora_pl.SRLoRA, init_args: {rank: 4, alpha: 4, target_rank: 12}}
+    optimizer: adamw
+    lr: 0.01
+data:
+  class_path: srlora_pl.ImageData
+  init_args: {name: digits, batch_size: 32, hflip: false, crop_scale: [0.7, 1.0]}
+trainer:
+  accelerator: cpu
+  max_steps: 12
+  val_check_interval: 4
+  check_val_every_n_epoch: null
+  log_every_n_steps: 2
+  limit_val_batches: 2
+  limit_test_batches: 3
+  enable_model_summary: false
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_trace(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A run sets the seed of its process; the next test shall not see it."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@dataclass
+class Finished:
+    """A run of SMALL_RUN in a folder of its own."""
+
+    home: Path
+    out: str
+    err: str
+
+    @property
+    def folder(self) -> Path:
+        return self.home / "runs/small-srlora/version_0"
+
+    @property
+    def best(self) -> Path:
+        return next(self.folder.glob("checkpoints/best-*.ckpt"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    home = tmp_path_factory.mktemp("run")
+    (home / "small.yaml").write_text(SMALL_RUN)
+    code, out, err = cli("fit", "--config", "small.yaml", home=home)
+    assert code == 0, err
+    return Finished(home, out, err)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """An empty folder with small.yaml."""
+    (tmp_path / "small.yaml").write_text(SMALL_RUN)
+    return tmp_path
+
+
+def cli(*arguments: object, home: Path) -> tuple[int, str, str]:
+    """`main` on ``arguments`` in the folder ``home``: exit code, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(home), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return code, out.getvalue(), err.getvalue()
+
+
+def scores(text: str) -> dict[str, float]:
+    """The scores of a printed table."""
+    return {name: float(value) for name, value in re.findall(r"│ (\w+/\w+)\s*│ ([\d.]+)", text)}
+
+
+# -- a run and what it leaves
+
+
+def test_fit_writes_its_run_folder(run: Finished) -> None:
+    assert {path.name for path in run.folder.glob("checkpoints/*")} == {run.best.name, "last.ckpt"}
+    settings = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert settings["trainer"]["max_steps"] == 12
+    assert settings["trainer"]["use_distributed_sampler"] is False
+    assert settings["model"]["init_args"]["method"]["init_args"]["target_rank"] == 12
+    assert "ckpt_path" not in settings
+
+
+def test_fit_logs_curves(run: Finished) -> None:
+    events = EventAccumulator(str(run.folder)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "val/loss", "val/accuracy", "lr-AdamW", "srlora/switches", "test/accuracy"} <= tags
+    assert [event.step for event in events.Scalars("val/loss")] == [3, 7, 11]
+    # (12 - 4) / (0.5 * 4) = 4 switches are planned; the one at the last step is left out.
+    assert events.Scalars("srlora/switches")[-1].value == 3
+    with (run.folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    losses = [float(row["val/loss"]) for row in rows if row["val/loss"]]
+    assert losses == pytest.approx([event.value for event in events.Scalars("val/loss")])
+
+
+def test_best_is_the_lowest_validation_loss(run: Finished) -> None:
+    events = EventAccumulator(str(run.folder)).Reload()
+    best = min(events.Scalars("val/loss"), key=lambda event: event.value)
+    assert run.best.name == f"best-step{best.step + 1}.ckpt"
+    assert f"{run.best.relative_to(run.home)} (val/loss {best.value:.4f})" in run.out
+
+
+def test_fit_ends_with_scores_and_place(run: Finished) -> None:
+    events = EventAccumulator(str(run.folder)).Reload()
+    logged = {name: events.Scalars(name)[-1].value for name in ("test/accuracy", "test/loss", "test/top5")}
+    printed = scores(run.out)
+    assert {name: printed[name] for name in logged} == pytest.approx(logged, abs=5.1e-5)
+    assert run.out.rstrip().endswith("run written to runs/small-srlora/version_0")
+    assert "Traceback" not in run.err
+
+
+def test_a_new_process_gives_the_same_score(run: Finished) -> None:
+    command = [sys.executable, ROOT / "cli.py", "test", "--config", run.folder / "config.yaml", "--ckpt_path", run.best]
+    done = subprocess.run(command, cwd=run.home, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert scores(done.stdout) == scores(run.out)
+    assert len(scores(done.stdout)) == 4
+
+
+def test_validate_gives_the_best_loss(run: Finished) -> None:
+    code, out, _ = cli("validate", "--config", "small.yaml", "--ckpt_path", run.best, home=run.home)
+    assert code == 0
+    assert f"(val/loss {scores(out)['val/loss']:.4f})" in run.out
+
+
+def test_commands_other_than_fit_make_no_run(run: Finished) -> None:
+    before = sorted(run.home.rglob("*"))
+    assert cli("test", "--config", "small.yaml", "--ckpt_path", run.best, home=run.home)[0] == 0
+    assert sorted(run.home.rglob("*")) == before
+
+
+def test_predict_writes_the_test_split(run: Finished, tmp_path: Path) -> None:
+    target = tmp_path / "deep/out.csv"
+    code, out, err = cli(
+        "predict", "--config", "small.yaml", "--ckpt_path", run.best, "--output", target, home=run.home
+    )
+    assert code == 0, err
+    assert f"360 predictions written to {target}" in out
+    with target.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["sample"] for row in rows] == [str(i) for i in range(360)]
+    assert {row["label"] for row in rows} <= {str(digit) for digit in range(10)}
+    assert all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+    code, out, _ = cli(
+        "test", "--config", "small.yaml", "--ckpt_path", run.best, "--trainer.limit_test_batches=null", home=run.home
+    )
+    assert code == 0
+    right = [int(row["label"]) for row in rows] == Digits().load("test").labels.numpy()
+    assert scores(out)["test/accuracy"] == pytest.approx(right.mean(), abs=5.1e-5)
+
+
+def test_predict_takes_a_folder_or_one_file(run: Finished, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    (pictures / "deeper").mkdir(parents=True)
+    Image.new("L", (20, 30), 200).save(pictures / "a.png")
+    Image.new("RGB", (8, 8), "red").save(pictures / "deeper/b.jpg")
+    options = ["--config", "small.yaml", "--ckpt_path", run.best, "--output", tmp_path / "out.csv"]
+    for root, expected in ((pictures, ["a.png", "b.jpg"]), (pictures / "a.png", ["a.png"])):
+        code, _, err = cli("predict", *options, "--data.predict_root", root, home=run.home)
+        assert code == 0, err
+        with (tmp_path / "out.csv").open() as file:
+            assert [Path(row["sample"]).name for row in csv.DictReader(file)] == expected
+
+
+def test_predictions_go_to_the_run_by_default(run: Finished) -> None:
+    code, out, _ = cli("predict", "--config", "small.yaml", "--ckpt_path", run.best, home=run.home)
+    assert code == 0
+    assert "predictions written to runs/small-srlora/version_0/predictions.csv" in out
+    (run.folder / "predictions.csv").unlink()
+
+
+def test_resume_goes_on_in_its_own_folder(small: Path) -> None:
+    code, _, err = cli("fit", "--config", "small.yaml", "--trainer.max_steps", 8, home=small)
+    assert code == 0, err
+    folder = small / "runs/small-srlora/version_0"
+    last = folder / "checkpoints/last.ckpt"
+    code, out, err = cli("fit", "--config", "small.yaml", "--ckpt_path", last, home=small)
+    assert code == 0, err
+    assert "run written to runs/small-srlora/version_0" in out
+    assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
+    assert len(list(folder.glob("checkpoints/*"))) == 2
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("val/loss")] == [3, 7, 11]
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row["val/loss"]] == [3, 7, 11]
+    assert torch.load(last, weights_only=True)["global_step"] == 12
+
+
+def test_a_second_run_takes_the_next_version(small: Path) -> None:
+    (small / "runs/small-srlora/version_4").mkdir(parents=True)
+    code, out, _ = cli("fit", "--config", "small.yaml", "--trainer.max_steps=4", "--name", "other", home=small)
+    assert code == 0
+    assert "run written to runs/other-srlora/version_0" in out
+    code, out, _ = cli("fit", "--config", "small.yaml", "--trainer.max_steps=4", home=small)
+    assert code == 0
+    assert "run written to runs/small-srlora/version_5" in out
+
+
+def test_overlay_names_the_folder_and_makes_no_switch(small: Path) -> None:
+    overlay = ROOT / "configs/methods/lora.yaml"
+    code, out, err = cli("fit", "--config", "small.yaml", "--config", overlay, home=small)
+    assert code == 0, err
+    assert "note: srlora_pl.LoRA takes no target_rank: dropped" in err
+    assert "run written to runs/small-lora/version_0" in out
+    events = EventAccumulator(str(small / "runs/small-lora/version_0")).Reload()
+    assert {event.value for event in events.Scalars("srlora/switches")} == {0}
+
+
+# -- settings
+
+
+def test_command_line_rules_over_the_checkpoint(run: Finished) -> None:
+    options = ["--ckpt_path", str(run.best), "--model.label_smoothing", "0.25"]
+    model = Run("test", ["small.yaml"], [yaml.safe_load(SMALL_RUN)], options).model
+    assert model.label_smoothing == 0.25
+
+
+def test_default_callbacks_survive_the_users(small: Path) -> None:
+    options = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    trainer = Run("fit", ["small.yaml"], [yaml.safe_load(SMALL_RUN)], options).trainer
+    names = [type(callback).__name__ for callback in trainer.callbacks]
+    assert {"EarlyStopping", "LearningRateMonitor", "ModelCheckpoint"} <= set(names)
+    assert names.count("ModelCheckpoint") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "monitors"),
+    [
+        (["monitor=val/accuracy", "mode=max"], ["val/accuracy"]),
+        (["every_n_train_steps=2"], [None, "val/loss"]),
+    ],
+    ids=["one that chooses takes our place", "one that does not joins it"],
+)
+def test_a_users_checkpoint_callback(
+    arguments: list[str], monitors: list[str | None], small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(small)
+    options = ["--trainer.callbacks+=ModelCheckpoint", *(f"--trainer.callbacks.{each}" for each in arguments)]
+    trainer = Run("fit", ["small.yaml"], [yaml.safe_load(SMALL_RUN)], options).trainer
+    assert [callback.monitor for callback in trainer.checkpoint_callbacks] == monitors
+
+
+def test_16_bit_on_a_cpu_is_a_notice(small: Path) -> None:
+    options = ["--trainer.precision", "16-mixed", "--trainer.max_steps", 4]
+    code, _, err = cli("fit", "--config", "small.yaml", *options, home=small)
+    assert code == 0, err
+    assert "note: 16-mixed needs a GPU, on this CPU the run uses bf16-mixed" in err
+
+
+def test_fast_dev_run_writes_nothing(small: Path) -> None:
+    code, out, err = cli("fit", "--config", "small.yaml", "--trainer.fast_dev_run", "true", home=small)
+    assert code == 0, err
+    assert "test/accuracy" in scores(out)
+    assert [path.name for path in small.iterdir()] == ["small.yaml"]
+
+
+# -- help
+
+
+def test_help_is_there_at_once() -> None:
+    code = "import sys; from srlora_pl.cli import main; main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in ("fit", "validate", "test", "predict"):
+        assert command in done.stdout
+
+
+def test_help_of_a_subcommand_and_of_a_class(small: Path) -> None:
+    code, out, _ = cli("fit", "--help", home=small)
+    assert code == 0
+    assert "--trainer.max_steps" in out
+    code, out, _ = cli("fit", "--model.help", "srlora_pl.ImageClassifier", home=small)
+    assert code == 0
+    assert "--model.label_smoothing" in out
+
+
+def test_printed_config_is_the_same_config(small: Path) -> None:
+    code, out, _ = cli("fit", "--config", "small.yaml", "--model.lr", "0.5", "--print_config", home=small)
+    assert code == 0
+    settings = yaml.safe_load(out)
+    assert settings["model"]["init_args"]["lr"] == 0.5
+    (small / "printed.yaml").write_text(out)
+    assert cli("fit", "--config", "printed.yaml", "--print_config", home=small) == (0, out, "")
+
+
+# -- errors
+
+FIT = ["fit", "--config", "small.yaml"]
+BAD_INPUT = {
+    "unknown subcommand": (["fitt"], ["'fitt'", "'fit'"]),
+    "options before the subcommand": (["--config", "small.yaml", "fit"], ["'--config'", "fit, validate"]),
+    "no config": (["fit"], ["model", "--config configs/NAME.yaml"]),
+    "config without a name": (["fit", "--config"], ["--config"]),
+    "missing config": (["fit", "--config", "smal.yaml"], ["smal.yaml", "'small.yaml'"]),
+    "invalid YAML": (["fit", "--config", "broken.yaml"], ["broken.yaml", "line 2"]),
+    "not a text": (["fit", "--config", "binary.yaml"], ["binary.yaml"]),
+    "no mapping": (["fit", "--config", "list.yaml"], ["list.yaml", "[1]"]),
+    "trainer no mapping": (["fit", "--config", "trainer.yaml"], ["trainer.yaml", "3"]),
+    "overlay alone": (["fit", "--config", "overlay.yaml"], ["class_path", "before an overlay"]),
+    "top-level key": ([*FIT, "--config", "key0.yaml"], ["modle", "key0.yaml, line 1", "'model'"]),
+    "trainer key": ([*FIT, "--config", "key1.yaml"], ["max_step", "key1.yaml, line 2", "'trainer.max_steps'"]),
+    "model key": ([*FIT, "--config", "key2.yaml"], ["model.lrr", "key2.yaml, line 3", "'lr'"]),
+    "method key": ([*FIT, "--config", "key3.yaml"], ["model.method.rnk", "key3.yaml, line 5", "'rank'"]),
+    "key beside class_path": ([*FIT, "--config", "key4.yaml"], ["model.lr", "key4.yaml, line 2", "init_args"]),
+    "method class": ([*FIT, "--config", "class0.yaml"], ["srlora_pl.SRLORA", "class0.yaml", "'srlora_pl.SRLoRA'"]),
+    "model class": ([*FIT, "--config", "class1.yaml"], ["'srlora_pl.ImageClassifer'", "'srlora_pl.ImageClassifier'"]),
+    "unknown module": ([*FIT, "--model.method", "nowhere.Thing"], ["'nowhere.Thing'", "--model.method"]),
+    "class of another kind": ([*FIT, "--model.method", "srlora_pl.ImageData"], ["srlora_pl.ImageData", "Method"]),
+    "wrong capitals": ([*FIT, "--model.method", "Lora"], ["'Lora'", "'srlora_pl.LoRA'"]),
+    "callback": ([*FIT, "--trainer.callbacks+=EarlyStoping"], ["'EarlyStoping'", "EarlyStopping"]),
+    "option": ([*FIT, "--model.lrr", "1"], ["--model.lrr", "'lr'"]),
+    "abbreviated option": ([*FIT, "--trainer.max_step", "1"], ["--trainer.max_step ", "'trainer.max_steps'"]),
+    "option without a value": ([*FIT, "--model.lr"], ["--model.lr needs a value"]),
+    "stray word": ([*FIT, "stray"], ["'stray'"]),
+    "float": ([*FIT, "--model.lr", "fast"], ["--model.lr", "a number", "'fast'"]),
+    "int in a file": ([*FIT, "--config", "type0.yaml"], ["trainer.max_steps", "type0.yaml, line 2", "'many'"]),
+    "choice": ([*FIT, "--model.schedule", "cosin"], ["--model.schedule", "'cosine', 'linear'", "'cosin'"]),
+    "pair": ([*FIT, "--data.crop_scale", "[0.1]"], ["--data.crop_scale", "2 elements", "[0.1]"]),
+    "number of classes": ([*FIT, "--model.num_classes", "7"], ["model.num_classes 7", "leave it out"]),
+    "refused by the method": ([*FIT, "--model.method.fusion_ratio", "3"], ["fusion_ratio", "3"]),
+    "refused by the data": ([*FIT, "--data.batch_size", "0"], ["data.batch_size is 0"]),
+    "refused at set-up": ([*FIT, "--data.batch_size", "5000"], ["5000", "batch"]),
+    "refused by Lightning": ([*FIT, "--trainer.accelerator", "gpu"], ["gpu"]),
+    "refused by its loop": (
+        [*FIT, "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=999"],
+        ["val_check_interval", "999"],
+    ),
+    "folder for runs": ([*FIT, "--trainer.default_root_dir", "small.yaml"], ["trainer.default_root_dir", "small.yaml"]),
+    "missing checkpoint": ([*FIT, "--ckpt_path", "last.ckp"], ["--ckpt_path last.ckp", "does not exist"]),
+    "truncated checkpoint": ([*FIT, "--ckpt_path", "truncated.ckpt"], ["truncated.ckpt", "truncated"]),
+    "no checkpoint": ([*FIT, "--ckpt_path", "small.yaml"], ["--ckpt_path small.yaml"]),
+    "weights for a checkpoint": ([*FIT, "--ckpt_path", "weights.ckpt"], ["weights.ckpt", "backbone_checkpoint"]),
+    "predict without weights": (["predict", "--config", "small.yaml"], ["--ckpt_path"]),
+}
+FILES = {
+    "broken.yaml": "a: [1\nb: 2\n",
+    "list.yaml": "- 1\n",
+    "trainer.yaml": "trainer: 3\n",
+    "overlay.yaml": (ROOT / "configs/methods/lora.yaml").read_text(),
+    "key0.yaml": "modle: 1\n",
+    "key1.yaml": "trainer:\n  max_step: 3\n",
+    "key2.yaml": "model:\n  init_args:\n    lrr: 3\n",
+    "key3.yaml": "model:\n  init_args:\n    method:\n      init_args:\n        rnk: 3\n",
+    "key4.yaml": "model:\n  lr: 3\n",
+    "class0.yaml": "model:\n  init_args:\n    method:\n      class_path: srlora_pl.SRLORA\n",
+    "class1.yaml": "model:\n  class_path: srlora_pl.ImageClassifer\n",
+    "type0.yaml": "trainer:\n  max_steps: many\n",
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_sentence(case: str, small: Path, run: Finished) -> None:
+    for name, text in FILES.items():
+        (small / name).write_text(text)
+    (small / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    content = run.best.read_bytes()
+    (small / "truncated.ckpt").write_bytes(content[: len(content) // 2])
+    torch.save({"head.weight": torch.zeros(2)}, small / "weights.ckpt")
+    arguments, words = BAD_INPUT[case]
+    code, _, err = cli(*arguments, home=small)
+    assert code == 2
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert err.splitlines()[-1] == errors[0]
+    assert "Traceback" not in err
+    for word in words:
+        assert word in errors[0]
+    assert not (small / "runs").exists() or not any((small / "runs").iterdir())
+
+
+def test_a_bug_keeps_its_traceback(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Run) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Run, "fit", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        cli(*FIT, home=small)
+
+
+def test_an_interrupt_is_a_word(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(self: Run) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "fit", stopped)
+    code, _, err = cli(*FIT, home=small)
+    assert code == 130
+    assert err.splitlines()[-1] == "interrupted"

@@ -1,0 +1,67 @@
+"""Reading config files, overlays, and errors of the parser in one sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from srlora_pl.config import combine, explain, method_arguments, read
+from srlora_pl.errors import UserError
+
+
+def task(**method_arguments: object) -> dict:
+    method = {"class_path": "srlora_pl.SRLoRA", "init_args": method_arguments}
+    return {"model": {"class_path": "srlora_pl.ImageClassifier", "init_args": {"lr": 0.1, "method": method}}}
+
+
+def overlay(name: str, **arguments: object) -> dict:
+    return {"model": {"init_args": {"method": {"class_path": f"srlora_pl.{name}", "init_args": arguments}}}}
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("model: {class_path: M, init_args: {lr: 1e-4, big: 5E3, text: e4, n: -2e-1}}")
+    arguments = read(str(tmp_path / "a.yaml"))["model"]["init_args"]
+    assert arguments == {"lr": 1e-4, "big": 5000.0, "text": "e4", "n": -0.2}
+
+
+def test_later_files_win_key_by_key() -> None:
+    settings, method = combine([task(rank=4), {"model": {"init_args": {"lr": 0.2}}, "trainer": {"max_steps": 3}}])
+    assert settings["model"]["init_args"]["lr"] == 0.2
+    assert settings["model"]["init_args"]["method"]["init_args"] == {"rank": 4}
+    assert settings["trainer"] == {"max_steps": 3}
+    assert method is None
+
+
+def test_another_class_does_not_inherit_arguments() -> None:
+    data = [{"data": {"class_path": name, "init_args": {name: 1}}} for name in ("A", "B")]
+    settings, _ = combine([task(), *data])
+    assert settings["data"] == {"class_path": "B", "init_args": {"B": 1}}
+
+
+def test_of_two_overlays_only_the_last_remains() -> None:
+    settings, method = combine([task(rank=4), overlay("LoRA", rank=16, dropout=0.1), overlay("PiSSA", alpha=2.0)])
+    assert settings["model"]["init_args"]["method"] == {"class_path": "srlora_pl.SRLoRA", "init_args": {"rank": 4}}
+    assert method == {"class_path": "srlora_pl.PiSSA", "init_args": {"alpha": 2.0}}
+    assert method_arguments(settings, method) == {"rank", "alpha"}
+
+
+def test_arguments_without_a_class_belong_to_the_task() -> None:
+    mine = {"model": {"init_args": {"method": {"init_args": {"rank": 2}}}}}
+    settings, method = combine([task(rank=4), mine, overlay("LoRA")])
+    assert settings["model"]["init_args"]["method"]["init_args"] == {"rank": 2}
+    assert method is not None
+    assert method["class_path"] == "srlora_pl.LoRA"
+
+
+def test_combining_changes_no_input() -> None:
+    contents = [task(rank=4), overlay("LoRA", rank=1), {"model": {"init_args": {"lr": 9}}}]
+    combine(contents)
+    assert contents == [task(rank=4), overlay("LoRA", rank=1), {"model": {"init_args": {"lr": 9}}}]
+
+
+def test_an_overlay_alone_is_refused() -> None:
+    with pytest.raises(UserError, match="before an overlay"):
+        combine([overlay("LoRA")])
+
+
+def test_an_unknown_form_of_message_stays_on_one_line() -> None:
+    assert explain("something\n  new", [], [], []) == "something new"
