@@ -1,0 +1,214 @@
+"""A run planned for N steps, stopped anywhere and resumed, equals the uninterrupted one bit for bit."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from srlora_pl import ImageClassifier, ImageData, SRLoRA, UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+STEPS = 14
+# 60 images for training in batches of 8: 8 micro-batches an epoch, the last of 4 images
+
+
+class Interrupted(Exception):  # noqa: N818
+    pass
+
+
+class InterruptAt(Callback):
+    """As abrupt as it gets inside one process: an exception between two micro-batches, or inside validation."""
+
+    def __init__(self, batch=None, validation=None):
+        self.batch, self.validation, self.validations = batch, validation, 0
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.batch_progress.total.processed == self.batch:
+            raise Interrupted
+
+    def on_validation_batch_start(self, trainer, *args):
+        self.validations += not trainer.sanity_checking
+        if self.validations == self.validation:
+            raise Interrupted
+
+
+def model(**options):
+    torch.manual_seed(0)
+    kwargs = {
+        "pretrained": False,
+        "img_size": 16,
+        "patch_size": 8,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "proj_drop_rate": 0.2,
+        "drop_path_rate": 0.2,
+    }
+    method = SRLoRA(rank=2, alpha=4.0, target_rank=6, dropout=0.1)
+    return ImageClassifier(
+        backbone="vit_tiny_patch16_224",
+        num_classes=10,
+        method=method,
+        backbone_kwargs=kwargs,
+        **{"optimizer": "adamw", "lr": 0.01, "warmup_steps": 3, "mixup": 0.3, "cutmix": 0.3, **options},
+    )
+
+
+class SmallDigits(ImageData):
+    """A few of the shipped digits, so that a run has several epochs."""
+
+    def __init__(self, **options):
+        super().__init__(name="digits", **{"batch_size": 8, **options})
+
+    def load(self, stage):
+        super().load(stage)
+        for name, size in (("train_set", 60), ("val_set", 20)):
+            full = getattr(self, name)
+            if full is not None:
+                full.rows = full.rows[:size]
+
+
+def trainer(folder, *callbacks, **options):
+    defaults = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_steps": STEPS,
+        "max_epochs": -1,
+        "val_check_interval": 5,
+        "check_val_every_n_epoch": None,
+        "use_distributed_sampler": False,
+        "default_root_dir": folder,
+    }
+    every = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}", save_last=True)
+    return L.Trainer(**{**defaults, **options}, callbacks=[every, *callbacks])
+
+
+def final(module):
+    averages = module.adaptation.importance
+    return {**module.state_dict(), "smoothed": averages.smoothed, "uncertainty": averages.uncertainty}
+
+
+def assert_equal(one, other):
+    for key, value in final(one).items():
+        assert torch.equal(value, final(other)[key]), key
+    assert one.adaptation.switches_done == other.adaptation.switches_done
+
+
+def fit(folder, *callbacks, data=None, ckpt_path=None, module=None, **options):
+    L.seed_everything(3, verbose=False)
+    module = module or model()
+    run = trainer(folder, *callbacks, **options)
+    run.fit(module, datamodule=SmallDigits(**(data or {})), ckpt_path=ckpt_path)
+    return module
+
+
+CASES = {
+    "plain": {},
+    "accumulate": {"accumulate_grad_batches": 2},
+    "accumulate 3 over a short epoch": {"accumulate_grad_batches": 3, "limit_train_batches": 7},
+    "epochs": {"max_steps": -1, "max_epochs": 3, "limit_train_batches": 5},
+    "epochs, validation at their end": {
+        "max_steps": -1,
+        "max_epochs": 2,
+        "val_check_interval": None,
+        "check_val_every_n_epoch": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interrupted_anywhere_and_resumed(case, tmp_path):
+    options = CASES[case]
+    expected = fit(tmp_path / "whole", **options)
+    assert expected.adaptation.switches_done == 3
+    total = expected.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    for stop in range(4, total, 2):  # after the first file, which waits for the first optimizer step
+        folder = tmp_path / f"stop{stop}"
+        with pytest.raises(Interrupted):
+            fit(folder, InterruptAt(batch=stop), **options)
+        assert_equal(fit(folder, ckpt_path=folder / "last.ckpt", **options), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_interrupted_twice_with_workers_and_in_validation(workers, tmp_path):
+    data = {"num_workers": workers}
+    expected = fit(tmp_path / "whole", data=data)
+    folder = tmp_path / "stopped"
+    with pytest.raises(Interrupted):
+        fit(folder, InterruptAt(validation=2), data=data)
+    with pytest.raises(Interrupted):
+        fit(folder, InterruptAt(batch=10), data=data, ckpt_path=folder / "last.ckpt")
+    with pytest.raises(Interrupted):
+        fit(folder, InterruptAt(batch=11), data=data, ckpt_path=folder / "last.ckpt")
+    assert_equal(fit(folder, data=data, ckpt_path=folder / "last.ckpt"), expected)
+
+
+def test_number_of_workers_changes_nothing(tmp_path):
+    assert_equal(fit(tmp_path / "a", data={"num_workers": 2}), fit(tmp_path / "b", data={"num_workers": 0}))
+
+
+def test_a_stop_in_the_middle_of_an_accumulation_keeps_the_gradients(tmp_path):
+    """Validation may fall between the micro-batches of a step, and write a file there."""
+    options = {"accumulate_grad_batches": 4, "val_check_interval": 5, "max_steps": 6}
+
+    class SaveAfterValidation(Callback):
+        def on_validation_end(self, run, module):
+            if not run.sanity_checking:
+                run.save_checkpoint(tmp_path / f"{run.fit_loop.epoch_loop.batch_progress.total.processed}.ckpt")
+
+    expected = fit(tmp_path / "whole", SaveAfterValidation(), **options)
+    saved = torch.load(tmp_path / "5.ckpt", weights_only=True)["exact_resume"]
+    assert saved["processed"] == 5
+    assert saved["gradients"]
+    assert_equal(fit(tmp_path / "resumed", ckpt_path=tmp_path / "5.ckpt", **options), expected)
+
+
+def test_the_steps_that_loggers_see_continue(tmp_path):
+    class Steps(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, run, module, outputs, batch, batch_idx):
+            self.seen.append((run.fit_loop.epoch_loop._batches_that_stepped, run.current_epoch, batch_idx))
+
+    whole, first, second = Steps(), Steps(), Steps()
+    fit(tmp_path / "whole", whole)
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "a", first, InterruptAt(batch=9))
+    fit(tmp_path / "a", second, ckpt_path=tmp_path / "a" / "last.ckpt")
+    assert first.seen + second.seen == whole.seen
+    assert [step for step, _, _ in whole.seen] == list(range(STEPS))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"accumulate_grad_batches": 2}, r"trainer.accumulate_grad_batches is 2 and .* with 1"),
+        ({"data": {"batch_size": 6}}, r"batch_size"),
+    ],
+)
+def test_a_resume_that_cannot_be_exact_is_refused(change, says, tmp_path):
+    with pytest.raises(Interrupted):
+        fit(tmp_path, InterruptAt(batch=3))
+    with pytest.raises(UserError, match=says):
+        fit(tmp_path, ckpt_path=tmp_path / "last.ckpt", **change)
+
+
+def test_another_seed_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        fit(tmp_path, InterruptAt(batch=3))
+    L.seed_everything(4, verbose=False)
+    with pytest.raises(UserError, match="seed"):
+        trainer(tmp_path).fit(model(), datamodule=SmallDigits(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_the_seed_matters(tmp_path):
+    """Sanity of the tests above: other randomness gives another result."""
+    one = fit(tmp_path / "a")
+    L.seed_everything(4, verbose=False)
+    other = model()
+    trainer(tmp_path / "b").fit(other, datamodule=SmallDigits())
+    assert not torch.equal(final(one)["smoothed"], final(other)["smoothed"])
