@@ -1,6 +1,7 @@
 """Images for classification: known data sets, the user's own folder, or a data set of ``datasets``."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -70,7 +71,7 @@ class ImageData(DataModule):
         self.num_classes = len(self.class_names)
         self.transform: ImageTransform | None = None
         self._splits: dict[str, Split] = {}
-        self._names: Callable[[int], str] = str
+        self._name: Callable[[int], str] = str
 
     def prepare_data(self) -> None:
         """Download what is missing."""
@@ -111,36 +112,33 @@ class ImageData(DataModule):
 
     def _load_predict(self) -> None:
         if self.predict_root is not None:
-            split = picture_files(Path(self.predict_root), "data.predict_root")
+            split = _decoded(picture_files(Path(self.predict_root), "data.predict_root"))
         elif self.source.has("test"):
             split = self._split("test")
         else:
             raise UserError("The data has no test split to predict; set data.predict_root to images.")
-        self._names = split.names
+        self._name = split.name
         self.predict_set = self._images(Split(split.images, None))
 
     @property
     def has_test_labels(self) -> bool:
         """Whether there is a test split to score on."""
-        return self.source.has("test") and self._split("test").labels is not None
+        return self.source.has_labels("test")
 
     def sample_name(self, index: int) -> str:
         """What to call a predicted image: its file, or its index in the test split."""
-        return self._names(index)
+        return self._name(index)
 
     def _split(self, name: str) -> Split:
         if name not in self._splits:
-            self._splits[name] = self.source.load(name)
+            self._splits[name] = _decoded(self.source.load(name))
         return self._splits[name]
 
     def _images(self, split: Split, rows: Tensor | None = None) -> "MemoryImages | FileImages":
-        if isinstance(split.images, Pictures):
-            pixels = into_memory(split.images)
-            split.images = split.images if pixels is None else pixels
-        if isinstance(split.images, Pictures):
-            assert self.transform is not None
-            return FileImages(split.images, split.labels, rows, self.transform)
-        return MemoryImages(split.images, split.labels, rows)
+        if isinstance(split.images, Tensor):
+            return MemoryImages(split.images, split.labels, rows)
+        assert self.transform is not None
+        return FileImages(split.images, split.labels, rows, self.transform)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Crop and resize what was not cropped in the workers, then normalise; the batch is on its device."""
@@ -179,7 +177,7 @@ class FileImages(KeyedDataset):
         self, pictures: Pictures, labels: Tensor | None, rows: Tensor | None, transform: ImageTransform
     ) -> None:
         self.pictures, self.labels, self.transform = pictures, labels, transform
-        self.rows = torch.arange(pictures.count) if rows is None else rows
+        self.rows = torch.arange(len(pictures)) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -188,16 +186,28 @@ class FileImages(KeyedDataset):
         index, epoch = split_keys(keys)
         rows = self.rows[index]
         try:
-            images = [self._one(int(row), key) for row, key in zip(rows, keys, strict=True)]
+            images = self._test(rows) if epoch is None else self._train(rows, torch.stack([epoch, index], 1))
         except UserError as error:
             return user_error_as_batch(error)
-        return _batch(torch.stack(images), False, self.labels, rows, index, epoch)
+        return _batch(images, False, self.labels, rows, index, epoch)
 
-    def _one(self, row: int, key: Key) -> Tensor:
-        if isinstance(key, int):
-            return self.pictures.decode(row, self.transform.test_one)
-        index, epoch = key
-        return self.pictures.decode(row, lambda image: self.transform.train_one(image, (epoch, index)))
+    def _test(self, rows: Tensor) -> Tensor:
+        return torch.stack([self.pictures.decode(row, self.transform.test_one) for row in rows.tolist()])
+
+    def _train(self, rows: Tensor, keys: Tensor) -> Tensor:
+        numbers = self.transform.numbers(keys).split(1)
+        images = [
+            self.pictures.decode(row, partial(self.transform.train_one, numbers=own))
+            for row, own in zip(rows.tolist(), numbers, strict=True)
+        ]
+        return torch.stack(images)
+
+
+def _decoded(split: Split) -> Split:
+    """The split with its images in memory, if they are small and alike."""
+    if isinstance(split.images, Tensor):
+        return split
+    return Split(into_memory(split.images), split.labels, split.name)
 
 
 def _batch(

@@ -3,15 +3,15 @@
 Names of splits are ``train``, ``val`` and ``test``. A source reads no pixels in ``__init__``.
 """
 
+import struct
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from importlib.resources import as_file, files
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.error import URLError
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,37 +24,90 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from srlora_pl.data.transforms import check_mode, to_rgb
 from srlora_pl.errors import UserError, did_you_mean
 
-MEMORY_LIMIT = 2**30  # bytes of decoded pixels that a split may hold in memory
+_T = TypeVar("_T")
+
+# Images of one size up to this many pixels a side are kept decoded: cropping and resizing them by the batch is
+# then several times faster than one by one. Larger ones are not, and are decoded in the workers.
+SMALL = 128
+MEMORY_LIMIT = 2**31  # bytes of decoded pixels that a split may hold
 _HEADERS = 10_000  # images whose header is looked at before training
 
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
-@dataclass
+
 class Pictures:
-    """Encoded images, opened one by one; ``name(i)`` is what a person calls image i."""
+    """Encoded images, opened one by one. Instances go to the workers, so they can be pickled."""
 
-    open: Callable[[int], Image.Image]
-    name: Callable[[int], str]
-    count: int
+    def __len__(self) -> int:
+        raise NotImplementedError
 
-    def decode(self, index: int, use: Callable[[Image.Image], Any]) -> Any:
-        """``use`` of image ``index``; what cannot be read is said in one sentence with the file's name."""
+    def open(self, index: int) -> Image.Image:
+        """The image, its pixels not decoded yet."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What a person calls it."""
+        raise NotImplementedError
+
+    def decode(self, index: int, use: Callable[[Image.Image], _T]) -> _T:
+        """``use`` of one image.
+
+        Raises:
+            UserError: it cannot be read, or ``use`` refused it; the sentence has the file's name.
+        """
         try:
             with self.open(index) as image:
                 return use(image)
         except UserError as error:
-            raise UserError(f"Image {self.name(index)} {error}.") from None
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+            raise UserError(f"The image {self.name(index)} {error}.") from None
+        except (*_BROKEN, Image.DecompressionBombError) as error:
             reason = "is not an image" if isinstance(error, UnidentifiedImageError) else f"is broken ({error})"
-            raise UserError(f"Image {self.name(index)} {reason}; replace or remove it.") from None
+            raise UserError(f"The image {self.name(index)} {reason}; replace or remove it.") from None
+
+
+class Files(Pictures):
+    """Image files."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, index: int) -> Image.Image:
+        return Image.open(self.paths[index])
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+class Cells(Pictures):
+    """The image column of a data set of ``datasets``."""
+
+    def __init__(self, table: Any, column: str, title: str) -> None:
+        from datasets import Image as ImageFeature
+
+        self.table = table.select_columns(column).cast_column(column, ImageFeature(decode=False))
+        self.column, self.title = column, title
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def open(self, index: int) -> Image.Image:
+        cell = self.table[index][self.column]
+        return Image.open(BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+
+    def name(self, index: int) -> str:
+        return f"{index} of {self.title}"
 
 
 @dataclass
 class Split:
-    """Images of one split, as uint8 (n, c, h, w) or still encoded, and their classes, int64 (n,)."""
+    """Images of one split, uint8 (n, c, h, w) or still encoded; their classes, int64 (n,); what each is called."""
 
     images: Tensor | Pictures
     labels: Tensor | None
-    names: Callable[[int], str] = field(default=str)
+    name: Callable[[int], str] = str
 
 
 class Source(Protocol):
@@ -67,6 +120,9 @@ class Source(Protocol):
 
     def has(self, split: str) -> bool:
         """Whether there is such a split."""
+
+    def has_labels(self, split: str) -> bool:
+        """Whether there is such a split and it can be scored on."""
 
     def load(self, split: str) -> Split:
         """The split's images and labels."""
@@ -89,6 +145,8 @@ class Digits:
 
     def has(self, split: str) -> bool:
         return split in ("train", "test")
+
+    has_labels = has
 
     def load(self, split: str) -> Split:
         with as_file(files("srlora_pl") / "assets" / "digits" / "digits.safetensors") as path:
@@ -148,15 +206,20 @@ class Torchvision:
         self.name, self.root = name, root
         self.known = TORCHVISION[name]
         self.class_names = self.known.class_names
+        self._prepared: Any = None
 
     def prepare(self) -> None:
-        self._build("train", download=True)
+        # Kept for `load`: torchvision reads whole files to check them, gigabytes for STL-10.
+        self._prepared = self._build("train", download=True)
 
     def has(self, split: str) -> bool:
         return split in ("train", "test")
 
+    has_labels = has
+
     def load(self, split: str) -> Split:
-        data = self._build(split, download=False)
+        data = self._prepared if split == "train" else None
+        data, self._prepared = data or self._build(split, download=False), None
         images = torch.as_tensor(np.asarray(data.data))
         if images.ndim == 3:
             images = images[:, None]
@@ -168,11 +231,11 @@ class Torchvision:
     def _build(self, split: str, download: bool) -> Any:
         try:
             return self.known.build(self.root, split, download)
-        except (URLError, OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
             what = self.known.files.format(root=self.root)
             raise UserError(
-                f"{self.name} is not whole under data.root {self.root!r} and could not be downloaded "
-                f"({_one_line(error)}); put {what}, it is unpacked there."
+                f"{self.name} is not whole under data.root '{self.root}' and could not be downloaded "
+                f"({_one_line(error)}); put {what}, and it is unpacked there."
             ) from None
 
 
@@ -214,39 +277,36 @@ class Folder:
     def has(self, split: str) -> bool:
         return split in self.parts
 
+    def has_labels(self, split: str) -> bool:
+        return split in self.parts and bool(_class_folders(self.parts[split]))
+
     def load(self, split: str) -> Split:
         part = self.parts[split]
-        found = _class_folders(part)
-        if split == "test" and not found:
+        if split == "test" and not self.has_labels(split):
             return picture_files(part, "data.root")
-        unknown = sorted(set(found) - set(self.class_names))
+        unknown = sorted(set(_class_folders(part)) - set(self.class_names))
         if unknown:
             raise UserError(
                 f"'{part}' has the class {unknown[0]!r}, which '{self.parts['train']}' does not have"
                 f"{did_you_mean(unknown[0], self.class_names)}; rename or remove it."
             )
-        paths, labels = [], []
-        for label, name in enumerate(self.class_names):
-            images = _images_under(part / name)
-            paths += images
-            labels += [label] * len(images)
-            if split == "train" and not images:
-                raise UserError(f"The class folder '{part / name}' holds no images; fill or remove it.")
-        return Split(_pictures(paths), torch.tensor(labels), lambda index: str(paths[index]))
+        by_class = [_images_under(part / name) for name in self.class_names]
+        empty = [name for name, paths in zip(self.class_names, by_class, strict=True) if not paths]
+        if empty and (split == "train" or not any(by_class)):
+            raise UserError(f"The class folder '{part / empty[0]}' holds no images; fill or remove it.")
+        labels = [label for label, paths in enumerate(by_class) for _ in paths]
+        files = Files([path for paths in by_class for path in paths])
+        return Split(files, torch.tensor(labels), files.name)
 
 
 def picture_files(root: Path, key: str) -> Split:
     """All images under a folder, or one file, without labels; ``key`` is what a complaint names."""
     if not root.exists():
         raise UserError(f"{key} '{root}' does not exist; give a folder of images or one image file.")
-    paths = [root] if root.is_file() else _images_under(root)
-    if not paths:
-        raise UserError(f"{key} '{root}' holds no images ({', '.join(IMG_EXTENSIONS)}).")
-    return Split(_pictures(paths), None, lambda index: str(paths[index]))
-
-
-def _pictures(paths: list[Path]) -> Pictures:
-    return Pictures(lambda index: Image.open(paths[index]), lambda index: f"'{paths[index]}'", len(paths))
+    files = Files([root] if root.is_file() else _images_under(root))
+    if not len(files):
+        raise UserError(f"{key} '{root}' holds no images; it needs files that end in {_listed(IMG_EXTENSIONS)}.")
+    return Split(files, None, files.name)
 
 
 def _class_folders(root: Path) -> list[str]:
@@ -269,92 +329,104 @@ def _images_under(root: Path) -> list[Path]:
 class Hub:
     """A data set of ``datasets``: a local folder of its files, or a name on the hub.
 
-    The label column holds classes by number, by name or as a ``ClassLabel``; -1 means unlabelled.
+    The label column holds a ``ClassLabel``, whole numbers or names; -1 means unlabelled.
     """
 
     def __init__(self, root: str, image_column: str, label_column: str) -> None:
         self.root, self.image_column, self.label_column = root, image_column, label_column
-        train = self._data().get("train")
-        if train is None:
-            raise UserError(f"The data set {root!r} has no split 'train', only {_listed(self._data())}.")
+        self.splits = _load_dataset(root)
+        if "train" not in self.splits:
+            raise UserError(f"The data set {root!r} has no split 'train', only {_listed(self.splits)}.")
+        train = self.splits["train"]
         self._check_columns(train)
-        feature = train.features[label_column]
-        values = sorted(set(train[label_column])) if not hasattr(feature, "names") else range(len(feature.names))
-        self.values = {value: label for label, value in enumerate(values)}
-        self.class_names = list(getattr(feature, "names", None) or map(str, values))
+        names = getattr(train.features[label_column], "names", None)
+        values = list(range(len(names))) if names else sorted(set(train[label_column]) - {None, -1})
+        self.labels = {value: label for label, value in enumerate(values)}
+        self.class_names = names or [str(value) for value in values]
         if len(self.class_names) < 2:
             raise UserError(
-                f"The data set {root!r} has the one class {self.class_names} in data.label_column "
-                f"{label_column!r}; a classifier needs two or more."
+                f"data.label_column {label_column!r} of {root!r} has only {len(self.class_names)} class; "
+                f"a classifier needs two or more."
             )
 
-    def _check_columns(self, data: Any) -> None:
-        for key, column in (("image_column", self.image_column), ("label_column", self.label_column)):
-            if column not in data.features:
-                raise UserError(
-                    f"data.{key} is {column!r}, but the data set {self.root!r} has the columns "
-                    f"{_listed(data.features)}{did_you_mean(column, data.features)}."
-                )
+    def _check_columns(self, table: Any) -> None:
+        from datasets import ClassLabel
         from datasets import Image as ImageFeature
 
-        if not isinstance(data.features[self.image_column], ImageFeature):
-            images = [name for name, kind in data.features.items() if isinstance(kind, ImageFeature)]
+        for key, column in (("image_column", self.image_column), ("label_column", self.label_column)):
+            if column not in table.features:
+                raise UserError(
+                    f"data.{key} is {column!r}{did_you_mean(column, table.features)}, but the columns of "
+                    f"{self.root!r} are {_listed(table.features)}."
+                )
+        if not isinstance(table.features[self.image_column], ImageFeature):
+            images = [name for name, kind in table.features.items() if isinstance(kind, ImageFeature)]
             raise UserError(
-                f"data.image_column {self.image_column!r} of {self.root!r} holds no images; "
-                f"its image columns are: {_listed(images) or 'none'}."
+                f"data.image_column {self.image_column!r} of {self.root!r} holds no images; its columns of images "
+                f"are: {_listed(images) or 'none'}."
             )
-
-    @cache  # noqa: B019 (one source a process)
-    def _data(self) -> Any:
-        # Imported here: it takes a second, and only these sources need it.
-        from datasets import load_dataset
-
-        try:
-            return load_dataset(self.root)
-        except Exception as error:
+        kind = table.features[self.label_column]
+        if not isinstance(kind, ClassLabel) and getattr(kind, "dtype", "").rstrip("0123456789_") not in (
+            "int",
+            "uint",
+            "string",
+            "large_string",
+            "bool",
+        ):
             raise UserError(
-                f"data.root {self.root!r} is neither a folder here nor a data set that could be loaded from the "
-                f"hub ({_one_line(error)}); give a folder, or download the data set and give its folder."
-            ) from None
+                f"data.label_column {self.label_column!r} of {self.root!r} holds {kind}, not classes; name a column "
+                f"of whole numbers or names."
+            )
 
     def prepare(self) -> None:
         pass
 
     def _name(self, split: str) -> str | None:
-        names = ("val", "valid", "validation", "dev") if split == "val" else (split,)
-        return next((name for name in names if name in self._data()), None)
+        names = (*_VAL_NAMES, "dev") if split == "val" else (split,)
+        return next((name for name in names if name in self.splits), None)
 
     def has(self, split: str) -> bool:
         return self._name(split) is not None
 
+    def has_labels(self, split: str) -> bool:
+        name = self._name(split)
+        return name is not None and not set(self.splits[name][self.label_column]) <= {None, -1}
+
     def load(self, split: str) -> Split:
-        from datasets import Image as ImageFeature
+        name = self._name(split)
+        table = self.splits[name]
+        self._check_columns(table)
+        if not len(table):
+            raise UserError(f"The split {name!r} of {self.root!r} is empty.")
+        labels = None
+        if split != "test" or self.has_labels(split):
+            values = list(table[self.label_column])
+            unknown = [value for value in values if value not in self.labels]
+            if unknown:
+                raise UserError(
+                    f"The split {name!r} of {self.root!r} has the label {unknown[0]!r} in column "
+                    f"{self.label_column!r}, which is none of the {len(self.labels)} training classes."
+                )
+            labels = torch.tensor([self.labels[value] for value in values])
+        return Split(Cells(table, self.image_column, f"the split {name!r} of {self.root!r}"), labels)
 
-        data = self._data()[self._name(split)]
-        self._check_columns(data)
-        labels = self._labels(data[self.label_column], split)
-        encoded = data.select_columns(self.image_column).cast_column(self.image_column, ImageFeature(decode=False))
 
-        def read(index: int) -> Image.Image:
-            cell = encoded[index][self.image_column]
-            return Image.open(BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+def _load_dataset(root: str) -> Any:
+    # Imported here: it takes a second, and only these sources need it.
+    from datasets import load_dataset, load_from_disk
 
-        def name(index: int) -> str:
-            return f"{index} of split {self._name(split)!r} of {self.root!r}"
+    try:
+        return load_from_disk(root) if (Path(root) / "dataset_dict.json").exists() else load_dataset(root)
+    except Exception as error:  # whatever its many readers raise
+        raise UserError(
+            f"data.root '{root}' is neither a folder of images here nor a data set that could be loaded "
+            f"({_one_line(error)}); give a folder, or download the data set and give its folder."
+        ) from None
 
-        return Split(Pictures(read, name, len(data)), labels)
 
-    def _labels(self, column: Any, split: str) -> Tensor | None:
-        values = list(column)
-        if split == "test" and all(value in (-1, None) for value in values):
-            return None
-        unknown = next((value for value in values if value not in self.values), None)
-        if unknown is not None or None in values:
-            raise UserError(
-                f"The split {split!r} of {self.root!r} has the label {unknown!r} in column "
-                f"{self.label_column!r}, which is none of the {len(self.values)} training classes."
-            )
-        return torch.tensor([self.values[value] for value in values])
+def _is_table(root: Path) -> bool:
+    kinds = ("*.parquet", "*.arrow", "*.jsonl")
+    return any(next(root.glob(f"{where}{kind}"), None) for where in ("", "*/") for kind in kinds)
 
 
 def find_source(name: str | None, root: str, image_column: str, label_column: str) -> Source:
@@ -370,8 +442,7 @@ def find_source(name: str | None, root: str, image_column: str, label_column: st
         return Torchvision(name, root)
     path = Path(root)
     if path.is_dir():
-        tables = any(next(path.rglob(f"*.{kind}"), None) for kind in ("parquet", "arrow", "jsonl", "csv"))
-        return Hub(root, image_column, label_column) if tables else Folder(path)
+        return Hub(root, image_column, label_column) if _is_table(path) else Folder(path)
     if path.exists():
         raise UserError(f"data.root '{root}' is a file; give the folder that holds the images.")
     if root.count("/") == 1 and not root.startswith((".", "/", "~")):
@@ -385,39 +456,39 @@ def find_source(name: str | None, root: str, image_column: str, label_column: st
 # -- decoding
 
 
-def into_memory(pictures: Pictures, limit: int = MEMORY_LIMIT) -> Tensor | None:
-    """All pictures as one uint8 (n, 3, h, w), or None when they differ in size or would not fit.
+def into_memory(pictures: Pictures) -> Tensor | Pictures:
+    """Small pictures of one size as one uint8 (n, 3, h, w); others as they are, once their headers were looked at.
 
     Raises:
         UserError: a picture that cannot be read or whose mode has no 8-bit form; it names the file.
     """
-    first = pictures.decode(0, lambda image: image.size)
-    if pictures.count * first[0] * first[1] * 3 > limit or not _same_size(pictures, first):
-        return None
-    pixels = np.empty((pictures.count, first[1], first[0], 3), dtype=np.uint8)
+    width, height = pictures.decode(0, lambda image: image.size)
+    if not _same_size(pictures, (width, height)) or max(width, height) > SMALL:
+        return pictures
+    if len(pictures) * width * height * 3 > MEMORY_LIMIT:
+        return pictures
+    pixels = np.empty((len(pictures), 3, height, width), dtype=np.uint8)
 
     def fill(index: int) -> bool:
-        rgb = pictures.decode(index, lambda image: np.asarray(to_rgb(image)))
+        rgb = pictures.decode(index, lambda image: np.asarray(to_rgb(image))).transpose(2, 0, 1)
         fits = rgb.shape == pixels.shape[1:]
         if fits:
             pixels[index] = rgb
         return fits
 
     with ThreadPoolExecutor() as threads:
-        if not all(threads.map(fill, range(pictures.count))):
-            return None
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(pixels) if all(threads.map(fill, range(len(pictures)))) else pictures
 
 
 def _same_size(pictures: Pictures, size: tuple[int, int]) -> bool:
-    """Whether images picked evenly over the split have that size; a mode that cannot be used raises."""
+    """Whether images picked evenly over the split have that size; all of them are opened, for their modes."""
 
     def look(image: Image.Image) -> bool:
         check_mode(image)
         return image.size == size
 
-    picked = range(0, pictures.count, max(1, pictures.count // _HEADERS))
-    return all(pictures.decode(index, look) for index in picked)
+    picked = range(0, len(pictures), max(1, len(pictures) // _HEADERS))
+    return sum(pictures.decode(index, look) for index in picked) == len(picked)
 
 
 def _one_line(error: BaseException) -> str:

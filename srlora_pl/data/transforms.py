@@ -7,6 +7,7 @@ before the second, and the order of the two follows from the sizes (`vertical_fi
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil, log
 from typing import Any, NamedTuple
 
@@ -192,7 +193,7 @@ class ImageTransform:
     def train(self, images: Tensor, keys: Tensor) -> Tensor:
         """Augmented uint8 images (b, c, h, w) as grey levels, (b, c, H, W); ``keys``: (epoch, index), int64 (b, 2)."""
         _, _, height, width = images.shape
-        boxes = self.boxes(keys, height, width)
+        boxes = self.boxes(self.numbers(keys), height, width)
         rows = axis_weights(boxes.top, boxes.height, height, self.size[0], self.interpolation)
         columns = axis_weights(boxes.left, boxes.width, width, self.size[1], self.interpolation, boxes.flip)
         out = resize(images, rows, columns)
@@ -204,11 +205,11 @@ class ImageTransform:
     def test(self, images: Tensor) -> Tensor:
         """Uint8 images (b, c, h, w) resized, and their middle kept: grey levels, (b, c, H, W)."""
         rows, columns = (self._middle(*axis, images) for axis in zip(images.shape[2:], self.size, strict=True))
-        columns_first = vertical_first(*images.shape[2:], self._test_size)
+        columns_first = vertical_first(images.shape[2], images.shape[3], self._test_size)
         return (resize_vertically_first if columns_first else resize)(images, rows, columns)
 
     def _middle(self, full: int, size: int, images: Tensor) -> Tensor:
-        whole = torch.tensor([full], device=images.device)
+        whole = torch.full((1,), full, device=images.device)
         big = round(size / self.test_crop_pct)
         weights = axis_weights(torch.zeros_like(whole), whole, full, big, self.interpolation)
         return weights.narrow(1, (big - size) // 2, size).expand(len(images), -1, -1)
@@ -220,27 +221,33 @@ class ImageTransform:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Grey levels 0 to 255, (b, c, H, W), as float32 RGB input, (b, 3, H, W); floats are changed in place."""
-        mean = torch.tensor(self.mean, device=images.device)[:, None, None] * 255
-        std = torch.tensor(self.std, device=images.device)[:, None, None] * 255
+        mean, std = _levels(self.mean, images.device), _levels(self.std, images.device)
         levels = images.float()
         levels = levels.sub_(mean) if levels.shape[1] == 3 else levels - mean
         return levels.div_(std)
 
-    def boxes(self, keys: Tensor, height: int, width: int) -> Boxes:
-        """The training crops of the samples ``keys``, a function of (run seed, epoch, index)."""
-        numbers = uniform(derive(run_seed(), _AUGMENT), keys, DRAWS)
+    def numbers(self, keys: Tensor) -> Tensor:
+        """What is random in the augmentation of the samples ``keys``: a function of (run seed, epoch, index).
+
+        ``keys``: int64 (b, 2). Returns float64 (b, `DRAWS`), uniform in [0, 1).
+        """
+        return uniform(derive(run_seed(), _AUGMENT), keys, DRAWS)
+
+    def boxes(self, numbers: Tensor, height: int, width: int) -> Boxes:
+        """The training crops of images of one size."""
         return random_boxes(numbers, height, width, self.crop_scale, self.hflip)
 
     # -- one image, in a worker: the same crops and, for images that draft() leaves alone, the same pixels
 
-    def train_one(self, image: Image.Image, key: tuple[int, int]) -> Tensor:
-        """The same for one picture of any size, decoded here: uint8 (c, H, W); ``key``: (epoch, index)."""
-        boxes = self.boxes(torch.tensor([key]), image.height, image.width)
+    def train_one(self, image: Image.Image, numbers: Tensor) -> Tensor:
+        """One augmented picture of any size, decoded here: uint8 (3, H, W); ``numbers``: its row, (1, `DRAWS`)."""
+        boxes = self.boxes(numbers, image.height, image.width)
         top, left, height, width, flip = (int(value) for value in boxes)
         small = self._cut(image, (left, top, left + width, top + height), self.size)
         return _to_tensor(small.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else small)
 
     def test_one(self, image: Image.Image) -> Tensor:
+        """One picture of any size as evaluation sees it: uint8 (3, H, W)."""
         big = self._test_size
         whole = self._cut(image, (0, 0, *image.size), big)
         top, left = (big[0] - self.size[0]) // 2, (big[1] - self.size[1]) // 2
@@ -280,6 +287,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
+
+
+@lru_cache
+def _levels(channels: tuple[float, ...], device: torch.device) -> Tensor:
+    """A mean or std in grey levels, (3, 1, 1), kept on the device: to send it anew would halt the host each step."""
+    return torch.tensor(channels, device=device)[:, None, None] * 255
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
