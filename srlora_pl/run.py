@@ -185,8 +185,7 @@ class Run(LightningCLI):
         best = getattr(checkpoint, "best_model_path", "")
         scores = self._scores("val")
         if self.datamodule.has_test_labels:
-            self.trainer.test(self.model, self.datamodule, ckpt_path=best or None, weights_only=True, verbose=False)
-            scores = self._scores("test")
+            scores = self._evaluate("test", best or None)
         if best:
             score = f"{checkpoint.monitor} {float(checkpoint.best_model_score):.4f}"
             which = f"best checkpoint: {_relative(best)} ({score})"

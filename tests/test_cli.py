@@ -22,6 +22,7 @@ from srlora_pl.data.sources import Digits
 from srlora_pl.run import Run
 
 ROOT = Path(__file__).parent.parent
+LORA = ROOT / "configs/methods/lora.yaml"
 SMALL_RUN = """
 seed_everything: 3
 model:
@@ -153,6 +154,18 @@ def test_a_new_process_gives_the_same_score(run: Finished) -> None:
     assert len(scores(done.stdout)) == 4
 
 
+def test_fit_scores_the_best_checkpoint_not_the_last(small: Path) -> None:
+    # The loss falls, so the highest one is the first.
+    worst = [f"--trainer.callbacks{each}" for each in ("+=ModelCheckpoint", ".monitor=val/loss", ".mode=max")]
+    code, out, err = cli("fit", "--config", "small.yaml", *worst, home=small)
+    assert code == 0, err
+    chosen = re.search(r"best checkpoint: (\S+)", out)
+    assert chosen
+    assert "step=4" in chosen[1]
+    again = cli("test", "--config", "small.yaml", "--ckpt_path", chosen[1], home=small)[1]
+    assert scores(out) == scores(again)
+
+
 def test_validate_gives_the_best_loss(run: Finished) -> None:
     code, out, _ = cli("validate", "--config", "small.yaml", "--ckpt_path", run.best, home=run.home)
     assert code == 0
@@ -223,6 +236,16 @@ def test_resume_goes_on_in_its_own_folder(small: Path) -> None:
     assert torch.load(last, weights_only=True)["global_step"] == 12
 
 
+def test_resume_from_best_keeps_one_last(small: Path) -> None:
+    # At its first save the best file does not know yet that there will be a last one.
+    assert cli("fit", "--config", "small.yaml", "--config", LORA, "--trainer.max_steps", 4, home=small)[0] == 0
+    folder = small / "runs/small-lora/version_0/checkpoints"
+    best = next(folder.glob("best-*"))
+    code, _, err = cli("fit", "--config", "small.yaml", "--config", LORA, "--ckpt_path", best, home=small)
+    assert code == 0, err
+    assert [path.name for path in folder.glob("last*")] == ["last.ckpt"]
+
+
 def test_a_second_run_takes_the_next_version(small: Path) -> None:
     (small / "runs/small-srlora/version_4").mkdir(parents=True)
     code, out, _ = cli("fit", "--config", "small.yaml", "--trainer.max_steps=4", "--name", "other", home=small)
@@ -234,8 +257,7 @@ def test_a_second_run_takes_the_next_version(small: Path) -> None:
 
 
 def test_overlay_names_the_folder_and_makes_no_switch(small: Path) -> None:
-    overlay = ROOT / "configs/methods/lora.yaml"
-    code, out, err = cli("fit", "--config", "small.yaml", "--config", overlay, home=small)
+    code, out, err = cli("fit", "--config", "small.yaml", "--config", LORA, home=small)
     assert code == 0, err
     assert "note: srlora_pl.LoRA takes no target_rank: dropped" in err
     assert "run written to runs/small-lora/version_0" in out
@@ -372,7 +394,7 @@ FILES = {
     "broken.yaml": "a: [1\nb: 2\n",
     "list.yaml": "- 1\n",
     "trainer.yaml": "trainer: 3\n",
-    "overlay.yaml": (ROOT / "configs/methods/lora.yaml").read_text(),
+    "overlay.yaml": LORA.read_text(),
     "key0.yaml": "modle: 1\n",
     "key1.yaml": "trainer:\n  max_step: 3\n",
     "key2.yaml": "model:\n  init_args:\n    lrr: 3\n",
