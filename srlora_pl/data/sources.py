@@ -94,7 +94,7 @@ class Cells(Pictures):
         return len(self.table)
 
     def open(self, index: int) -> Image.Image:
-        cell = self.table[index][self.column]
+        cell = self.table.data.column(self.column)[index].as_py()  # straight from Arrow: half the time
         return Image.open(BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
 
     def name(self, index: int) -> str:
@@ -457,38 +457,33 @@ def find_source(name: str | None, root: str, image_column: str, label_column: st
 
 
 def into_memory(pictures: Pictures) -> Tensor | Pictures:
-    """Small pictures of one size as one uint8 (n, 3, h, w); others as they are, once their headers were looked at.
+    """Small pictures of one size as one uint8 (n, 3, h, w); others as they are, their modes checked.
 
     Raises:
         UserError: a picture that cannot be read or whose mode has no 8-bit form; it names the file.
     """
     width, height = pictures.decode(0, lambda image: image.size)
-    if not _same_size(pictures, (width, height)) or max(width, height) > SMALL:
-        return pictures
-    if len(pictures) * width * height * 3 > MEMORY_LIMIT:
-        return pictures
+    if max(width, height) <= SMALL and len(pictures) * width * height * 3 <= MEMORY_LIMIT:
+        pixels = _decode_alike(pictures, width, height)
+        if pixels is not None:
+            return pixels
+    for index in range(0, len(pictures), max(1, len(pictures) // _HEADERS)):
+        pictures.decode(index, check_mode)
+    return pictures
+
+
+def _decode_alike(pictures: Pictures, width: int, height: int) -> Tensor | None:
     pixels = np.empty((len(pictures), 3, height, width), dtype=np.uint8)
 
     def fill(index: int) -> bool:
         rgb = pictures.decode(index, lambda image: np.asarray(to_rgb(image))).transpose(2, 0, 1)
-        fits = rgb.shape == pixels.shape[1:]
-        if fits:
+        alike = rgb.shape == pixels.shape[1:]
+        if alike:
             pixels[index] = rgb
-        return fits
+        return alike
 
     with ThreadPoolExecutor() as threads:
-        return torch.from_numpy(pixels) if all(threads.map(fill, range(len(pictures)))) else pictures
-
-
-def _same_size(pictures: Pictures, size: tuple[int, int]) -> bool:
-    """Whether images picked evenly over the split have that size; all of them are opened, for their modes."""
-
-    def look(image: Image.Image) -> bool:
-        check_mode(image)
-        return image.size == size
-
-    picked = range(0, len(pictures), max(1, len(pictures) // _HEADERS))
-    return sum(pictures.decode(index, look) for index in picked) == len(picked)
+        return torch.from_numpy(pixels) if all(threads.map(fill, range(len(pictures)))) else None
 
 
 def _one_line(error: BaseException) -> str:
