@@ -34,7 +34,7 @@ class Numbers(KeyedDataset):
 
 
 class NumberData(DataModule):
-    num_classes, class_names = 2, ["odd", "even"]  # noqa: RUF012
+    num_classes, class_names = 2, ["odd", "even"]
 
     def __init__(self, count: int, batch_size: int, num_workers: int = 0, broken: int = -1) -> None:
         super().__init__(batch_size, 0.0, 0, num_workers)
@@ -216,7 +216,7 @@ def test_batch_size_above_the_data() -> None:
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
 def test_val_fraction_out_of_range(fraction: float) -> None:
-    with pytest.raises(UserError, match="data.val_fraction"):
+    with pytest.raises(UserError, match=r"data.val_fraction is"):
         digits(val_fraction=fraction)
 
 
