@@ -109,7 +109,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
             raise UserError(
                 f"model.schedule {self.schedule!r} ends with the run, whose length is not known: set trainer.max_steps."
             )
-        if self.warmup_steps > total and not (self._is_rehearsal or self._is_tuning):
+        if self.warmup_steps > total and not self._is_rehearsal:
             raise UserError(
                 f"model.warmup_steps is {self.warmup_steps} but the run has {total} optimizer steps: lower it, or "
                 "raise trainer.max_steps or trainer.max_epochs."
@@ -216,9 +216,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
 
 def _collect(scores: dict[str, Metric]) -> MetricCollection:
-    # Grouping metrics whose states are equal after the first batch would merge top-1 and top-5 for good. A NaN loss
-    # must show as such, and looking for one would wait for the device in every batch.
-    return MetricCollection({"loss": MeanMetric(nan_strategy="disable"), **scores}, compute_groups=False)
+    # A NaN loss must show as such, and looking for one would wait for the device in every batch.
+    return MetricCollection({"loss": MeanMetric(nan_strategy="disable"), **scores})
 
 
 def require(key: str, value: Any, what: str, holds: bool) -> None:

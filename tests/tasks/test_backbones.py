@@ -49,6 +49,10 @@ def test_the_shipped_backbone_equals_the_original():
     assert expected.std() > 0.5
 
 
+def test_weights_are_float32_whatever_is_asked():
+    assert {p.dtype for p in small(dtype=torch.float16).parameters()} == {torch.float32}
+
+
 def test_image_size_comes_from_the_arguments_that_shape_the_network():
     assert data_config(small(), SMALL_VIT)["input_size"] == (3, 16, 16)
     assert data_config(small(img_size=(16, 24)), {"img_size": (16, 24)})["input_size"] == (3, 16, 24)

@@ -1,0 +1,70 @@
+"""The README's code runs, and the files and commands that it names exist."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def example(word: str) -> str:
+    (found,) = [block for block in blocks("python") if word in block]
+    return found
+
+
+def test_the_own_model_example_trains(tmp_path):
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(example("SRLoRAMixin"), names)
+    model = names["MyModel"]()
+    head = model.net.head.weight.detach().clone()
+    data = TensorDataset(torch.randn(16, 3, 32, 32), torch.randint(10, (16,)))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=4,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(model, DataLoader(data, batch_size=4))
+    assert model.adaptation.switches_done == 1
+    assert not torch.equal(model.net.head.weight, head)
+
+
+def test_the_plain_loop_example_trains_and_switches():
+    names: dict[str, Any] = {}
+    exec(example("adaptation.observe()"), names)
+    assert names["adaptation"].switches_done == 1
+    assert all(layer.merged for layer in names["adaptation"].layers.values())
+
+
+def test_the_loop_example_needs_no_lightning():
+    assert "lightning" not in example("adaptation.observe()")
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"configs/[\w/]+\.yaml", README))))
+def test_configs_named_in_commands_exist(path):
+    assert (ROOT / path).is_file()
+
+
+def test_the_tables_name_every_config():
+    named = set(re.findall(r"^\| `(\w+\.yaml)`", README, re.MULTILINE))
+    assert named == {file.name for file in (ROOT / "configs").glob("*.yaml")}
+
+
+def test_ci_runs_the_readmes_test_command():
+    (command,) = [block for block in blocks("bash") if "pytest" in block]
+    test = command.strip().rpartition("&& .venv/bin/")[2]
+    assert f"\n{test}\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert ".[dev,peft]" in command
