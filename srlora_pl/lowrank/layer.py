@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from srlora_pl.lowrank.kernels import low_rank_linear, two_branches
+
 
 class LowRankLinear(nn.Module):
     """A frozen linear layer plus trainable rank-1 pairs: ``y = x @ (W + scaling * B @ A).T + bias``.
@@ -54,18 +56,13 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        y = F.linear(x, self.weight, self.bias)
         if self.merged or self.disabled:
-            return y
-        low = self.scaling * F.linear(self.dropout(x), self.lora_A.flatten(0, -2))
-        if self.parts == 1:
-            return y + F.linear(low, self.lora_B)
-        low = low.unflatten(-1, (len(self.adapted), self.rank))
-        update = torch.einsum("...pr,por->...po", low, self.lora_B)
-        if len(self.adapted) == self.parts:
-            return y + update.flatten(-2)
-        where = torch.tensor(self.adapted, device=x.device)
-        return y.unflatten(-1, (self.parts, -1)).index_add(-2, where, update.to(y.dtype)).flatten(-2)
+            return F.linear(x, self.weight, self.bias)
+        adapted = None if len(self.adapted) == self.parts else self.adapted
+        operands = (x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, adapted)
+        if self.training and self.dropout.p > 0:
+            return two_branches(*operands, pairs_input=self.dropout(x))
+        return low_rank_linear(*operands)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

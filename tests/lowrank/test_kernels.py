@@ -1,0 +1,139 @@
+"""Both ways of computing an adapted layer against autograd on the written formula."""
+
+import itertools
+
+import pytest
+import torch
+
+from srlora_pl.lowrank import kernels
+from srlora_pl.lowrank.kernels import low_rank_linear, two_branches
+
+KINDS = {"plain": (1, None), "fused": (3, None), "fused, part of it": (3, (0, 2)), "fused, one part": (3, (1,))}
+SHAPES = {"2d": (40,), "3d": (5, 8), "4d": (2, 4, 5)}
+
+
+def operands(kind, batch=(5, 8), dtype=torch.float64, in_=6, out=4, r=2):
+    parts, adapted = KINDS[kind]
+    generator = torch.Generator().manual_seed(0)
+    p = () if parts == 1 else (parts if adapted is None else len(adapted),)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {
+        "x": normal(*batch, in_).requires_grad_(),
+        "weight": normal(out * parts, in_),
+        "bias": normal(out * parts).requires_grad_(),
+        "A": normal(*p, r, in_).requires_grad_(),
+        "B": normal(*p, out, r).requires_grad_(),
+        "scaling": 1.7,
+        "adapted": adapted,
+    }
+
+
+def formula(x, weight, bias, A, B, scaling, adapted):
+    """x (W + s B A)^T + b, one part after the other."""
+    A, B = (A, B) if A.dim() == 3 else (A[None], B[None])
+    parts = list(weight.chunk(weight.shape[0] // B.shape[1]))
+    for i, part in enumerate(range(len(parts)) if adapted is None else adapted):
+        parts[part] = parts[part] + scaling * B[i] @ A[i]
+    return x @ torch.cat(parts).T + (0 if bias is None else bias)
+
+
+def gradients(function, given, upstream):
+    leaves = [given[name] for name in ("x", "bias", "A", "B")]
+    return torch.autograd.grad((function(**given) * upstream).sum(), leaves)
+
+
+@pytest.mark.parametrize("function", [low_rank_linear, two_branches])
+@pytest.mark.parametrize("batch", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients_equal_the_formula(kind, batch, function):
+    given = operands(kind, SHAPES[batch])
+    expected = formula(**given)
+    torch.testing.assert_close(function(**given), expected, rtol=0, atol=1e-13)
+    upstream = torch.randn_like(expected)
+    for mine, theirs in zip(gradients(function, given, upstream), gradients(formula, given, upstream), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind):
+    given = operands(kind)
+    assert torch.autograd.gradcheck(
+        lambda x, bias, A, B: low_rank_linear(x, given["weight"], bias, A, B, 1.7, given["adapted"]),
+        tuple(given[name] for name in ("x", "bias", "A", "B")),
+    )
+
+
+@pytest.mark.parametrize("needed", itertools.product([False, True], repeat=4))
+def test_only_what_is_asked_for_gets_a_gradient(needed):
+    given = operands("fused")
+    names = ("x", "bias", "A", "B")
+    for name, need in zip(names, needed, strict=True):
+        given[name] = given[name].detach().requires_grad_(need)
+    y = low_rank_linear(**given)
+    assert y.requires_grad == any(needed)
+    if any(needed):
+        y.sum().backward()
+    assert [given[name].grad is not None for name in names] == list(needed)
+
+
+def test_a_non_contiguous_input_and_no_bias():
+    given = operands("plain") | {"bias": None}
+    given["x"] = given["x"].detach().transpose(0, 1).requires_grad_()
+    expected = formula(**given)
+    y = low_rank_linear(**given)
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)
+    y.transpose(0, 1).pow(2).sum().backward()
+    (theirs,) = torch.autograd.grad(expected.pow(2).sum(), given["x"])
+    torch.testing.assert_close(given["x"].grad, theirs, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_it_is_nearer_to_the_exact_result_than_two_branches(kind, dtype):
+    given = operands(kind, (16, 32), torch.float32, in_=64, out=48, r=8)
+    given["A"].data *= 0.2
+    exact = formula(**{k: v.double() if isinstance(v, torch.Tensor) else v for k, v in given.items()})
+    upstream = torch.randn_like(exact)
+    exact_grads = gradients(
+        formula, {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in given.items()}, upstream
+    )
+    errors = {}
+    for function in (low_rank_linear, two_branches):
+        with torch.autocast("cpu", dtype=dtype):
+            y = function(**given)
+        assert y.dtype == dtype
+        errors[function] = (y.double() - exact).norm() / exact.norm()
+        leaves = [given[name] for name in ("x", "bias", "A", "B")]
+        for grad, theirs in zip(torch.autograd.grad((y * upstream).sum(), leaves), exact_grads, strict=True):
+            assert grad.dtype == torch.float32
+            assert (grad.double() - theirs).norm() / theirs.norm() < 4 * torch.finfo(dtype).eps
+    assert errors[low_rank_linear] <= errors[two_branches]
+    assert errors[low_rank_linear] < torch.finfo(dtype).eps
+
+
+def test_the_merged_weight_is_not_kept_for_the_backward_pass():
+    given = operands("plain", (64,), torch.float32, in_=32, out=32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        low_rank_linear(**given)
+    assert {t.data_ptr() for t in kept} == {given[name].data_ptr() for name in ("x", "weight", "A", "B")}
+
+
+@pytest.mark.parametrize(("rows", "way"), [(2, "two_branches"), (3, "merged")])
+def test_few_rows_take_two_branches(rows, way, monkeypatch):
+    """in = 6, out = 4: merging pays from 24 / 10 rows on."""
+    called = []
+    for name in ("two_branches", "merged"):
+        original = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *a, n=name, f=original, **k: called.append(n) or f(*a, **k))
+    low_rank_linear(**operands("plain", (rows,)))
+    assert called == [way]
+
+
+def test_inference_mode():
+    given = operands("fused")
+    with torch.inference_mode():
+        torch.testing.assert_close(low_rank_linear(**given), formula(**given), rtol=0, atol=1e-13)
