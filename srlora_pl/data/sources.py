@@ -6,7 +6,6 @@ Names of splits are ``train``, ``val`` and ``test``. A source reads no pixels in
 import struct
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from io import BytesIO
@@ -38,16 +37,27 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error,
 class Pictures:
     """Encoded images, opened one by one. Instances go to the workers, so they can be pickled."""
 
+    _formats: list[str] | None = None
+
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def open(self, index: int) -> Image.Image:
-        """The image, its pixels not decoded yet."""
+    def file(self, index: int) -> Path | BytesIO:
+        """The encoded image."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
         """What a person calls it."""
         raise NotImplementedError
+
+    def open(self, index: int) -> Image.Image:
+        """The image, its pixels not decoded yet."""
+        image = Image.open(self.file(index), formats=self._formats)
+        if self._formats is None:
+            # PIL asks one format after the other; the one of the first image is the likeliest.
+            Image.init()
+            self._formats = [image.format or "", *Image.ID]
+        return image
 
     def decode(self, index: int, use: Callable[[Image.Image], _T]) -> _T:
         """``use`` of one image.
@@ -74,8 +84,8 @@ class Files(Pictures):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def open(self, index: int) -> Image.Image:
-        return Image.open(self.paths[index])
+    def file(self, index: int) -> Path:
+        return self.paths[index]
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
@@ -93,9 +103,9 @@ class Cells(Pictures):
     def __len__(self) -> int:
         return len(self.table)
 
-    def open(self, index: int) -> Image.Image:
+    def file(self, index: int) -> Path | BytesIO:
         cell = self.table.data.column(self.column)[index].as_py()  # straight from Arrow: half the time
-        return Image.open(BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+        return Path(cell["path"]) if cell["bytes"] is None else BytesIO(cell["bytes"])
 
     def name(self, index: int) -> str:
         return f"{index} of {self.title}"
@@ -474,16 +484,12 @@ def into_memory(pictures: Pictures) -> Tensor | Pictures:
 
 def _decode_alike(pictures: Pictures, width: int, height: int) -> Tensor | None:
     pixels = np.empty((len(pictures), 3, height, width), dtype=np.uint8)
-
-    def fill(index: int) -> bool:
+    for index in range(len(pictures)):
         rgb = pictures.decode(index, lambda image: np.asarray(to_rgb(image))).transpose(2, 0, 1)
-        alike = rgb.shape == pixels.shape[1:]
-        if alike:
-            pixels[index] = rgb
-        return alike
-
-    with ThreadPoolExecutor() as threads:
-        return torch.from_numpy(pixels) if all(threads.map(fill, range(len(pictures)))) else None
+        if rgb.shape != pixels.shape[1:]:
+            return None
+        pixels[index] = rgb
+    return torch.from_numpy(pixels)
 
 
 def _one_line(error: BaseException) -> str:

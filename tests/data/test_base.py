@@ -129,6 +129,7 @@ def recorded(data: ImageData, steps: int, path: Path, resume: Path | None = None
     model = Recorder(size=8)
     trainer = L.Trainer(
         max_steps=steps,
+        max_epochs=20,  # without it Lightning does not ask the loader how many steps there are
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
