@@ -127,21 +127,9 @@ class Run(LightningCLI):
         loggers: Any = settings.logger
         if self.command == "fit" and not settings.fast_dev_run:
             self.folder, self.is_new = self._choose_folder()
-            if loggers in (None, True):
-                loggers = _loggers(self.folder)
-            if settings.enable_checkpointing is not False and not _chooses_best(callbacks):
-                callbacks.append(_best_and_last(self.folder))
-            if loggers and not _has(callbacks, LearningRateMonitor):
-                callbacks.append(LearningRateMonitor("step"))
-        elif loggers in (None, True):
-            loggers = False
-        if self.command == "predict":
-            checkpoint = Path(self.ckpt_path)
-            folder = _folder_of(checkpoint) or checkpoint.parent
-            self.writer = PredictionWriter(Path(self.output or folder / "predictions.csv"))
-            callbacks.append(self.writer)
-        if settings.enable_progress_bar is not False and not _has(callbacks, ProgressBar):
-            callbacks.append(_Progress())
+        if loggers in (None, True):
+            loggers = _loggers(self.folder) if self.folder else False
+        callbacks += self._default_callbacks(settings, callbacks, bool(loggers))
         try:
             trainer = super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
         except Exception:
@@ -151,6 +139,22 @@ class Run(LightningCLI):
             _note("16-mixed needs a GPU, on this CPU the run uses bf16-mixed")
         return trainer
 
+    def _default_callbacks(self, settings: Any, users: Sequence[Callback], logs: bool) -> list[Callback]:
+        """What the user's own callbacks do not already do."""
+        callbacks: list[Callback] = []
+        if self.folder and settings.enable_checkpointing is not False and not _chooses_best(users):
+            callbacks.append(_best_and_last(self.folder))
+        if self.folder and logs and not _has(users, LearningRateMonitor):
+            callbacks.append(LearningRateMonitor("step"))
+        if settings.enable_progress_bar is not False and not _has(users, ProgressBar):
+            callbacks.append(_Progress())
+        if self.command == "predict":
+            checkpoint = Path(self.ckpt_path)
+            folder = _folder_of(checkpoint) or checkpoint.parent
+            self.writer = PredictionWriter(Path(self.output or folder / "predictions.csv"))
+            callbacks.append(self.writer)
+        return callbacks
+
     def _choose_folder(self) -> tuple[Path, bool]:
         """The folder of the run that ``ckpt_path`` belongs to, or a new one; and whether it is new."""
         if self.ckpt_path and (folder := _folder_of(Path(self.ckpt_path))):
@@ -159,6 +163,7 @@ class Run(LightningCLI):
         root = self.config.trainer.default_root_dir or ROOT
         return _new_version(Path(root, f"{self.config.name}-{method}")), True
 
+    @rank_zero_only
     def _discard_folder(self) -> None:
         """A run that never took a step leaves nothing behind."""
         if self.folder and self.is_new:
@@ -181,24 +186,24 @@ class Run(LightningCLI):
             if not self.trainer.global_step:
                 self._discard_folder()
             raise
-        checkpoint: Any = self.trainer.checkpoint_callback
-        best = getattr(checkpoint, "best_model_path", "")
+        choosing = [each for each in self.trainer.checkpoint_callbacks if getattr(each, "monitor", None)]
+        best = getattr(choosing[0], "best_model_path", "") if choosing else ""
         scores = self._scores("val")
         if self.datamodule.has_test_labels:
             scores = self._evaluate("test", best or None)
         if best:
-            score = f"{checkpoint.monitor} {float(checkpoint.best_model_score):.4f}"
-            which = f"best checkpoint: {_relative(best)} ({score})"
+            chosen: Any = choosing[0]
+            which = f"best checkpoint: {_relative(best)} ({chosen.monitor} {float(chosen.best_model_score):.4f})"
         else:
             which = "no checkpoint was chosen by validation, the scores are those of the last weights"
         where = f"run written to {_relative(self.folder)}" if self.folder else "fast_dev_run: nothing written"
         self._close(scores, [which, where])
 
     def validate(self) -> None:
-        self._close(self._evaluate("validate", self.ckpt_path), [f"checkpoint: {self.ckpt_path}"])
+        self._close(self._evaluate("validate", self.ckpt_path), [f"weights: {self.ckpt_path or 'untrained'}"])
 
     def test(self) -> None:
-        self._close(self._evaluate("test", self.ckpt_path), [f"checkpoint: {self.ckpt_path}"])
+        self._close(self._evaluate("test", self.ckpt_path), [f"weights: {self.ckpt_path or 'untrained'}"])
 
     def _evaluate(self, command: str, checkpoint: str | None) -> dict[str, float]:
         evaluate = getattr(self.trainer, command)

@@ -276,27 +276,26 @@ def test_command_line_rules_over_the_checkpoint(run: Finished) -> None:
 
 def test_default_callbacks_survive_the_users(small: Path) -> None:
     options = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
-    trainer = Run("fit", ["small.yaml"], [yaml.safe_load(SMALL_RUN)], options).trainer
+    with contextlib.chdir(small):
+        trainer = Run("fit", ["small.yaml"], [yaml.safe_load(SMALL_RUN)], options).trainer
     names = [type(callback).__name__ for callback in trainer.callbacks]
     assert {"EarlyStopping", "LearningRateMonitor", "ModelCheckpoint"} <= set(names)
     assert names.count("ModelCheckpoint") == 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "monitors"),
-    [
-        (["monitor=val/accuracy", "mode=max"], ["val/accuracy"]),
-        (["every_n_train_steps=2"], [None, "val/loss"]),
-    ],
-    ids=["one that chooses takes our place", "one that does not joins it"],
-)
-def test_a_users_checkpoint_callback(
-    arguments: list[str], monitors: list[str | None], small: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(small)
-    options = ["--trainer.callbacks+=ModelCheckpoint", *(f"--trainer.callbacks.{each}" for each in arguments)]
-    trainer = Run("fit", ["small.yaml"], [yaml.safe_load(SMALL_RUN)], options).trainer
-    assert [callback.monitor for callback in trainer.checkpoint_callbacks] == monitors
+def test_a_users_checkpoint_that_chooses_takes_the_place_of_ours(small: Path) -> None:
+    options = [f"--trainer.callbacks{each}" for each in ("+=ModelCheckpoint", ".monitor=val/accuracy", ".mode=max")]
+    with contextlib.chdir(small):
+        trainer = Run("fit", ["small.yaml"], [yaml.safe_load(SMALL_RUN)], options).trainer
+    assert [callback.monitor for callback in trainer.checkpoint_callbacks] == ["val/accuracy"]
+
+
+def test_a_users_checkpoint_that_only_saves_joins_ours(small: Path) -> None:
+    options = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=5"]
+    code, out, err = cli("fit", "--config", "small.yaml", *options, home=small)
+    assert code == 0, err
+    assert re.search(r"best checkpoint: \S+/best-step\d+\.ckpt \(val/loss", out)
+    assert len(list(small.glob("runs/small-srlora/version_0/checkpoints/*"))) == 3
 
 
 def test_16_bit_on_a_cpu_is_a_notice(small: Path) -> None:
