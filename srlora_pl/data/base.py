@@ -204,14 +204,18 @@ class EpochBatches:
 
     def __init__(self, data: DataModule) -> None:
         self.data = data
+        self.position = (0, 0)
+
+    def take_position(self) -> None:
+        """Read where the run stands; not in ``__iter__``, which a loader with workers calls twice."""
+        self.position = self.data.start_position()
 
     def __len__(self) -> int:
         world = _rank_and_world(self.data)[1]
         return -(-len(self.data._train()) // (world * self.data.batch_size))
 
     def __iter__(self) -> Iterator[list[Key]]:
-        # Not a generator: the position must be read now, not when the first batch is asked for.
-        epoch, start = self.data.start_position()
+        epoch, start = self.position
         # overfit_batches promises the same batches in every epoch.
         shuffle = 0 if getattr(self.data.trainer, "overfit_batches", 0) else epoch
         rank, world = _rank_and_world(self.data)
@@ -225,6 +229,8 @@ class Loader(DataLoader):
     """A DataLoader that Lightning takes for resumable, and whose workers' user errors arrive as they were raised."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if isinstance(self.batch_sampler, EpochBatches):
+            self.batch_sampler.take_position()
         return map(_raise_user_error, super().__iter__())
 
     def state_dict(self) -> dict[str, Any]:
