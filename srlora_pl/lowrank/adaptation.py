@@ -70,7 +70,8 @@ class Adaptation:
         self.schedules: dict[int, Schedule] = {}  # by rank: with a rank_pattern each rank walks at its own pace
         self.switches_done = 0
         self._done: dict[int, int] = {}  # by rank, since the plan
-        self._pretrained: list[Tensor] | None = None
+        # W0 of every matrix and its fingerprint, kept from a load until the next start
+        self._pretrained: tuple[list[Tensor], str] | None = None
         self._seen_all_layers = False
 
     def _freeze(self, trainable: Sequence[str]) -> None:
@@ -120,9 +121,11 @@ class Adaptation:
                 "the model has already started and its pretrained weights are gone, so their singular directions "
                 "cannot be computed: call start() before loading weights, or let the trainer load with ckpt_path"
             )
+        kept, their_fingerprint = self._pretrained or (None, self.base_fingerprint)
+        self._require_base(their_fingerprint)
         with recompose.full_precision():
             for i, matrix in enumerate(progress(self.matrices)):
-                weight = matrix.weight if self._pretrained is None else self._pretrained[i]
+                weight = matrix.weight if kept is None else kept[i]
                 weight = weight.to(matrix.weight.device if device is None else device, matrix.weight.dtype)
                 self.states[matrix].spectrum = Spectrum.of(weight, self.method.directions(matrix), matrix.name)
         self._pretrained = None
@@ -348,7 +351,7 @@ class Adaptation:
                         W0.addmm_(B.to(W0.device), A.to(W0.device), alpha=-s)
                     W0.addmm_(*state.spectrum.pairs(0, state.next_direction, s, like=W0), alpha=s)
             return weights
-        for matrix, W0 in zip(self.matrices, self._pretrained, strict=True):
+        for matrix, W0 in zip(self.matrices, self._pretrained[0], strict=True):
             matrix.of_weight(weights[self._layer_name(matrix)]).copy_(W0)
         return weights
 
@@ -388,7 +391,7 @@ class Adaptation:
         self._require_same(state)
         if state["started"] and self.method.needs_spectrum and not self.started:
             # The parameters that follow overwrite W0, from which a later fit takes the spectra.
-            self._pretrained = [matrix.weight.to("cpu", copy=True) for matrix in self.matrices]
+            self._pretrained = [m.weight.to("cpu", copy=True) for m in self.matrices], self._fingerprint()
         self.started, self.base_fingerprint = state["started"], state["base_fingerprint"]
         self.switches_done, self._done = state["switches_done"], dict(state["done"])
         self.schedules = {rank: Schedule(**schedule) for rank, schedule in state["schedules"].items()}
@@ -418,10 +421,13 @@ class Adaptation:
             raise UserError(f"the checkpoint was made with method.{', '.join(differing)}, use the checkpoint's values")
         if list(state["matrices"]) != [matrix.name for matrix in self.matrices]:
             raise UserError("the checkpoint adapts other layers than this model has, use the backbone it was made with")
-        if state["base_fingerprint"] is not None:
-            ours_ = self.base_fingerprint if self.started and self.base_fingerprint else self._fingerprint()
-            if ours_ != state["base_fingerprint"]:
-                raise UserError(
-                    "the checkpoint was made from other pretrained weights than this model's, use the backbone and "
-                    "backbone_checkpoint that it was made with"
-                )
+        # A model that has not started takes its weights from the file; only a later start needs W0, and checks it then.
+        if self.base_fingerprint is not None:
+            self._require_base(state["base_fingerprint"])
+
+    def _require_base(self, expected: str | None) -> None:
+        if self.base_fingerprint != expected:
+            raise UserError(
+                "the checkpoint was made from other pretrained weights than this model's, use the backbone and "
+                "backbone_checkpoint that it was made with"
+            )

@@ -76,9 +76,9 @@ def _gram_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fingerprint(weights: dict[str, Tensor]) -> str:
-    """A digest of names, shapes, types and bytes: equal only for the same weights to the bit."""
+    """A digest of names, shapes and values: equal only for the same weights to the bit, in fp32 as in fp64."""
     digest = hashlib.sha256()
     for name, weight in weights.items():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
-        digest.update(weight.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        digest.update(weight.detach().cpu().double().contiguous().numpy().data)
     return digest.hexdigest()

@@ -368,10 +368,20 @@ def test_a_state_of_another_method_is_refused(method, says):
         Adaptation(toy_net(), method).load_state_dict(adaptation.state_dict())
 
 
-def test_a_state_of_other_pretrained_weights_is_refused():
-    _, adaptation, _ = trained(srlora(), steps=5)
-    with pytest.raises(UserError, match="other pretrained weights"):
-        Adaptation(toy_net(seed=5), srlora()).load_state_dict(adaptation.state_dict())
+@pytest.mark.parametrize("order", ["start, load", "load, start"])
+@pytest.mark.parametrize("method", [srlora(), LoRA(rank=4)])
+def test_other_pretrained_weights_are_refused_where_they_matter(method, order):
+    _, adaptation, _ = trained(method, steps=5)
+    other = Adaptation(toy_net(seed=5), method)
+    if order == "start, load":
+        other.start()
+        with pytest.raises(UserError, match="other pretrained weights"):
+            other.load_state_dict(adaptation.state_dict())
+    else:
+        other.load_state_dict(adaptation.state_dict())  # all values come from the file: enough to test or predict
+        if method.needs_spectrum:
+            with pytest.raises(UserError, match="other pretrained weights"):
+                other.start()
 
 
 def test_a_second_start_and_plan_go_on_from_where_the_first_ended():

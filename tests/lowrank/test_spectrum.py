@@ -76,5 +76,5 @@ def test_fingerprint_sees_every_bit_and_name():
     changed = weight.clone()
     changed[3, 4] = torch.nextafter(changed[3, 4], torch.tensor(9.0))
     base = fingerprint({"a": weight})
-    assert base == fingerprint({"a": weight.clone()})
+    assert base == fingerprint({"a": weight.clone()}) == fingerprint({"a": weight.double()})
     assert len({base, fingerprint({"a": changed}), fingerprint({"b": weight}), fingerprint({"a": weight.T})}) == 4
