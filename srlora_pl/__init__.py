@@ -12,7 +12,10 @@ _HOMES = {
     "SRLoRA": "srlora_pl.lowrank",
     "SRLoRAMixin": "srlora_pl.mixin",
     "ImageClassifier": "srlora_pl.tasks.image",
+    "TextClassifier": "srlora_pl.tasks.text",
+    "GLUEData": "srlora_pl.data.glue",
     "ImageData": "srlora_pl.data.images",
+    "TextData": "srlora_pl.data.text",
     "UserError": "srlora_pl.errors",
 }
 __all__ = list(_HOMES)

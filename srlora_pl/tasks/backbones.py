@@ -61,7 +61,7 @@ def load_weights(net: nn.Module, file: str, name: str) -> None:
 
     A head of another class count, or none, leaves the new head as it is. No code in the file is ever run.
     """
-    state = _read(file)
+    state = read_weights(file)
     heads = tuple(f"{head}." for head in head_names(net))
     own = net.state_dict()
     misfit = _misfit(state, own, heads)
@@ -140,7 +140,8 @@ def _create(name: str, source: str, download: bool, num_classes: int, options: d
         ) from error
 
 
-def _read(file: str) -> dict[str, Tensor]:
+def read_weights(file: str) -> dict[str, Tensor]:
+    """The tensors by name of a local safetensors or torch file; no code in it is ever run."""
     if not Path(file).is_file():
         raise UserError(f"The weights file {file!r} does not exist: correct model.backbone_checkpoint.")
     try:
@@ -174,9 +175,10 @@ def _misfit(state: dict[str, Tensor], own: dict[str, Tensor], heads: tuple[str, 
         "it also holds": [repr(k) for k in body if k not in target],
         "there": shapes,
     }
-    return " and ".join(f"{label} {_some(items)}" for label, items in parts.items() if items)
+    return " and ".join(f"{label} {some(items)}" for label, items in parts.items() if items)
 
 
-def _some(items: list[str]) -> str:
+def some(items: list[str]) -> str:
+    """The first two of ``items``, and how many more there are."""
     more = f" and {len(items) - 2} more" if len(items) > 2 else ""
     return ", ".join(items[:2]) + more

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -21,6 +21,10 @@ from srlora_pl.resume import ExactResume
 from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, param_groups, schedule_factor
 
 Batch = dict[str, Tensor]
+# By data loader; MNLI has two development sets, matched and mismatched.
+SPLITS = {"val": ("val", "val_mm"), "test": ("test", "test_mm")}
+# What checkpoint and run must agree in.
+IDENTITY = ("num_classes", "backbone", "backbone_kwargs", "problem", "train_pooler")
 
 
 class Task(ExactResume, SRLoRAMixin, L.LightningModule):
@@ -79,9 +83,14 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.save_hyperparameters({**arguments, "method": method.spec()})
         self.net = net
         self.heads = tuple(f"net.{head}." for head in heads)
-        self.main_score = main_score
         self.adapt(self.net, method, trainable=heads)
-        self.val_scores, self.test_scores = _collect(scores()), _collect(scores())
+        self.score_with(scores, main_score)
+
+    def score_with(self, scores: Callable[[], dict[str, Metric]], main_score: str) -> None:
+        """Score every split anew with what ``scores`` makes."""
+        self.main_score = main_score
+        splits = [split for stage in SPLITS.values() for split in stage]
+        self.scores = nn.ModuleDict({split: _collect(scores()) for split in splits})
 
     def compile_blocks(self) -> None:
         """Compile each repeated block that holds adapters: one graph serves all, and start-up stays short."""
@@ -96,6 +105,10 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def losses(self, logits: Tensor, label: Tensor) -> Tensor:
         """The loss of each sample (B,), as reported for validation and test."""
         raise NotImplementedError
+
+    def scored(self, logits: Tensor) -> Tensor:
+        """What the metrics take as ``preds``."""
+        return logits
 
     def training_loss(self, batch: Batch) -> Tensor:
         """The mean loss that training minimises."""
@@ -170,33 +183,43 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     # Evaluation
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(self.val_scores, batch)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._score(SPLITS["val"][dataloader_idx], batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._score(self.test_scores, batch)
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._score(SPLITS["test"][dataloader_idx], batch)
 
     def on_validation_epoch_start(self) -> None:
-        self.val_scores.reset()
+        self._reset("val")
 
     def on_test_epoch_start(self) -> None:
-        self.test_scores.reset()
+        self._reset("test")
 
     def on_validation_epoch_end(self) -> None:
-        self._report("val", self.val_scores)
+        self._report("val")
 
     def on_test_epoch_end(self) -> None:
-        self._report("test", self.test_scores)
+        self._report("test")
 
-    def _score(self, scores: MetricCollection, batch: Batch) -> None:
+    def _score(self, split: str, batch: Batch) -> None:
         logits, label = self.logits(batch).float(), batch["label"]
         # Each metric takes from these what its own update() names.
-        scores.update(preds=logits, target=label, value=self.losses(logits, label))
+        self._scores_of(split).update(preds=self.scored(logits), target=label, value=self.losses(logits, label))
 
-    def _report(self, stage: str, scores: MetricCollection) -> None:
-        values = scores.compute()
-        values["score"] = values[self.main_score]
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
+    def _reset(self, stage: str) -> None:
+        for split in SPLITS[stage]:
+            self._scores_of(split).reset()
+
+    def _report(self, stage: str) -> None:
+        for split in SPLITS[stage]:
+            scores = self._scores_of(split)
+            if scores["loss"].update_called:
+                values = scores.compute()
+                values["score"] = values[self.main_score]
+                self.log_dict({f"{split}/{name}": value for name, value in values.items()})
+
+    def _scores_of(self, split: str) -> MetricCollection:
+        return cast(MetricCollection, self.scores[split])
 
     # Checkpoints
 
@@ -206,7 +229,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("hyper_parameters", {})
-        for key in ("num_classes", "backbone", "backbone_kwargs"):
+        for key in IDENTITY:
             if key in saved and _identity(saved[key]) != _identity(self.hparams.get(key)):
                 raise UserError(
                     f"The checkpoint was written with model.{key} {saved[key]!r}, but this run has "

@@ -1,0 +1,145 @@
+"""Scores of text tasks over whole splits, equal to scikit-learn's and SciPy's.
+
+torchmetrics gives other values on one-class or constant input, and its streaming Pearson works in float32.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
+from torchmetrics.utilities import dim_zero_cat
+
+from srlora_pl.errors import UserError, did_you_mean
+
+
+class ConfusionScore(Metric):
+    """A ``formula`` of the confusion matrix, which is counted in integers.
+
+    ``formula`` takes the counts as float64 (classes, classes), rows by label, columns by prediction. `update` takes
+    ``preds``, logits (B, classes), and ``target``, int64 (B,).
+    """
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, formula: Callable[[Tensor], Tensor], num_classes: int) -> None:
+        super().__init__()
+        self.formula, self.num_classes = formula, num_classes
+        self.add_state("counts", torch.zeros(num_classes**2, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        # bincount would wait for the device in every batch
+        cell = target * self.num_classes + preds.argmax(-1)
+        self.counts = self.counts.scatter_add(0, cell, torch.ones_like(cell))
+
+    def compute(self) -> Tensor:
+        return self.formula(self.counts.view(self.num_classes, self.num_classes).double())
+
+
+def accuracy(counts: Tensor) -> Tensor:
+    """The share of right predictions."""
+    return counts.trace() / counts.sum()
+
+
+def f1(counts: Tensor) -> Tensor:
+    """Of two classes the F1 of the second, as GLUE has it; of more the mean over those that occur.
+
+    0 where a class has no true positive, also where it is in neither labels nor predictions.
+    """
+    occurrences = counts.sum(0) + counts.sum(1)
+    each = 2 * counts.diagonal() / occurrences.clamp(min=1)
+    return each[1] if len(each) == 2 else each[occurrences > 0].mean()
+
+
+def matthews(counts: Tensor) -> Tensor:
+    """Matthews' correlation of any number of classes (Gorodkin 2004).
+
+    0, no better than chance, where labels or predictions are all of one class and the formula is 0 / 0.
+    """
+    truth, said, n = counts.sum(1), counts.sum(0), counts.sum()
+    spread = (n**2 - truth @ truth) * (n**2 - said @ said)
+    covariance = counts.trace() * n - truth @ said
+    return covariance / spread.sqrt() if spread > 0 else torch.zeros_like(spread)
+
+
+class Correlation(Metric):
+    """A ``formula`` of all predictions and all labels of a split, float64 (n,) each.
+
+    `update` takes ``preds`` and ``target``, float (B,). The values are kept: ranks need them all.
+    """
+
+    full_state_update = False
+    preds: list[Tensor]
+    target: list[Tensor]
+
+    def __init__(self, formula: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.formula = formula
+        self.add_state("preds", [], dist_reduce_fx="cat")
+        self.add_state("target", [], dist_reduce_fx="cat")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        self.preds.append(preds)
+        self.target.append(target)
+
+    def compute(self) -> Tensor:
+        return self.formula(dim_zero_cat(self.preds).double(), dim_zero_cat(self.target).double())
+
+
+def pearson(x: Tensor, y: Tensor) -> Tensor:
+    """Pearson's correlation; NaN where either side is constant: it is undefined there, and 0 would be a claim."""
+    if (x == x[0]).all() or (y == y[0]).all():
+        return x.new_tensor(torch.nan)
+    x, y = x - x.mean(), y - y.mean()
+    return ((x / x.norm()) @ (y / y.norm())).clamp(-1, 1)
+
+
+def spearman(x: Tensor, y: Tensor) -> Tensor:
+    """Spearman's correlation, Pearson's of the ranks; NaN where either side is constant."""
+    return pearson(_ranks(x), _ranks(y))
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """Ranks from 1, ties share their mean."""
+    _, place, counts = x.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[place].double()
+
+
+_CLASSES: dict[str, Callable[[int], Metric]] = {
+    formula.__name__: partial(ConfusionScore, formula) for formula in (accuracy, f1, matthews)
+}
+# validate_args would look at the values, and so wait for the device, in every batch.
+_LABELS: dict[str, Callable[[int], Metric]] = {
+    "f1": partial(MultilabelF1Score, average="micro", validate_args=False),
+    "accuracy": partial(MultilabelExactMatch, validate_args=False),
+}
+_NUMBERS: dict[str, Callable[[int], Metric]] = {
+    formula.__name__: lambda _, formula=formula: Correlation(formula)  # type: ignore[misc]
+    for formula in (pearson, spearman)
+}
+SCORES = {"single_label": _CLASSES, "multi_label": _LABELS, "regression": _NUMBERS}
+DEFAULTS = {"single_label": ("accuracy",), "multi_label": ("f1", "accuracy"), "regression": ("pearson", "spearman")}
+
+
+def metrics(problem: str, names: Sequence[str], num_classes: int) -> dict[str, Metric]:
+    """New metrics by name for a ``problem``: ``single_label``, ``multi_label`` or ``regression``.
+
+    Those of multi-label take 0 or 1, (B, classes), on both sides: ``f1`` over all pairs of sample and class,
+    ``accuracy`` the share of samples whose labels are all right.
+
+    Raises:
+        UserError: there is no name, or one that the problem does not have.
+    """
+    known = SCORES[problem]
+    if not names:
+        raise UserError(f"model.score_names is empty: give some of {', '.join(known)}, the main one first.")
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"model.score_names has {name!r}{did_you_mean(name, known)}, but a {problem} problem has "
+                f"{', '.join(known)}."
+            )
+    return {name: known[name](num_classes) for name in names}
