@@ -36,6 +36,10 @@ class KeyedDataset(Dataset):
         raise NotImplementedError
 
 
+# What is scored or predicted: one data set, several that are scored apart, or none.
+Sets = KeyedDataset | list[KeyedDataset] | None
+
+
 class DataModule(L.LightningDataModule):
     """Base of the package's DataModules: a held-out split, exact order, resume, and checks of its arguments.
 
@@ -63,9 +67,9 @@ class DataModule(L.LightningDataModule):
         self.batch_size, self.val_fraction = batch_size, val_fraction
         self.seed, self.num_workers = seed, num_workers
         self.train_set: KeyedDataset | None = None
-        self.val_set: KeyedDataset | None = None
-        self.test_set: KeyedDataset | None = None
-        self.predict_set: KeyedDataset | None = None
+        self.val_set: Sets = None
+        self.test_set: Sets = None
+        self.predict_set: Sets = None
         self._resumed: int | None = None
 
     def load(self, stage: str) -> None:
@@ -105,15 +109,23 @@ class DataModule(L.LightningDataModule):
         """Batches in the order of this run, from where it stands."""
         return self._loader(self._train(), batch_sampler=EpochBatches(self))
 
-    def val_dataloader(self) -> "Loader | list[Loader]":
+    def val_dataloader(self) -> "Loaders":
         """The held-out split; no loader at all when nothing is held out."""
-        return [] if self.val_set is None else self._loader(self.val_set, batch_size=self.batch_size)
+        return self._evaluation(self.val_set)
 
-    def test_dataloader(self) -> "Loader | list[Loader]":
-        return [] if self.test_set is None else self._loader(self.test_set, batch_size=self.batch_size)
+    def test_dataloader(self) -> "Loaders":
+        return self._evaluation(self.test_set)
 
-    def predict_dataloader(self) -> "Loader | list[Loader]":
-        return [] if self.predict_set is None else self._loader(self.predict_set, batch_size=self.batch_size)
+    def predict_dataloader(self) -> "Loaders":
+        return self._evaluation(self.predict_set)
+
+    def _evaluation(self, sets: "Sets") -> "Loaders":
+        """One loader, one for each of several data sets, or none."""
+        if sets is None:
+            return []
+        if isinstance(sets, list):
+            return [self._loader(each, batch_size=self.batch_size) for each in sets]
+        return self._loader(sets, batch_size=self.batch_size)
 
     def _loader(self, dataset: KeyedDataset, **batching: Any) -> "Loader":
         return Loader(
@@ -239,6 +251,9 @@ class Loader(DataLoader):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         pass
+
+
+Loaders = Loader | list[Loader]
 
 
 def user_error_as_batch(error: UserError) -> Batch:

@@ -1,0 +1,223 @@
+"""Tables of texts and labels in files: CSV, TSV, JSON lines and parquet, with the place of every row for complaints."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from srlora_pl.errors import UserError, did_you_mean
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+_SEPARATORS = {",": "','", ";": "';'", "\t": "'\\t'", "|": "'|'"}
+
+
+@dataclass
+class Table:
+    """Chosen columns of a file, each a list with one entry a row; ``lines``: where each row stands, counted from 1."""
+
+    path: Path
+    columns: dict[str, list[Any]]
+    lines: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def where(self, row: int) -> str:
+        """``line 7 of FILE``."""
+        kind = "row" if self.path.suffix == ".parquet" else "line"
+        return f"{kind} {self.lines[row]} of {self.path}"
+
+    def texts(self, column: str, may_be_empty: bool = False) -> list[str]:
+        """A column that must hold text in every row."""
+        for row, text in enumerate(self.columns[column]):
+            if is_missing(text) or not (may_be_empty or str(text).strip()):
+                raise UserError(f"The text in column {column!r} is empty in {self.where(row)}; fill or remove the row.")
+            if not isinstance(text, str):
+                raise UserError(
+                    f"Column {column!r} holds {text!r}, not text, in {self.where(row)}; name another column."
+                )
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise UserError(
+                    f"The text in column {column!r} holds half a character (a lone surrogate) in {self.where(row)}; "
+                    f"correct or remove the row."
+                )
+        return self.columns[column]
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: absent, or not a number."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def read_table(
+    path: Path,
+    columns: dict[str, str],
+    optional: Sequence[str] = (),
+    separator: str | None = None,
+    header: Sequence[str] | None = None,
+    skip_broken: bool = False,
+) -> Table:
+    """Read some columns of a file.
+
+    Fields of a CSV may be quoted (RFC 4180); in a TSV a quote is a letter like any other.
+
+    Args:
+        path: ends in one of `SUFFIXES`.
+        columns: the setting that names a column (``data.text_column``), for every column.
+        optional: columns that may be absent from the file, and then are from the table.
+        separator: of the fields of a CSV or TSV, by default the comma or the tab.
+        header: names of a file's columns where its first line does not hold them.
+        skip_broken: leave out rows with too few or too many fields.
+
+    Raises:
+        UserError: the file is missing or not what its name says, or has no such column or no rows.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"'{path}' is none of the kinds of file that can be read; it must end in {_listed(SUFFIXES)}.")
+    if not path.is_file():
+        near = did_you_mean(path.name, [file.name for file in path.parent.glob("*")])
+        raise UserError(f"The file '{path}' does not exist{near}; correct data.root or put the file there.")
+    wanted = _Wanted(path, columns, optional)
+    if path.suffix.lower() == ".parquet":
+        table = _read_parquet(wanted)
+    elif path.suffix.lower() == ".jsonl":
+        table = _read_json(wanted)
+    else:
+        table = _read_delimited(wanted, separator, header, skip_broken)
+    if not len(table):
+        raise UserError(f"The file '{path}' has no rows; put samples in it.")
+    return table
+
+
+@dataclass
+class _Wanted:
+    """Which columns of which file are asked for, and by which settings."""
+
+    path: Path
+    columns: dict[str, str]
+    optional: Sequence[str]
+
+    def among(self, names: Sequence[str], hint: str = "") -> list[str]:
+        """Those of the columns that ``names`` have; all that are not optional must be there."""
+        for column, key in self.columns.items():
+            if column not in names and column not in self.optional:
+                mend = hint or f"its columns are {_listed(names)}; correct {key}."
+                raise UserError(f"{key} {column!r} is no column of '{self.path}'{did_you_mean(column, names)}; {mend}")
+        return [column for column in self.columns if column in names]
+
+
+def _read_parquet(wanted: _Wanted) -> Table:
+    from pyarrow import ArrowException, parquet  # slow to import, and few need it
+
+    try:
+        chosen = wanted.among(parquet.read_schema(wanted.path).names)
+        columns = parquet.read_table(wanted.path, columns=chosen).to_pydict()
+    except (ArrowException, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"'{wanted.path}' is not a parquet file ({reason}); write it again.") from None
+    return Table(wanted.path, columns, range(1, len(next(iter(columns.values()))) + 1))
+
+
+def _read_json(wanted: _Wanted) -> Table:
+    rows: list[dict[str, Any]] = []
+    lines: list[int] = []
+    for number, line in enumerate(_text(wanted.path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"Line {number} of {wanted.path} is not JSON ({error.msg}); a JSON-lines file has one object a line."
+            ) from None
+        if not isinstance(row, dict):
+            raise UserError(f'Line {number} of {wanted.path} is not a JSON object; write {{"name": value, ...}}.')
+        rows.append(row)
+        lines.append(number)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {column: [row.get(column) for row in rows] for column in wanted.among(names)} if rows else {}
+    return Table(wanted.path, columns, lines)
+
+
+def _read_delimited(wanted: _Wanted, separator: str | None, header: Sequence[str] | None, skip_broken: bool) -> Table:
+    path, quoted = wanted.path, wanted.path.suffix.lower() == ".csv"
+    separator = separator or ("," if quoted else "\t")
+    text = _text(path)
+    rows = _quoted_rows(path, text, separator) if quoted else _plain_rows(text, separator)
+    names = list(header) if header else next(rows, (0, []))[1]
+    chosen = wanted.among(names, _other_separator(names, list(wanted.columns)))
+    places = [names.index(column) for column in chosen]
+    columns: list[list[str]] = [[] for _ in chosen]
+    lines: list[int] = []
+    for number, row in rows:
+        if len(row) != len(names):
+            if skip_broken:
+                continue
+            raise UserError(
+                f"Line {number} of {path} has {_count(row)} but the header has {len(names)}; mend the line"
+                + (", or put quotes around a text that holds the separator." if quoted else ".")
+            )
+        for column, place in zip(columns, places, strict=True):
+            column.append(row[place])
+        lines.append(number)
+    return Table(path, dict(zip(chosen, columns, strict=True)), lines)
+
+
+def _plain_rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.removesuffix("\r")
+        if line:
+            yield number, line.split(separator)
+
+
+def _quoted_rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    number = 1
+    try:
+        for row in reader:
+            if row:
+                yield number, row
+            number = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"The row that begins in line {number} of {path} cannot be read ({error}); write a quote inside "
+            f"a quoted text twice."
+        ) from None
+
+
+def _other_separator(names: Sequence[str], columns: Sequence[str]) -> str:
+    """What to say when the header is one long name that holds the columns asked for."""
+    for other, shown in _SEPARATORS.items():
+        if len(names) == 1 and other in names[0] and set(columns) & set(_unquoted(names[0].split(other))):
+            return f"the file seems to be separated by {shown}; set data.separator to it."
+    return ""
+
+
+def _unquoted(names: Iterable[str]) -> list[str]:
+    return [name.strip().strip('"') for name in names]
+
+
+def _text(path: Path) -> str:
+    """The file's text, in UTF-8 with or without a byte order mark."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # The codec counts from behind a mark, of three bytes.
+        start = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
+        line = data.count(b"\n", 0, start) + 1
+        raise UserError(
+            f"Line {line} of {path} holds the byte 0x{data[start]:02x}, which is not UTF-8; save the file as UTF-8."
+        ) from None
+
+
+def _count(row: Sequence[str]) -> str:
+    return "1 field" if len(row) == 1 else f"{len(row)} fields"
+
+
+def _listed(names: Iterable[Any]) -> str:
+    return ", ".join(map(str, names))
