@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from srlora_pl import config
-from srlora_pl.callbacks import ContinuedCSVLogger, PredictionWriter
+from srlora_pl.callbacks import ContinuedCSVLogger, GLUEWriter, PredictionWriter
 from srlora_pl.data.base import DataModule
+from srlora_pl.data.glue import GLUEData
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.tasks.base import Task
 
@@ -84,7 +85,7 @@ class Run(LightningCLI):
         parser.add_argument("--ckpt_path", type=str | None, help="The checkpoint to go on from, or to use.")
         parser.add_argument("--name", type=str | None, help="Of the run; by default that of the config file.")
         if self.command == "predict":
-            parser.add_argument("--output", type=str | None, help="The CSV; by default in the run's folder.")
+            parser.add_argument("--output", type=str | None, help="The CSV, or GLUE's folder; by default the run's.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         try:
@@ -149,11 +150,18 @@ class Run(LightningCLI):
         if settings.enable_progress_bar is not False and not _has(users, ProgressBar):
             callbacks.append(_Progress())
         if self.command == "predict":
-            checkpoint = Path(self.ckpt_path)
-            folder = _folder_of(checkpoint) or checkpoint.parent
-            self.writer = PredictionWriter(Path(self.output or folder / "predictions.csv"))
+            self.writer = self._prediction_writer()
             callbacks.append(self.writer)
         return callbacks
+
+    def _prediction_writer(self) -> PredictionWriter:
+        checkpoint = Path(self.ckpt_path)
+        folder = _folder_of(checkpoint) or checkpoint.parent
+        if not isinstance(self.datamodule, GLUEData):
+            return PredictionWriter(Path(self.output or folder / "predictions.csv"))
+        if self.output and Path(self.output).suffix:
+            raise UserError(f"--output {self.output} must be a folder, as GLUE gives its files their names")
+        return GLUEWriter(Path(self.output or folder))
 
     def _choose_folder(self) -> tuple[Path, bool]:
         """The folder of the run that ``ckpt_path`` belongs to, or a new one; and whether it is new."""
@@ -218,7 +226,8 @@ class Run(LightningCLI):
             weights_only=True,
             return_predictions=False,
         )
-        self._close({}, [f"{self.writer.rows} predictions written to {_relative(self.writer.path)}"])
+        files = " and ".join(str(_relative(file)) for file in self.writer.files)
+        self._close({}, [f"{self.writer.rows} predictions written to {files}"])
 
     # -- closing words
 

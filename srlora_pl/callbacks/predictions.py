@@ -1,6 +1,7 @@
-"""The CSV that ``predict`` writes."""
+"""The files that ``predict`` writes."""
 
 import csv
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,32 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+Row = dict[str, Any]
+
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes a row (sample, label, probability) for every sample, in the order of the data.
+    """Writes a row for every sample, in the order of the data, once all is predicted.
 
-    Takes from `predict_step` a mapping with ``index`` (B,), ``label`` (B,) and ``probability`` (B,); names of
-    samples and classes are the DataModule's (`sample_name`, `class_names`). The file appears when all is predicted.
+    Takes from `predict_step` a mapping with ``index`` (B,) and one of: ``label`` (B,) and ``probability`` (B,); for
+    several labels a sample ``probabilities`` (B, classes); for numbers ``value`` (B,). The CSV has the columns
+    ``sample`` and ``label``, ``probability``; or ``label`` (those above 0.5, with ``|`` between) and
+    ``probability_CLASS`` of each; or ``value``. Names of samples and classes are the DataModule's (`sample_name`,
+    `class_names`).
+
+    Attributes:
+        files: what was written.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(write_interval="batch")
         self.path = path
-        self._table: list[tuple[int, int, float]] = []
+        self.files: list[Path] = []
+        self._tables: dict[int, list[Row]] = defaultdict(list)  # by data loader
 
     @property
     def rows(self) -> int:
         """How many samples have been predicted."""
-        return len(self._table)
+        return sum(map(len, self._tables.values()))
 
     def write_on_batch_end(
         self,
@@ -37,14 +47,49 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        columns = (prediction[name].tolist() for name in ("index", "label", "probability"))
-        self._table.extend(zip(*columns, strict=True))
+        columns = (prediction[name].tolist() for name in prediction)
+        rows = (dict(zip(prediction, row, strict=True)) for row in zip(*columns, strict=True))
+        self._tables[dataloader_idx].extend(rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("sample", "label", "probability"))
-            for index, label, probability in sorted(self._table):
-                writer.writerow((data.sample_name(index), data.class_names[label], f"{probability:.6f}"))
+        for loader, table in sorted(self._tables.items()):
+            self._write(data, loader, sorted(table, key=lambda row: row["index"]))
+
+    def _write(self, data: Any, loader: int, table: list[Row]) -> None:
+        rows = [{"sample": data.sample_name(row["index"])} | _named(row, data.class_names) for row in table]
+        self._save(self.path, ",", rows)
+
+    def _save(self, path: Path, delimiter: str, rows: list[Row]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        self.files.append(path)
+
+
+class GLUEWriter(PredictionWriter):
+    """Writes the files that GLUE's server takes into the folder ``path``, under the names it asks for.
+
+    Columns ``index`` and ``prediction``, with a tab between; labels in the words of the task's own files, numbers
+    clipped to 0-5, the range of STS-B.
+    """
+
+    def _write(self, data: Any, loader: int, table: list[Row]) -> None:
+        def prediction(row: Row) -> str:
+            return data.task.words[row["label"]] if "label" in row else f"{min(max(row['value'], 0.0), 5.0):.3f}"
+
+        rows = [{"index": row["index"], "prediction": prediction(row)} for row in table]
+        self._save(self.path / data.task.submissions[loader], "\t", rows)
+
+
+def _named(row: Row, classes: Sequence[str]) -> Row:
+    """The columns of a prediction in words."""
+    if "value" in row:
+        return {"value": f"{row['value']:.6f}"}
+    if "label" in row:
+        return {"label": classes[row["label"]], "probability": f"{row['probability']:.6f}"}
+    likely = [name for name, probability in zip(classes, row["probabilities"], strict=True) if probability > 0.5]
+    each = {f"probability_{name}": f"{p:.6f}" for name, p in zip(classes, row["probabilities"], strict=True)}
+    return {"label": "|".join(likely)} | each
