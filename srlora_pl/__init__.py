@@ -15,7 +15,7 @@ _HOMES = {
     "TextClassifier": "srlora_pl.tasks.text",
     "GLUEData": "srlora_pl.data.glue",
     "ImageData": "srlora_pl.data.images",
-    "TextData": "srlora_pl.data.text",
+    "TextData": "srlora_pl.data.text_files",
     "UserError": "srlora_pl.errors",
 }
 __all__ = list(_HOMES)

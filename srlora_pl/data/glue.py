@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from srlora_pl.data.labels import encode_classes, encode_numbers
@@ -150,7 +150,7 @@ class GLUEData(TextDataModule):
 
     def _read_tsv(self, folder: Path, split: str) -> Texts:
         task, hidden = self.task, split in self.task.test
-        columns = dict.fromkeys(task.texts if hidden else (*task.texts, task.label), "The column")
+        columns = dict.fromkeys(task.texts if hidden else (*task.texts, task.label), "that GLUE's file has")
         file = _tsv_file(folder, split, task)
         table = read_table(file, columns, header=None if hidden else task.header, skip_broken=task.skip_broken)
         texts = [table.texts(column, may_be_empty=task.skip_broken) for column in task.texts]
@@ -190,7 +190,7 @@ def _files_of(task: GLUETask) -> str:
 def _tsv_file(folder: Path, split: str, task: GLUETask) -> Path:
     file, subset = folder / f"{split}.tsv", folder / f"{split}_subset.tsv"
     if not file.is_file() and subset.is_file():
-        rank_zero_warn(f"There is no '{file}', so the run takes the part of it in '{subset.name}'.")
+        rank_zero_info(f"There is no '{file}', so the run takes the part of it in '{subset.name}'.")
         return subset
     if not file.is_file():
         raise UserError(f"The file '{file}' does not exist; {task.folder} needs {_files_of(task)} in data.root.")

@@ -62,13 +62,27 @@ def encode_numbers(table: Table, column: str) -> Tensor:
     return torch.tensor([_number(value, table.where, column, row) for row, value in enumerate(present(table, column))])
 
 
+def is_labelled(table: Table, column: str) -> bool:
+    """Whether the column is there and holds any label; hidden ones are left empty or -1."""
+    return not all(_is_empty(value) or class_text(value) == "-1" for value in table.columns.get(column, ()))
+
+
 def present(table: Table, column: str) -> list[Any]:
     """The labels as written, one in every row."""
     values = table.columns[column]
     for row, value in enumerate(values):
-        if is_missing(value) or class_text(value).lower() in ("", "nan"):
+        if _is_empty(value):
             raise _no_label(table.where(row), column)
+        if isinstance(value, list):
+            raise UserError(
+                f"The label in column {column!r} is a list in {table.where(row)}; set data.problem to multi_label, or "
+                f"write one label."
+            )
     return values
+
+
+def _is_empty(value: Any) -> bool:
+    return is_missing(value) or class_text(value).lower() in ("", "nan")
 
 
 def _no_label(where: str, column: str) -> UserError:

@@ -12,7 +12,7 @@ from typing import Any
 from srlora_pl.errors import UserError, did_you_mean
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-_SEPARATORS = {",": "','", ";": "';'", "\t": "'\\t'", "|": "'|'"}
+_SEPARATORS = (",", ";", "\t", "|")
 
 
 @dataclass
@@ -67,7 +67,7 @@ def read_table(
 
     Args:
         path: ends in one of `SUFFIXES`.
-        columns: the setting that names a column (``data.text_column``), for every column.
+        columns: for every column, who asks for it, as the end of a sentence (``that data.text_column names``).
         optional: columns that may be absent from the file, and then are from the table.
         separator: of the fields of a CSV or TSV, by default the comma or the tab.
         header: names of a file's columns where its first line does not hold them.
@@ -76,11 +76,11 @@ def read_table(
     Raises:
         UserError: the file is missing or not what its name says, or has no such column or no rows.
     """
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"'{path}' is none of the kinds of file that can be read; it must end in {_listed(SUFFIXES)}.")
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*")])
-        raise UserError(f"The file '{path}' does not exist{near}; correct data.root or put the file there.")
+        raise UserError(f"The file '{path}' does not exist{near}; correct the path or put the file there.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"'{path}' is none of the kinds of file that can be read; it must end in {_listed(SUFFIXES)}.")
     wanted = _Wanted(path, columns, optional)
     if path.suffix.lower() == ".parquet":
         table = _read_parquet(wanted)
@@ -95,18 +95,20 @@ def read_table(
 
 @dataclass
 class _Wanted:
-    """Which columns of which file are asked for, and by which settings."""
+    """Which columns of which file are asked for, and by whom."""
 
     path: Path
     columns: dict[str, str]
     optional: Sequence[str]
 
-    def among(self, names: Sequence[str], hint: str = "") -> list[str]:
+    def among(self, names: Sequence[str]) -> list[str]:
         """Those of the columns that ``names`` have; all that are not optional must be there."""
-        for column, key in self.columns.items():
+        for column, why in self.columns.items():
             if column not in names and column not in self.optional:
-                mend = hint or f"its columns are {_listed(names)}; correct {key}."
-                raise UserError(f"{key} {column!r} is no column of '{self.path}'{did_you_mean(column, names)}; {mend}")
+                raise UserError(
+                    f"The file '{self.path}' has no column {column!r}{did_you_mean(column, names)} {why}; its columns "
+                    f"are {_listed(names)}."
+                )
         return [column for column in self.columns if column in names]
 
 
@@ -147,9 +149,11 @@ def _read_delimited(wanted: _Wanted, separator: str | None, header: Sequence[str
     path, quoted = wanted.path, wanted.path.suffix.lower() == ".csv"
     separator = separator or ("," if quoted else "\t")
     text = _text(path)
+    if not header:
+        _check_separator(wanted, text.partition("\n")[0], separator)
     rows = _quoted_rows(path, text, separator) if quoted else _plain_rows(text, separator)
     names = list(header) if header else next(rows, (0, []))[1]
-    chosen = wanted.among(names, _other_separator(names, list(wanted.columns)))
+    chosen = wanted.among(names)
     places = [names.index(column) for column in chosen]
     columns: list[list[str]] = [[] for _ in chosen]
     lines: list[int] = []
@@ -189,16 +193,16 @@ def _quoted_rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, l
         ) from None
 
 
-def _other_separator(names: Sequence[str], columns: Sequence[str]) -> str:
-    """What to say when the header is one long name that holds the columns asked for."""
-    for other, shown in _SEPARATORS.items():
-        if len(names) == 1 and other in names[0] and set(columns) & set(_unquoted(names[0].split(other))):
-            return f"the file seems to be separated by {shown}; set data.separator to it."
-    return ""
-
-
-def _unquoted(names: Iterable[str]) -> list[str]:
-    return [name.strip().strip('"') for name in names]
+def _check_separator(wanted: _Wanted, first_line: str, separator: str) -> None:
+    """Refuse a file whose header has no ``separator`` but another one, between names that are asked for."""
+    for other in () if separator in first_line else _SEPARATORS:
+        names = [name.strip().strip('"') for name in first_line.split(other)]
+        if len(names) > 1 and set(names) & set(wanted.columns):
+            shown, mend = json.dumps(separator), json.dumps(other)
+            raise UserError(
+                f"The fields of '{wanted.path}' are not separated by {shown} but, it seems, by {mend}; set "
+                f"data.separator to {mend}."
+            )
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Texts for classification and regression: what GLUE and the user's own files share, and the user's own files."""
+"""Texts for classification and regression: what GLUE and the user's own files share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,22 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys, stratified_split
-from srlora_pl.data.labels import (
-    Problem,
-    class_names,
-    encode_classes,
-    encode_numbers,
-    encode_sets,
-    label_sets,
-    present,
-)
-from srlora_pl.data.tables import SUFFIXES, Table, read_table
+from srlora_pl.data.labels import Problem
 from srlora_pl.data.tokens import Tokens, cache_folder, load_tokenizer, tokenize
-from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.errors import UserError
 from srlora_pl.randomness import derive, run_seed
 
 _BUCKETS = int.from_bytes(b"buckets")
@@ -187,7 +178,7 @@ class TextDataModule(DataModule):
         tokens = self._tokens(split)[0]
         if tokens.truncated and split not in self._said:
             self._said.add(split)
-            rank_zero_warn(
+            rank_zero_info(
                 f"{tokens.truncated} of the {len(tokens)} samples in '{split}' are longer than data.max_length "
                 f"{self.max_length} tokens and were cut."
             )
@@ -260,141 +251,3 @@ class TokenSet(KeyedDataset):
         if self.labels is not None:
             batch["label"] = self.labels[rows]
         return batch
-
-
-# -- the user's own files
-
-_VAL_NAMES = ("val", "valid", "validation", "dev")
-_SCORES = {"single_label": ["accuracy"], "multi_label": ["f1"], "regression": ["pearson", "spearman"]}
-
-
-class TextData(TextDataModule):
-    """Texts and labels from your own CSV, TSV, JSON-lines or parquet files.
-
-    A label is one class, several classes or a number, as ``problem`` says; the classes are those of the training
-    file. Batches and the order are as in `TextDataModule`.
-
-    Args:
-        root: a file to train on; or a folder with ``train.csv`` (or ``.tsv``, ``.jsonl``, ``.parquet``) and, if
-            there are such, ``val`` and ``test`` files. A test file without the label column is only predicted.
-        text_column: name of the column with the text, or a list of two names for pairs of texts.
-        label_column: name of the column with the label.
-        problem: ``single_label`` for one class a sample, ``multi_label`` for any number of classes, ``regression``
-            for numbers.
-        separator: of the fields of a CSV or TSV; by default the comma or the tab.
-        label_separator: of the classes of a sample where ``multi_label`` files hold them as text and not as a list.
-        batch_size: samples in a batch, per device.
-        val_fraction: share of the training data held out for validation where there is no ``val`` file, in [0, 1).
-        seed: of that split only.
-        num_workers: processes that make batches; 0 makes them in the main process.
-        max_length: tokens that are kept of a text or pair of texts.
-        pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length.
-        predict_root: a file to predict, labels not needed; None predicts the test file.
-        cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
-
-    Raises:
-        UserError: a file, column, text or label that is missing or wrong; an argument out of its range.
-    """
-
-    def __init__(
-        self,
-        root: str,
-        text_column: str | list[str] = "text",
-        label_column: str = "label",
-        problem: Problem = "single_label",
-        separator: str | None = None,
-        label_separator: str = ",",
-        batch_size: int = 16,
-        val_fraction: float = 0.1,
-        seed: int = 0,
-        num_workers: int = 0,
-        max_length: int = 128,
-        pad_to_max_length: bool = False,
-        predict_root: str | None = None,
-        cache_dir: str | None = None,
-    ) -> None:
-        super().__init__(batch_size, val_fraction, seed, num_workers, max_length, pad_to_max_length, cache_dir)
-        self.text_columns = [text_column] if isinstance(text_column, str) else list(text_column)
-        if len(set(self.text_columns) - {label_column}) != len(self.text_columns) or len(self.text_columns) not in (
-            1,
-            2,
-        ):
-            raise UserError(
-                f"data.text_column is {text_column!r}; name one column, or a list of two, other than the label's."
-            )
-        for key, value in (("separator", separator), ("label_separator", label_separator)):
-            if value is not None and len(value) != 1:
-                raise UserError(f"data.{key} is {value!r}, but it must be one character.")
-        if problem not in _SCORES:
-            near = did_you_mean(problem, _SCORES)
-            raise UserError(f"data.problem is {problem!r}{near}; it is one of {', '.join(_SCORES)}.")
-        self.label_column, self.problem, self.score_names = label_column, problem, _SCORES[problem]
-        self.separator, self.label_separator = separator, label_separator
-        files = find_files(Path(root).expanduser())
-        if predict_root is not None:
-            files["predict"] = Path(predict_root).expanduser()
-        self._tables = {split: self._table(split, file) for split, file in files.items()}
-        self.class_names = self._classes()
-        self.num_classes = len(self.class_names) or 1
-        self._labels = {split: self._encode(table) for split, table in self._tables.items() if split != "predict"}
-
-    def _table(self, split: str, file: Path) -> Table:
-        columns = dict.fromkeys(self.text_columns, "data.text_column") | {self.label_column: "data.label_column"}
-        optional = (self.label_column,) if split in ("test", "predict") else ()
-        return read_table(file, columns, optional, self.separator)
-
-    def _classes(self) -> list[str]:
-        train = self._tables["train"]
-        if self.problem == "regression":
-            return []
-        if self.problem == "multi_label":
-            sets = label_sets(train, self.label_column, self.label_separator)
-            classes = class_names(name for names in sets for name in names)
-        else:
-            classes = class_names(present(train, self.label_column))
-        if len(classes) < 2:
-            raise UserError(
-                f"data.label_column {self.label_column!r} of {train.path} holds only {len(classes)} class; a "
-                f"classifier needs two or more."
-            )
-        return classes
-
-    def _encode(self, table: Table) -> Tensor | None:
-        if self.label_column not in table.columns:
-            return None
-        if self.problem == "regression":
-            return encode_numbers(table, self.label_column)
-        if self.problem == "multi_label":
-            return encode_sets(table, self.label_column, self.class_names, self.label_separator)
-        return encode_classes(table, self.label_column, self.class_names)
-
-    def splits(self, use: str) -> list[str]:
-        if use == "test":
-            return ["test"] if self._labels.get("test") is not None else []
-        if use == "predict" and "predict" not in self._tables:
-            use = "test"
-        return [use] if use in self._tables else []
-
-    def read(self, split: str) -> Texts:
-        table = self._tables[split]
-        columns = [table.texts(column) for column in self.text_columns]
-        return Texts(columns[0], columns[1] if len(columns) > 1 else None, self._labels.get(split))
-
-
-def find_files(root: Path) -> dict[str, Path]:
-    """The files of the splits ``train``, ``val`` and ``test`` that ``root``, a file or a folder, stands for."""
-    if not root.is_dir():
-        return {"train": root}
-    files = {}
-    for split, names in {"train": ("train",), "val": _VAL_NAMES, "test": ("test",)}.items():
-        found = [path for name in names for suffix in SUFFIXES if (path := root / f"{name}{suffix}").is_file()]
-        if len(found) > 1:
-            raise UserError(f"data.root '{root}' has both {found[0].name} and {found[1].name}; keep one of them.")
-        if found:
-            files[split] = found[0]
-    if "train" not in files:
-        there = ", ".join(sorted(path.name for path in root.iterdir())[:10]) or "nothing"
-        raise UserError(
-            f"data.root '{root}' has no train{' or train'.join(SUFFIXES)}, only {there}; name a file, or add one."
-        )
-    return files

@@ -57,7 +57,7 @@ def load_tokenizer(name: str) -> Any:
     """The fast tokenizer of a hub name or a local folder; the hub is asked for what is not on this machine.
 
     Raises:
-        UserError: there is none, or only a slow one.
+        UserError: there is none, or only a slow one, or one without a vocabulary.
     """
     from transformers import AutoTokenizer  # takes seconds, and images need none
 
@@ -77,6 +77,10 @@ def load_tokenizer(name: str) -> Any:
             f"model.backbone {name!r} has no fast tokenizer (only {type(tokenizer).__name__}); add a tokenizer.json, "
             f"or choose another backbone."
         )
+    # Where the files are missing transformers makes one that knows no words.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        files = " or ".join(sorted(set(tokenizer.vocab_files_names.values())))
+        raise UserError(f"model.backbone {name!r} has a tokenizer without words; put its {files} there.")
     return tokenizer
 
 

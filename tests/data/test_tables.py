@@ -1,0 +1,124 @@
+"""Rows and columns come out of files as they were written; what is wrong is said with its place."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from srlora_pl.data.tables import Table, read_table
+from srlora_pl.errors import UserError
+
+WHY = {"text": "that data.text_column names", "label": "that data.label_column names"}
+TEXTS = ['He said "no", twice', "two\nlines", "tabs\tare fine", "naïve ☃\u2028 one row"]
+
+
+def read(path: Path, content: bytes | str | None = None, **options: object) -> Table:
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return read_table(path, WHY, **options)  # type: ignore[arg-type]
+
+
+def write_parquet(path: Path) -> None:
+    parquet.write_table(pa.table({"id": [1, 2, 3, 4], "text": TEXTS, "label": [0, 1, 0, 1]}), path)
+
+
+def write_json(path: Path) -> None:
+    path.write_text("\n\n".join(json.dumps({"label": i % 2, "text": text}) for i, text in enumerate(TEXTS)))
+
+
+def write_csv(path: Path) -> None:
+    rows = "".join(f'{i},"{text.replace(chr(34), chr(34) * 2)}",{i % 2}\r\n' for i, text in enumerate(TEXTS))
+    path.write_bytes(b"\xef\xbb\xbf" + f"id,text,label\r\n{rows}".encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "places"),
+    [
+        ("a.parquet", write_parquet, ["row 1", "row 2", "row 3", "row 4"]),
+        ("a.jsonl", write_json, ["line 1", "line 3", "line 5", "line 7"]),
+        ("a.CSV", write_csv, ["line 2", "line 3", "line 5", "line 6"]),
+    ],
+)
+def test_every_kind_of_file(name: str, write: Callable[[Path], None], places: list[str], tmp_path: Path) -> None:
+    write(tmp_path / name)
+    table = read(tmp_path / name)
+    assert table.texts("text") == TEXTS
+    assert [int(label) for label in table.columns["label"]] == [0, 1, 0, 1]
+    assert list(table.columns) == ["text", "label"]
+    assert [table.where(row) for row in range(4)] == [f"{place} of {tmp_path / name}" for place in places]
+
+
+def test_a_quote_in_a_tsv_is_a_letter(tmp_path: Path) -> None:
+    table = read(tmp_path / "a.tsv", 'text\tlabel\r\n" open\t0\r\n"both"\t1\n\nlast \x85 one\t0')
+    assert table.columns["text"] == ['" open', '"both"', "last \x85 one"]
+    assert list(table.lines) == [2, 3, 5]
+
+
+def test_another_separator(tmp_path: Path) -> None:
+    table = read(tmp_path / "a.csv", 'label;text\n0;"a; b"\n1;c, d\n', separator=";")
+    assert table.columns == {"text": ["a; b", "c, d"], "label": ["0", "1"]}
+
+
+def test_an_optional_column_and_a_header_of_our_own(tmp_path: Path) -> None:
+    assert list(read(tmp_path / "a.csv", "text\na\n", optional=["label"]).columns) == ["text"]
+    assert read(tmp_path / "a.tsv", "a\t1\nb\t0\n", header=["text", "label"]).columns["text"] == ["a", "b"]
+
+
+def test_broken_rows_are_left_out_where_that_is_asked_for(tmp_path: Path) -> None:
+    table = read(tmp_path / "a.tsv", "text\tlabel\na\t1\nbroken\nb\t0\n", skip_broken=True)
+    assert table.columns["text"] == ["a", "b"]
+    assert list(table.lines) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("tain.csv", None, "The file '.*tain.csv' does not exist .did you mean 'train.csv'."),
+        ("notes.txt", "text,label\n", "must end in .csv, .tsv, .jsonl, .parquet"),
+        (
+            "a.csv",
+            "text,lable\na,1\n",
+            "no column 'label' .did you mean 'lable'.. that data.label_col.* text, lable",
+        ),
+        ("a.csv", "text;label\na;1\n", r'not separated by "," but, it seems, by ";"; set data.separator to ";"'),
+        ("a.csv", '"id";"text"\na,b;1\n', r'by ";"'),
+        ("a.csv", "text\tlabel\na\t1\n", r'by "\\t"'),
+        ("a.tsv", "text,label\na,1\n", r'not separated by "\\t" but, it seems, by ","'),
+        ("a.csv", "text,label\na,1\n\na, b,1\n", "Line 4 of .*a.csv has 3 fields but the header has 2.* put quotes"),
+        ("a.tsv", "text\tlabel\nalone\n", "Line 2 of .*a.tsv has 1 field but"),
+        ("a.csv", 'text,label\na,1\n"open,1\nb,1\n', "row that begins in line 3 of .*a.csv cannot be read"),
+        ("a.csv", b"text,label\na,1\ncaf\xe9,1\n", "Line 3 of .*a.csv holds the byte 0xe9, which is not UTF-8"),
+        ("a.csv", b"\xef\xbb\xbftext,label\na,1\ncaf\xe9,1\n", "Line 3 of .* 0xe9"),
+        ("a.csv", "text,label\n", "has no rows"),
+        ("a.csv", "", "no column 'text'"),
+        ("a.jsonl", "", "has no rows"),
+        ("a.jsonl", '{"text": "a", "label": 0}\n{"text": \n', "Line 2 of .*a.jsonl is not JSON"),
+        ("a.jsonl", '["a", 0]\n', "Line 1 of .*a.jsonl is not a JSON object"),
+        ("a.jsonl", '{"txt": "a", "label": 0}\n', "no column 'text' .did you mean 'txt'."),
+        ("a.parquet", "text,label\n", "is not a parquet file"),
+    ],
+)
+def test_errors_name_the_file_and_the_place(name: str, content: bytes | str | None, says: str, tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n")
+    with pytest.raises(UserError, match=says) as caught:
+        read(tmp_path / name, content)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"text": " ", "label": 0}', "text in column 'text' is empty in line 2 of"),
+        ('{"label": 0}', "text in column 'text' is empty in line 2 of"),
+        ('{"text": NaN, "label": 0}', "text in column 'text' is empty in line 2 of"),
+        ('{"text": 3, "label": 0}', "Column 'text' holds 3, not text, in line 2"),
+        ('{"text": "\\ud83d", "label": 0}', "half a character .* in line 2"),
+    ],
+)
+def test_a_text_must_be_text(line: str, says: str, tmp_path: Path) -> None:
+    table = read(tmp_path / "a.jsonl", '{"text": "good", "label": 0}\n' + line)
+    with pytest.raises(UserError, match=says):
+        table.texts("text")
