@@ -1,0 +1,218 @@
+"""The user's own files: what they hold comes out, and what is wrong in them is said before training."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from srlora_pl import TextData, UserError
+
+from .texts import save_tokenizer, sentence, with_model, write
+
+LABELS = ["no", "yes", "maybe"]
+
+
+def rows(count: int = 12) -> list[tuple[str, str, str]]:
+    return [(sentence(1 + i % 5, i), sentence(2, i + 7), LABELS[i % 3]) for i in range(count)]
+
+
+def write_file(path: Path, table: list[tuple[Any, ...]] | None = None, names: str = "text,other,label") -> Path:
+    table, heads = table if table is not None else rows(), names.split(",")
+    frame = pd.DataFrame({name: [row[i] for row in table] for i, name in enumerate(heads)})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        frame.to_parquet(path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(dict(zip(heads, row, strict=True))) + "\n" for row in table))
+    else:
+        frame.to_csv(path, index=False, sep="," if path.suffix == ".csv" else "\t")
+    return path
+
+
+def own(root: Path, **options: Any) -> TextData:
+    return TextData(str(root), **{"batch_size": 4, "max_length": 16, **options})
+
+
+def loaded(root: Path, tmp_path: Path, stage: str = "fit", **options: Any) -> Any:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    data = with_model(own(root, cache_dir=str(tmp_path / "cache"), **options), tokenizer)
+    data.setup(stage)
+    return data
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("columns", ["text", ["other", "text"]])
+def test_every_kind_of_file(suffix: str, columns: Any, tmp_path: Path) -> None:
+    data = loaded(write_file(tmp_path / f"reviews{suffix}"), tmp_path, text_column=columns, val_fraction=0.25)
+    assert data.class_names == ["maybe", "no", "yes"]
+    assert (data.num_classes, data.problem, data.score_names) == (3, "single_label", ["accuracy"])
+    assert (len(data.train_set), len(data.val_set)) == (9, 3)
+    assert not data.has_test_labels
+    texts = data.read("train")
+    assert texts.first == [row[1 if isinstance(columns, list) else 0] for row in rows()]
+    assert texts.second == ([row[0] for row in rows()] if isinstance(columns, list) else None)
+    assert [data.class_names[label] for label in texts.labels] == [row[2] for row in rows()]
+    for batch in data.train_dataloader():
+        assert torch.equal(batch["label"], texts.labels[data.train_set.rows[batch["index"]]])
+
+
+def test_a_folder_of_splits(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    write_file(root / "train.csv")
+    write_file(root / "dev.jsonl", rows(5))
+    write_file(root / "test.parquet", rows(4))
+    data = loaded(root, tmp_path)
+    data.setup("test")
+    data.setup("predict")
+    assert (len(data.train_set), len(data.val_set), len(data.test_set), len(data.predict_set)) == (12, 5, 4, 4)
+    assert data.has_test_labels
+    assert "label" not in next(iter(data.predict_dataloader()))
+
+
+@pytest.mark.parametrize("hidden", [("text", [("w1",)] * 3), ("text,label", [("w1", "")] * 3)])
+def test_a_test_file_without_labels_is_only_predicted(hidden: Any, tmp_path: Path) -> None:
+    write_file(tmp_path / "data" / "train.csv")
+    write_file(tmp_path / "data" / "test.csv", hidden[1], hidden[0])
+    data = loaded(tmp_path / "data", tmp_path, "predict")
+    assert len(data.predict_set) == 3
+    assert not data.has_test_labels
+    with pytest.raises(UserError, match="no labelled test split; add one, or run validate"):
+        data.setup("test")
+
+
+def test_a_file_to_predict(tmp_path: Path) -> None:
+    train, new = write_file(tmp_path / "train.csv"), write_file(tmp_path / "new.tsv", [("w5",), ("w6 w7",)], "text")
+    data = loaded(train, tmp_path, "predict", predict_root=str(new))
+    (batch,) = data.predict_dataloader()
+    assert batch["index"].tolist() == [1, 0]
+    with pytest.raises(UserError, match=r"no test split to predict; set data.predict_root"):
+        loaded(train, tmp_path, "predict")
+
+
+def test_numbers_are_targets_of_a_regression(tmp_path: Path) -> None:
+    file = write_file(tmp_path / "a.csv", [(f"w{i}", i / 2 - 1) for i in range(10)], "text,label")
+    data = loaded(file, tmp_path, problem="regression")
+    assert (data.num_classes, data.class_names, data.score_names) == (1, [], ["pearson", "spearman"])
+    assert data.read("train").labels.tolist() == [i / 2 - 1 for i in range(10)]
+    assert data.read("train").labels.dtype == torch.float32
+    assert len(data.val_set) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("a.csv", {"label_separator": "|"}), ("a.jsonl", {}), ("a.parquet", {}), ("b.csv", {})]
+)
+def test_several_classes_a_text(name: str, options: dict[str, str], tmp_path: Path) -> None:
+    sets = [["a", "c"], [], ["b"], ["c"]]
+    if name.endswith("csv"):
+        labels: list[Any] = [options.get("label_separator", ",").join(names) for names in sets]
+    else:
+        labels = sets
+    file = write_file(tmp_path / name, [(f"w{i}", label) for i, label in enumerate(labels)], "text,label")
+    data = loaded(file, tmp_path, problem="multi_label", val_fraction=0.25, batch_size=2, **options)
+    assert (data.class_names, data.num_classes) == (["a", "b", "c"], 3)
+    assert data.read("train").labels.tolist() == [[1, 0, 1], [0, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert next(iter(data.train_dataloader()))["label"].shape == (2, 3)
+    assert len(data.val_set) == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [([10, 9, 2], ["2", "9", "10"]), ([1.0, 0.0, 1.0], ["0", "1"]), ([True, False, True], ["False", "True"])],
+)
+def test_classes_that_are_numbers(labels: list[Any], classes: list[str], tmp_path: Path) -> None:
+    file = write_file(tmp_path / "a.parquet", [("w1", label) for label in labels], "text,label")
+    assert own(file, batch_size=1).class_names == classes
+
+
+def test_another_separator(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", "text;label", "w1, w2;yes", "w3;no")
+    assert own(file, separator=";", batch_size=1).class_names == ["no", "yes"]
+
+
+# -- errors, each in one sentence and from __init__ or setup
+
+GOOD = "text,label\nw1,yes\nw2,no\nw3,no\n"
+BAD: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
+    "no file": ({"trian.csv": GOOD}, {"root": "train.csv"}, "train.csv' does not exist .did you mean 'trian.csv'."),
+    "no train in a folder": ({"all.csv": GOOD}, {}, "has no train.csv or train.tsv or .* only all.csv; name a file"),
+    "two trains": ({"train.csv": GOOD, "train.tsv": GOOD}, {}, "has both train.csv and train.tsv; keep one"),
+    "no text column": ({"train.csv": GOOD}, {"text_column": "texts"}, "no column 'texts' .did you mean 'text'.. that"),
+    "no label column": ({"train.csv": GOOD}, {"label_column": "class"}, "no column 'class' that data.label_column"),
+    "no label in val": ({"train.csv": GOOD, "val.csv": "text\nw1\n"}, {}, "val.csv' has no column 'label' that data"),
+    "separator": ({"train.csv": GOOD.replace(",", ";")}, {}, 'set data.separator to ";"'),
+    "empty text": ({"train.csv": GOOD + " ,yes\n"}, {}, "text in column 'text' is empty in line 5 of .*train.csv"),
+    "empty label": ({"train.csv": GOOD + "w4,\n"}, {}, "label in column 'label' is missing .* line 5 of"),
+    "NaN label": ({"train.csv": GOOD + "w4,NaN\n"}, {}, "label in column 'label' is missing .* line 5 of"),
+    "unknown label": (
+        {"train.csv": GOOD, "val.csv": "text,label\nw1,yes\nw2,yess\n"},
+        {},
+        "label 'yess' .* line 3 of .*val.csv is none of the 2 classes .no, yes. .did you mean 'yes'.",
+    ),
+    "unknown label in test": (
+        {"train.csv": GOOD, "test.csv": GOOD + "w1,2\n"},
+        {},
+        "label '2' .* line 5 .*test.csv",
+    ),
+    "one class": ({"train.csv": GOOD.replace("yes", "no")}, {}, "holds only 1 class; a classifier needs two"),
+    "not a number": ({"train.csv": GOOD}, {"problem": "regression"}, "label 'yes' .* line 2 of .* not a finite number"),
+    "NaN number": (
+        {"train.csv": "text,label\nw1,1\nw2,nan\n"},
+        {"problem": "regression"},
+        "label in column 'label' is missing .* line 3",
+    ),
+    "infinite number": (
+        {"train.csv": "text,label\nw1,1\nw2,-inf\n"},
+        {"problem": "regression"},
+        "label '-inf' .* line 3 of .* is not a finite number",
+    ),
+    "a list of labels": (
+        {"train.jsonl": '{"text": "w1", "label": ["a"]}\n'},
+        {},
+        "is a list in line 1 of .* set data.problem to multi_label",
+    ),
+    "missing set": (
+        {"train.jsonl": '{"text": "w1", "label": ["a", "b"]}\n{"text": "w1"}\n'},
+        {"problem": "multi_label"},
+        "label in column 'label' is missing .* line 2",
+    ),
+    "unknown in a set": (
+        {"train.csv": 'text,label\nw1,"a,b"\n', "val.csv": "text,label\nw1,c\n"},
+        {"problem": "multi_label"},
+        "label 'c' .* line 2 of .*val.csv is none of the 2 classes",
+    ),
+    "bytes": ({"train.csv": GOOD.encode() + b"\xe4h,no\n"}, {}, "Line 5 of .*train.csv holds the byte 0xe4"),
+    "problem": ({"train.csv": GOOD}, {"problem": "regresion"}, "'regresion' .did you mean 'regression'."),
+    "three texts": ({"train.csv": GOOD}, {"text_column": ["a", "b", "c"]}, "name one column, or a list of two"),
+    "text is label": ({"train.csv": GOOD}, {"text_column": "label"}, "other than the label's"),
+    "long separator": ({"train.csv": GOOD}, {"separator": "||"}, "data.separator is '||', but it must be one char"),
+    "batch": ({"train.csv": GOOD}, {"batch_size": 9, "val_fraction": 0}, "batch_size is 9, but .* only 3 samples"),
+    "nothing to validate": ({"train.csv": GOOD}, {"val_fraction": 0.01}, "val_fraction 0.01 of 3 .* is not one text"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, tmp_path: Path) -> None:
+    files, options, says = BAD[case]
+    root = tmp_path / "data"
+    root.mkdir()
+    for name, content in files.items():
+        (root / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    options = {"val_fraction": 0.34, "batch_size": 1, **options}
+    with pytest.raises(UserError, match=says) as caught:
+        loaded(root / options.pop("root", "."), tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_validation_without_anything_to_validate_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no validation split; set data.val_fraction above 0"):
+        loaded(write_file(tmp_path / "train.csv"), tmp_path, "validate", val_fraction=0.0)
+
+
+def test_fewer_classes_than_the_head(tmp_path: Path) -> None:
+    data = with_model(own(write_file(tmp_path / "train.csv")), save_tokenizer(tmp_path / "tokenizer"))
+    data.trainer.lightning_module.num_classes = 5
+    with pytest.raises(UserError, match="head has 5 classes, but the data has 3"):
+        data.setup("fit")
