@@ -16,7 +16,7 @@ COMMANDS = {
     "fit": "train, then test the best checkpoint where the test data have labels",
     "validate": "score a checkpoint on the validation split",
     "test": "score a checkpoint on the test data",
-    "predict": "write a CSV with the label of every image of data.predict_root, or of the test data",
+    "predict": "write what the model says of every sample of data.predict_root, or of the test data",
 }
 
 HELP = f"""usage: python cli.py SUBCOMMAND --config configs/NAME.yaml [--config configs/methods/METHOD.yaml]

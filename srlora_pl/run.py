@@ -23,7 +23,7 @@ from srlora_pl.callbacks import ContinuedCSVLogger, GLUEWriter, PredictionWriter
 from srlora_pl.data.base import DataModule
 from srlora_pl.data.glue import GLUEData
 from srlora_pl.errors import UserError, did_you_mean
-from srlora_pl.tasks.base import Task
+from srlora_pl.tasks.base import SPLITS, Task
 
 ROOT = "runs"
 TRAINER_DEFAULTS = {
@@ -232,7 +232,8 @@ class Run(LightningCLI):
     # -- closing words
 
     def _scores(self, stage: str) -> dict[str, float]:
-        return {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith(f"{stage}/")}
+        splits = tuple(f"{split}/" for split in SPLITS[stage])
+        return {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith(splits)}
 
     @rank_zero_only
     def _close(self, scores: dict[str, float], lines: Sequence[str]) -> None:
