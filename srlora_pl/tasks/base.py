@@ -23,8 +23,10 @@ from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, p
 Batch = dict[str, Tensor]
 # By data loader; MNLI has two development sets, matched and mismatched.
 SPLITS = {"val": ("val", "val_mm"), "test": ("test", "test_mm")}
-# What checkpoint and run must agree in.
+# What a checkpoint and the run that only uses its weights must agree in, and what even one that goes on may change
+# (the mixin compares the method, and the weights themselves come from the checkpoint).
 IDENTITY = ("num_classes", "backbone", "backbone_kwargs", "problem", "train_pooler")
+FREE = {"method", "backbone_checkpoint", "compile"}
 
 
 class Task(ExactResume, SRLoRAMixin, L.LightningModule):
@@ -229,7 +231,9 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("hyper_parameters", {})
-        for key in IDENTITY:
+        # To go on, all must agree: the optimizer's state would bring the old values back without a word.
+        resumes = self._trainer is not None and self.trainer.state.fn == "fit"
+        for key in sorted(set(saved) - FREE) if resumes else IDENTITY:
             if key in saved and _identity(saved[key]) != _identity(self.hparams.get(key)):
                 raise UserError(
                     f"The checkpoint was written with model.{key} {saved[key]!r}, but this run has "

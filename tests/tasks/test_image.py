@@ -322,3 +322,13 @@ def test_compile_takes_each_block_that_holds_adapters(classifier, monkeypatch):
     compiled.clear()
     model = classifier(compile=True, method=LoRA(rank=2, layers="1"))
     assert compiled == [model.net.blocks[1]]
+
+
+def test_a_resume_with_another_learning_rate_is_refused_and_a_test_is_not(classifier, trainer, loader, tmp_path):
+    """The optimizer's state holds the old rate, and would bring it back without a word."""
+    run = trainer(max_steps=2)
+    run.fit(classifier(lr=0.1), loader)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"written with model\.lr 0\.1, but this run has 0\.5"):
+        trainer().fit(classifier(lr=0.5), loader, ckpt_path=tmp_path / "a.ckpt")
+    trainer().test(classifier(lr=0.5), loader, ckpt_path=tmp_path / "a.ckpt", verbose=False)
