@@ -320,7 +320,10 @@ def _best_and_last(folder: Path) -> ModelCheckpoint:
 
 
 class _Progress(RichProgressBar):
-    """Lightning's bar without the last letters of the version's name."""
+    """Lightning's bar without the last letters of the version's name, and without a last epoch where steps count."""
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return super()._get_train_description(current_epoch).replace("/-2", "")
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
