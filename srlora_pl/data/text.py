@@ -70,14 +70,14 @@ class TextDataModule(DataModule):
             raise UserError(f"data.max_length is {max_length}, but it must be 1 or more.")
         self.max_length, self.pad_to_max_length = max_length, pad_to_max_length
         self.cache = cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
-        self._tokenizer: Any = None
+        self._tokenizer: tuple[str, Any] = ("", None)  # and the name it was loaded by
         self._read: dict[str, tuple[Tokens, Tensor | None]] = {}
         self._said: set[str] = set()  # splits whose cut texts were counted aloud
 
     def splits(self, use: str) -> list[str]:
         """Names of the splits for ``train``, ``val``, ``test`` or ``predict``; several are scored apart.
 
-        None for ``val`` means that it is held out of the training split.
+        With no name for ``val`` it is held out of the training split.
         """
         raise NotImplementedError
 
@@ -157,22 +157,26 @@ class TextDataModule(DataModule):
 
     def _tokens(self, split: str) -> tuple[Tokens, Tensor | None]:
         """Tokens and labels of a split, read once."""
+        tokenizer = self._load_tokenizer()
         if split not in self._read:
             texts = self.read(split)
-            tokens = tokenize(self._load_tokenizer(), texts.first, texts.second, self.max_length, self.cache)
+            tokens = tokenize(tokenizer, texts.first, texts.second, self.max_length, self.cache)
             self._read[split] = (tokens, texts.labels)
         return self._read[split]
 
     def _load_tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            name = getattr(self.trainer and self.trainer.lightning_module, "backbone_name", None)
-            if name is None:
-                raise UserError(
-                    f"{type(self).__name__} needs a model with backbone_name, whose tokenizer it takes; set "
-                    f"self.backbone_name in the model's __init__."
-                )
-            self._tokenizer = load_tokenizer(name)
-        return self._tokenizer
+        """The tokenizer of the model at hand; what another model's has read is forgotten."""
+        name = getattr(self.trainer and self.trainer.lightning_module, "backbone_name", None)
+        if name is None:
+            raise UserError(
+                f"{type(self).__name__} needs a model with backbone_name, whose tokenizer it takes; set "
+                f"self.backbone_name in the model's __init__."
+            )
+        if name != self._tokenizer[0]:
+            self._tokenizer = (name, load_tokenizer(name))
+            self._read.clear()
+            self._said.clear()
+        return self._tokenizer[1]
 
     def _say_truncated(self, split: str) -> None:
         tokens = self._tokens(split)[0]

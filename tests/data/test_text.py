@@ -235,6 +235,15 @@ def test_cut_texts_are_counted_and_said_once(root: str, tokenizer: str, caplog: 
     ]
 
 
+def test_another_model_has_its_own_tokenizer(root: str, tokenizer: str, tmp_path: Path) -> None:
+    data = with_model(small(root), tokenizer)
+    data.setup("fit")
+    assert "token_type_ids" in next(iter(data.train_dataloader()))
+    with_model(data, save_tokenizer(tmp_path / "other", names=("input_ids", "attention_mask")))
+    data.setup("fit")
+    assert "token_type_ids" not in next(iter(data.train_dataloader()))
+
+
 # -- errors
 
 
