@@ -17,7 +17,7 @@ from srlora_pl.data.text import in_buckets
 from srlora_pl.resume import ExactResume
 from tests.tasks.texts import BERT, DEBERTA, folder
 
-from .texts import WORDS, cola, save_tokenizer, with_model
+from .texts import W0, WORDS, cola, save_tokenizer, with_model
 
 
 @pytest.fixture
@@ -197,6 +197,11 @@ def test_a_fraction_is_held_out_of_train_and_leaves_dev_for_the_test(root: str, 
         assert sorted(data.train_set.rows.tolist() + data.val_set.rows.tolist()) == list(range(50))
         labels = [label for batch in data.val_dataloader() for label in batch["label"].tolist()]
         assert sorted(labels) == [0] * 5 + [1] * 5
+        for batch in data.val_dataloader():
+            # The label of sentence i is i % 2, its first word the (i % 20)th.
+            rows = data.val_set.rows[batch["index"]]
+            assert torch.equal(batch["label"], rows % 2)
+            assert torch.equal(batch["input_ids"][:, 1], rows % 20 + W0)
         index = [i for batch in data.val_dataloader() for i in batch["index"].tolist()]
         assert sorted(index) == list(range(10))
         sets.append(data.val_set.rows.tolist())
