@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
+from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, Spectrum, SRLoRA
 from tests.toys import toy_batches, toy_net, train
 
 # rounding of one layer's products, a few dozen terms each
@@ -57,13 +57,19 @@ def test_a_switch_leaves_the_effective_weight_and_moves_everything_else(alpha, d
     torch.testing.assert_close(net(x), output, rtol=0, atol=20 * ROUNDING[dtype])
 
 
-def test_a_reduced_matmul_precision_does_not_reach_a_switch():
+def test_a_reduced_matmul_precision_does_not_reach_a_switch(monkeypatch):
     _, adaptation, optimizer = trained(srlora(), steps=5)
+    seen = set()  # not every processor computes differently at a lower setting, so look at the setting itself
+    draw = Spectrum.pairs
+    monkeypatch.setattr(
+        Spectrum, "pairs", lambda *a, **k: seen.add(torch.get_float32_matmul_precision()) or draw(*a, **k)
+    )
     before = [layer.merged_weight() for layer in adaptation.layers.values()]
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             adaptation._switch(adaptation.matrices, optimizer)
+        assert seen == {"highest"}
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -52,10 +52,11 @@ def test_pairs_carry_their_part_of_the_weight():
     torch.testing.assert_close(B.norm(dim=0), A.norm(dim=1))
 
 
-def test_keeps_no_more_than_the_triplets():
-    spectrum = Spectrum.of(torch.randn(100, 80), 5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keeps_no_more_than_the_triplets(dtype):
+    spectrum = Spectrum.of(torch.randn(100, 80, dtype=dtype), 5)
     for tensor, size in ((spectrum.U, 500), (spectrum.sigma, 5), (spectrum.Vh, 400)):
-        assert tensor.untyped_storage().nbytes() == 4 * size
+        assert tensor.untyped_storage().nbytes() == dtype.itemsize * size
 
 
 @pytest.mark.parametrize(
