@@ -1,5 +1,7 @@
 """A run planned for N steps, stopped anywhere and resumed, equals the uninterrupted one bit for bit."""
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -144,6 +146,36 @@ def test_interrupted_twice_with_workers_and_in_validation(workers, tmp_path):
     with pytest.raises(Interrupted):
         fit(folder, InterruptAt(batch=11), data=data, ckpt_path=folder / "last.ckpt")
     assert_equal(fit(folder, data=data, ckpt_path=folder / "last.ckpt"), expected)
+
+
+class SaveElsewhere(Callback):
+    """Files from hooks other than the end of a batch, named by hook and position."""
+
+    def save(self, run, hook):
+        if not run.sanity_checking:
+            position = run.fit_loop.epoch_loop.batch_progress.total.processed
+            run.save_checkpoint(Path(run.default_root_dir, f"{hook}-{position}.ckpt"))
+
+    def on_validation_start(self, run, module):
+        self.save(run, "validation_start")
+
+    def on_validation_end(self, run, module):
+        self.save(run, "validation_end")
+
+    def on_train_epoch_end(self, run, module):
+        self.save(run, "epoch_end")
+
+
+@pytest.mark.parametrize("case", ["plain", "epochs", "epochs, validation at their end"])
+def test_resume_from_files_written_around_validation_and_at_epoch_ends(case, tmp_path):
+    options = CASES[case]
+    expected = fit(tmp_path, SaveElsewhere(), **options)
+    files = sorted(tmp_path.glob("*_*-*.ckpt"))
+    assert len(files) >= 4
+    for file in files:
+        resumed = fit(tmp_path / "resumed" / file.stem, ckpt_path=file, **options)
+        assert_equal(resumed, expected)
+        assert resumed.trainer.global_step == expected.trainer.global_step
 
 
 def test_number_of_workers_changes_nothing(tmp_path):
