@@ -341,8 +341,8 @@ class Adaptation:
         weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         if not (self.started and self.method.needs_spectrum):
             return weights
+        by_layer = {id(layer): weights[name] for name, layer in self.layers.items()}
         if self._pretrained is None:
-            by_layer = {id(layer): weights[name] for name, layer in self.layers.items()}
             with recompose.full_precision():
                 for matrix, state in self.states.items():
                     assert state.spectrum is not None
@@ -352,11 +352,8 @@ class Adaptation:
                     W0.addmm_(*state.spectrum.pairs(0, state.next_direction, s, like=W0), alpha=s)
             return weights
         for matrix, W0 in zip(self.matrices, self._pretrained[0], strict=True):
-            matrix.of_weight(weights[self._layer_name(matrix)]).copy_(W0)
+            matrix.of_weight(by_layer[id(matrix.layer)]).copy_(W0)
         return weights
-
-    def _layer_name(self, matrix: Matrix) -> str:
-        return next(name for name, layer in self.layers.items() if layer is matrix.layer)
 
     # --- state ---------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srlora_pl.lowrank.kernels import low_rank_linear, two_branches
+from srlora_pl.lowrank.kernels import low_rank_linear, merged, two_branches
 
 
 class LowRankLinear(nn.Module):
@@ -58,8 +58,7 @@ class LowRankLinear(nn.Module):
         """(..., in) -> (..., out)."""
         if self.merged or self.disabled:
             return F.linear(x, self.weight, self.bias)
-        adapted = None if len(self.adapted) == self.parts else self.adapted
-        operands = (x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, adapted)
+        operands = (x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, self._some_parts)
         if self.training and self.dropout.p > 0:
             return two_branches(*operands, pairs_input=self.dropout(x))
         return low_rank_linear(*operands)
@@ -67,18 +66,22 @@ class LowRankLinear(nn.Module):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W_eff = W + scaling * B @ A, a new tensor of shape (out, in)."""
-        merged = self.weight.detach().clone()
-        if not self.merged:
-            for matrix in self.matrices(""):
-                matrix.of_weight(merged).addmm_(matrix.B, matrix.A, alpha=self.scaling)
-        return merged
+        if self.merged:
+            return self.weight.detach().clone()
+        with torch.autocast(self.weight.device.type, enabled=False):
+            return merged(self.weight.detach(), self.lora_A, self.lora_B, self.scaling, self._some_parts)
+
+    @property
+    def _some_parts(self) -> tuple[int, ...] | None:
+        """The adapted parts in the kernels' terms: None for all of them."""
+        return None if len(self.adapted) == self.parts else self.adapted
 
     def merge(self) -> None:
         """Put the pairs into ``weight``: inference then costs one product. Merging twice is merging once."""
         if not self.merged:
-            merged = self.merged_weight()
+            effective = self.merged_weight()
             self._unmerged = self.weight.data
-            self.weight.data = merged
+            self.weight.data = effective
 
     def unmerge(self) -> None:
         """Undo `merge`, to the bit: the weight from before is put back, not computed back."""
