@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -34,9 +34,12 @@ class SRLoRAMixin(_Module):
 
     Attributes:
         adaptation: the pairs and their history, an `srlora_pl.lowrank.Adaptation`.
+        whole_checkpoints: whether checkpoints hold the whole network also where `adapt` was told how its pretrained
+            state can be had again; by default they then hold only what changed.
     """
 
     adaptation: Adaptation
+    whole_checkpoints = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -51,28 +54,38 @@ class SRLoRAMixin(_Module):
                         f"{owner.__name__}.{hook} switches the adaptation off: it must call super().{hook}(...)"
                     )
 
-    def adapt(self, net: nn.Module, method: Method, trainable: Sequence[str] = ()) -> None:
+    def adapt(
+        self,
+        net: nn.Module,
+        method: Method,
+        trainable: Sequence[str] = (),
+        pretrained: Callable[[], Mapping[str, Tensor]] | None = None,
+        new: Sequence[str] = (),
+    ) -> None:
         """Put ``method``'s pairs into ``net``, in place, and freeze all else in it.
 
         Args:
             net: a part of this module, with its pretrained weights loaded.
             method: such as ``SRLoRA(rank=8)``.
             trainable: dotted names in ``net`` that train too, such as ``head``.
+            pretrained: gives ``net.state_dict()`` as it is now once more, from a file or a hub's cache. This module,
+                made again, must come with these weights too. Checkpoints then leave them out.
+            new: dotted names in ``net`` of what ``pretrained`` does not give, if that is more than ``trainable``.
 
         Raises:
             UserError: see `srlora_pl.lowrank.Adaptation`.
         """
-        self.adaptation = Adaptation(net, method, trainable)
+        self.adaptation = Adaptation(net, method, trainable, pretrained, new)
 
     # --- before training -----------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        # 64-true turns parameters into doubles only after this hook; start and load should already be exact to 1e-16
+        self.trainer.precision_plugin.convert_module(self)
         if stage != "fit":
             return
         self._refuse_what_cannot_be_right()
-        # 64-true turns parameters into doubles only after this hook; the start should already be exact to 1e-16
-        self.trainer.precision_plugin.convert_module(self)
         self.adaptation.start(device=self.trainer.strategy.root_device, progress=self._progress)
 
     def _progress(self, matrices: list[Matrix]) -> Iterable[Matrix]:
@@ -176,13 +189,25 @@ class SRLoRAMixin(_Module):
         super().on_save_checkpoint(checkpoint)
         if any(layer.merged for layer in self.adaptation.layers.values()):
             raise UserError("the pairs are merged into the weights, call unmerge() before saving a checkpoint")
-        checkpoint[_CHECKPOINT_KEY] = self.adaptation.state_dict()
+        trained = [p for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]]
+        left_out = {id(p) for p in self.adaptation.untouched(trained)} if not self.whole_checkpoints else set()
+        checkpoint[_CHECKPOINT_KEY] = self.adaptation.state_dict(compact=bool(left_out))
+        for name, value in self.state_dict(keep_vars=True).items():
+            if id(value) in left_out:
+                checkpoint["state_dict"].pop(name, None)
+
+    def _optimizers(self) -> Sequence[Optimizer]:
+        return [] if self._trainer is None else self.trainer.optimizers
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if _CHECKPOINT_KEY not in checkpoint:
             raise UserError("the checkpoint holds no adaptation, it was written by another program or module")
-        self.adaptation.load_state_dict(checkpoint[_CHECKPOINT_KEY])
+        device = None if self._trainer is None else self.trainer.strategy.root_device
+        self.adaptation.load_state_dict(checkpoint[_CHECKPOINT_KEY], device)
+        if checkpoint[_CHECKPOINT_KEY]["compact"]:
+            # What the file leaves out is in place by now; this keeps the strict load that follows.
+            checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
 
 
 _HOOKS = {name for name in vars(SRLoRAMixin) if name.startswith("on_") or name == "setup"}

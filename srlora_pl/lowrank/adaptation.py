@@ -1,7 +1,8 @@
 """A network under adaptation: its pairs, their spectra and scores, and the switches done and to come."""
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -26,17 +27,47 @@ class MatrixState:
     Attributes:
         spectrum: of the pretrained weight; None until the start.
         directions: which singular direction each pair was last drawn from, (r,).
-        next_direction: the first that was never used.
-        fused: pairs fused so far, in order, each B (out, r') and A (r', in), on the CPU.
-        fused_directions: the directions those pairs had been drawn from.
+        intervals: after which optimizer step each direction was drawn and fused (-1: it is active), (n, 2), int64.
+        fused: pairs fused so far, in order, each B (out, r') and A (r', in), on the CPU; None once they take more
+            room than the weight itself and W0 can be had again from where it came from.
     """
 
     def __init__(self, matrix: Matrix) -> None:
         self.spectrum: Spectrum | None = None
         self.directions = torch.arange(matrix.rank)
-        self.next_direction = matrix.rank
-        self.fused: list[tuple[Tensor, Tensor]] = []
-        self.fused_directions: list[int] = []
+        self.intervals = torch.tensor([[0, -1]]).repeat(matrix.rank, 1)
+        self.fused: list[tuple[Tensor, Tensor]] | None = []
+        self._drawn: Spectrum | None = None  # of a loaded state, where the rest of the spectrum is not known
+
+    @property
+    def next_direction(self) -> int:
+        """The first direction that was never used."""
+        return len(self.intervals)
+
+    @property
+    def drawn(self) -> Spectrum | None:
+        """The directions drawn so far, in memory of their own."""
+        return self._drawn if self.spectrum is None else self.spectrum.first(self.next_direction)
+
+    @drawn.setter
+    def drawn(self, drawn: Spectrum | None) -> None:
+        self._drawn = drawn
+        if self.spectrum is not None and drawn is not None:
+            self.spectrum = self.spectrum.beginning_with(drawn)
+
+    def record(self, recycled: Tensor, fused: tuple[Tensor, Tensor], step: int) -> None:
+        """Pairs ``recycled`` (r',), whose values were ``fused``, were re-drawn after ``step``."""
+        first, count = self.next_direction, len(recycled)
+        self.intervals[self.directions[recycled], 1] = step
+        self.intervals = torch.cat([self.intervals, torch.tensor([[step, -1]]).repeat(count, 1)])
+        self.directions[recycled] = torch.arange(first, first + count)
+        if self.fused is not None:
+            self.fused.append((fused[0].cpu(), fused[1].cpu()))
+
+    def ledger_size(self, shape: tuple[int, int]) -> int:
+        """How many numbers it takes to rebuild W (out, in) from W0."""
+        pairs = self.next_direction + sum(B.shape[1] for B, _ in self.fused or [])
+        return pairs * sum(shape) + self.next_direction
 
 
 class Adaptation:
@@ -49,19 +80,33 @@ class Adaptation:
         net: changed in place: the chosen linears become `LowRankLinear`, all else is frozen.
         method: what to put where.
         trainable: dotted names of modules or parameters of ``net`` that train beside the pairs, such as ``head``.
+        pretrained: gives the state of ``net`` as it is now once more, from the file or the name that it came from.
+            With it a state can leave out what did not change, see `state_dict` and `untouched`.
+        new: dotted names of what ``pretrained`` does not give, if that is more than ``trainable``.
 
     Raises:
         UserError: see `srlora_pl.lowrank.targets.select`; or an entry of ``trainable`` that matches nothing.
     """
 
-    def __init__(self, net: nn.Module, method: Method, trainable: Sequence[str] = ()) -> None:
-        self.net, self.method = net, method
+    def __init__(
+        self,
+        net: nn.Module,
+        method: Method,
+        trainable: Sequence[str] = (),
+        pretrained: Callable[[], Mapping[str, Tensor]] | None = None,
+        new: Sequence[str] = (),
+    ) -> None:
+        self.net, self.method, self.pretrained = net, method, pretrained
         self.layers: dict[str, LowRankLinear] = inject(net, method)
         self.matrices = [matrix for name, layer in self.layers.items() for matrix in layer.matrices(name)]
         self.states = {matrix: MatrixState(matrix) for matrix in self.matrices}
         for matrix in self.matrices:
             method.initialize(matrix)
         self._freeze(trainable)
+        # All that a pretrained state holds and training leaves alone, with torch's counts of writes to it.
+        frozen = {name: p for name, p in net.named_parameters() if not p.requires_grad}
+        self._base = {name: p._version for name, p in frozen.items() if not _is_below(name, new)}
+        self._changed: set[str] = set()  # of these, what somebody else has trained
         self.importance: Importance | None = None
         if isinstance(method, SRLoRA):
             self.importance = Importance(list(self.layers.values()), method.beta1, method.beta2)
@@ -70,20 +115,21 @@ class Adaptation:
         self.schedules: dict[int, Schedule] = {}  # by rank: with a rank_pattern each rank walks at its own pace
         self.switches_done = 0
         self._done: dict[int, int] = {}  # by rank, since the plan
-        # W0 of every matrix and its fingerprint, kept from a load until the next start
-        self._pretrained: tuple[list[Tensor], str] | None = None
+        # W0 of every layer and the fingerprint, kept from a start until training, for a load that may come between,
+        # and from a load until the start that may follow
+        self._kept: tuple[dict[str, Tensor], str] | None = None
         self._seen_all_layers = False
 
     def _freeze(self, trainable: Sequence[str]) -> None:
         pairs = {id(p) for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)}
         names = [name for name, _ in self.net.named_parameters()]
         for entry in trainable:
-            if not any(f"{name}.".startswith(f"{entry}.") for name in names):
+            if not any(_is_below(name, [entry]) for name in names):
                 near = did_you_mean(entry, {name.rpartition(".")[0] for name in names})
                 raise UserError(f"trainable names {entry!r}, which matches no parameter of the model{near}")
         adapted = {id(p) for layer in self.layers.values() for p in layer.parameters()}
         for name, parameter in self.net.named_parameters():
-            chosen = any(f"{name}.".startswith(f"{entry}.") for entry in trainable)
+            chosen = _is_below(name, trainable)
             parameter.requires_grad_(id(parameter) in pairs or (chosen and id(parameter) not in adapted))
 
     # --- before training -----------------------------------------------------------------------------------------
@@ -101,12 +147,16 @@ class Adaptation:
             progress: wraps the list of matrices to show how far the computation is.
         """
         if not self.started or self.base_fingerprint is None:
+            parameters = dict(self.net.named_parameters())
+            if any(parameters[name]._version != count for name, count in self._base.items()):
+                self.pretrained = None  # other weights were loaded after it was given
             self.base_fingerprint = self._fingerprint()
         if not self.method.needs_spectrum:
             return
         if any(state.spectrum is None for state in self.states.values()):
             self._compute_spectra(device, progress)
         if not self.started:
+            self._keep_pretrained(self.base_fingerprint)
             with recompose.full_precision():
                 for matrix, state in self.states.items():
                     assert state.spectrum is not None
@@ -116,22 +166,29 @@ class Adaptation:
     def _compute_spectra(
         self, device: torch.device | None, progress: Callable[[list[Matrix]], Iterable[Matrix]]
     ) -> None:
-        if self.started and self._pretrained is None:
+        if self.started and self._kept is None:
             raise UserError(
                 "the model has already started and its pretrained weights are gone, so their singular directions "
                 "cannot be computed: call start() before loading weights, or let the trainer load with ckpt_path"
             )
-        kept, their_fingerprint = self._pretrained or (None, self.base_fingerprint)
+        kept, their_fingerprint = self._kept or ({}, self.base_fingerprint)
         self._require_base(their_fingerprint)
         with recompose.full_precision():
-            for i, matrix in enumerate(progress(self.matrices)):
-                weight = matrix.weight if kept is None else kept[i]
+            for matrix in progress(self.matrices):
+                weight = matrix.of_weight(kept.get(matrix.layer_name, matrix.layer.weight.detach()))
                 weight = weight.to(matrix.weight.device if device is None else device, matrix.weight.dtype)
-                self.states[matrix].spectrum = Spectrum.of(weight, self.method.directions(matrix), matrix.name)
-        self._pretrained = None
+                state, drawn = self.states[matrix], self.states[matrix].drawn
+                state.spectrum = Spectrum.of(weight, self.method.directions(matrix), matrix.name)
+                state.drawn = drawn
+        self._kept = None
+
+    def _keep_pretrained(self, base_fingerprint: str) -> None:
+        kept = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in self.layers.items()}
+        self._kept = kept, base_fingerprint
 
     def _fingerprint(self) -> str:
-        return fingerprint({name: layer.weight for name, layer in self.layers.items()})
+        parameters = dict(self.net.named_parameters())
+        return fingerprint({name: parameters[name] for name in self._base})
 
     def plan(self, last_step: int, first_step: int = 0) -> None:
         """Spread the switches that remain over the optimizer steps ``first_step`` to ``last_step`` (Eq. 13, 14).
@@ -236,6 +293,7 @@ class Adaptation:
                 + ", so the pairs there cannot train: add these layers to method.exclude_modules"
             )
         self._seen_all_layers = True
+        self._kept = None
 
     def switch_if_due(self, step: int, optimizer: Optimizer | None = None) -> bool:
         """Do the switches that are due once optimizer step ``step`` (counted from 1) is over; True if there were any.
@@ -247,7 +305,7 @@ class Adaptation:
             recompose.check_optimizer(optimizer, self.matrices)
         switched = False
         while ranks := {rank for rank in due if due[rank] > self._done[rank]}:
-            self._switch([matrix for matrix in self.matrices if matrix.rank in ranks], optimizer)
+            self._switch([matrix for matrix in self.matrices if matrix.rank in ranks], step, optimizer)
             for rank in ranks:
                 self._done[rank] += 1
             self.switches_done += 1
@@ -257,7 +315,7 @@ class Adaptation:
     def _recycles_state(self) -> bool:
         return isinstance(self.method, SRLoRA) and self.method.optimizer_state != "keep" and self.switches_to_do > 0
 
-    def _switch(self, matrices: list[Matrix], optimizer: Optimizer | None) -> None:
+    def _switch(self, matrices: list[Matrix], step: int, optimizer: Optimizer | None) -> None:
         method, importance = self.method, self.importance
         assert isinstance(method, SRLoRA)
         assert importance is not None
@@ -275,7 +333,9 @@ class Adaptation:
                     unknown |= recompose.recycle_optimizer_state(
                         optimizer, matrix, recycled, fused, method.optimizer_state
                     )
-                self._record(state, recycled.cpu(), fused)
+                state.record(recycled.cpu(), fused, step)
+                if self.pretrained is not None and state.ledger_size(matrix.shape) > math.prod(matrix.shape):
+                    state.fused = None
                 recycled_pairs[matrix] = recycled
             importance.reset(None if method.reset_scores == "all" else recycled_pairs)
         if unknown:
@@ -284,13 +344,6 @@ class Adaptation:
                 "recycled pairs",
                 stacklevel=2,
             )
-
-    @staticmethod
-    def _record(state: MatrixState, recycled: Tensor, fused: tuple[Tensor, Tensor]) -> None:
-        state.fused_directions += state.directions[recycled].tolist()
-        state.fused.append((fused[0].cpu(), fused[1].cpu()))
-        state.directions[recycled] = torch.arange(len(recycled)) + state.next_direction
-        state.next_direction += len(recycled)
 
     @property
     def switches_to_do(self) -> int:
@@ -337,70 +390,126 @@ class Adaptation:
 
     @torch.no_grad()
     def pretrained_weights(self) -> dict[str, Tensor]:
-        """W0 of every layer, rebuilt from W, the fused pairs and the spectra, equal to rounding."""
+        """W0 of every layer; equal to rounding where only W, the fused pairs and the spectra are left to tell it."""
         weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         if not (self.started and self.method.needs_spectrum):
             return weights
-        by_layer = {id(layer): weights[name] for name, layer in self.layers.items()}
-        if self._pretrained is None:
-            with recompose.full_precision():
-                for matrix, state in self.states.items():
-                    assert state.spectrum is not None
-                    W0, s = matrix.of_weight(by_layer[id(matrix.layer)]), matrix.scaling
-                    for B, A in state.fused:
-                        W0.addmm_(B.to(W0.device), A.to(W0.device), alpha=-s)
-                    W0.addmm_(*state.spectrum.pairs(0, state.next_direction, s, like=W0), alpha=s)
-            return weights
-        for matrix, W0 in zip(self.matrices, self._pretrained[0], strict=True):
-            matrix.of_weight(by_layer[id(matrix.layer)]).copy_(W0)
+        if self._kept is not None and self._kept[1] == self.base_fingerprint:
+            source: Mapping[str, Tensor] = self._kept[0]
+        elif self.pretrained is not None:
+            state = self.pretrained()
+            self._require_base(fingerprint({name: state[name] for name in self._base}))
+            source = {name: state[f"{name}.weight"] for name in self.layers}
+        else:
+            return self._without_history(weights)
+        return {name: source[name].to(weight, copy=True) for name, weight in weights.items()}
+
+    def _without_history(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``weights`` after all that the start and the switches did to them is undone, in place."""
+        with recompose.full_precision():
+            for matrix, state in self.states.items():
+                assert state.drawn is not None
+                assert state.fused is not None
+                W0, s = matrix.of_weight(weights[matrix.layer_name]), matrix.scaling
+                for B, A in state.fused:
+                    W0.addmm_(B.to(W0.device), A.to(W0.device), alpha=-s)
+                W0.addmm_(*state.drawn.pairs(0, state.next_direction, s, like=W0), alpha=s)
         return weights
 
     # --- state ---------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that the trajectory depends on besides the parameters; plain containers and tensors."""
+    def state_dict(self, compact: bool = False) -> dict[str, Any]:
+        """All that the trajectory depends on besides the parameters; plain containers and tensors.
+
+        With ``compact`` also the adapted weights W, as what was done to W0 or, where that is smaller, as they are.
+        The parameters that this state makes up for are then those that `untouched` names.
+        """
         return {
             "method": self.method.spec(),
             "base_fingerprint": self.base_fingerprint,
+            "compact": compact,
+            "changed": sorted(self._changed),
             "started": self.started,
             "switches_done": self.switches_done,
             "done": dict(self._done),
             "schedules": {rank: asdict(schedule) for rank, schedule in self.schedules.items()},
             "smoothed": None if self.importance is None else self.importance.smoothed,
             "uncertainty": None if self.importance is None else self.importance.uncertainty,
-            "matrices": {
-                matrix.name: {
-                    "directions": state.directions,
-                    "next_direction": state.next_direction,
-                    "fused": state.fused,
-                    "fused_directions": state.fused_directions,
-                }
-                for matrix, state in self.states.items()
-            },
+            "matrices": {matrix.name: self._matrix_state(matrix, compact) for matrix in self.matrices},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def _matrix_state(self, matrix: Matrix, compact: bool) -> dict[str, Any]:
+        state = self.states[matrix]
+        dense = state.fused is None or (compact and state.ledger_size(matrix.shape) > math.prod(matrix.shape))
+        drawn = None if dense or not self.started else state.drawn
+        return {
+            "directions": state.directions,
+            "intervals": state.intervals,
+            "fused": None if dense else state.fused,
+            "drawn": drawn and (drawn.U, drawn.sigma, drawn.Vh),
+            "weight": matrix.weight.clone() if dense and compact else None,
+        }
+
+    def untouched(self, trained: Iterable[Tensor] = ()) -> list[Tensor]:
+        """The parameters that a state may leave out: the method froze them, and nobody has trained them since.
+
+        Args:
+            trained: what the optimizer trains.
+        """
+        if self.pretrained is None or self.base_fingerprint is None:
+            return []
+        trained_ids = {id(parameter) for parameter in trained}
+        parameters = dict(self.net.named_parameters())
+        base = {name: parameters[name] for name in self._base}
+        self._changed |= {name for name, p in base.items() if p.requires_grad or id(p) in trained_ids}
+        return [parameter for name, parameter in base.items() if name not in self._changed]
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
         """Continue from ``state``; call it before the parameters are loaded, while the weights are still W0.
+
+        Args:
+            state: from `state_dict`.
+            device: that of the run, by default where each weight is: a compact state does there once more what the
+                start and the switches did, so that the weights are the same to the bit.
 
         Raises:
             UserError: the state belongs to another method, another structure or another pretrained weight.
         """
+        fresh = not self.started or not self.method.needs_spectrum  # the weights are W0
+        if state["compact"] and self.base_fingerprint is None:
+            self.base_fingerprint = self._fingerprint()
         self._require_same(state)
-        if state["started"] and self.method.needs_spectrum and not self.started:
-            # The parameters that follow overwrite W0, from which a later fit takes the spectra.
-            self._pretrained = [m.weight.to("cpu", copy=True) for m in self.matrices], self._fingerprint()
+        if state["started"] and self.method.needs_spectrum and fresh:
+            self._keep_pretrained(self.base_fingerprint or self._fingerprint())
+        if state["compact"]:
+            self._rebuild(state, {} if fresh else self.pretrained_weights(), device)
         self.started, self.base_fingerprint = state["started"], state["base_fingerprint"]
         self.switches_done, self._done = state["switches_done"], dict(state["done"])
         self.schedules = {rank: Schedule(**schedule) for rank, schedule in state["schedules"].items()}
+        self._changed = set(state["changed"])
         if self.importance is not None:
-            device = self.importance.smoothed.device
-            self.importance.smoothed = state["smoothed"].to(device, copy=True)
-            self.importance.uncertainty = state["uncertainty"].to(device, copy=True)
+            averages = self.importance.smoothed.device
+            self.importance.smoothed = state["smoothed"].to(averages, copy=True)
+            self.importance.uncertainty = state["uncertainty"].to(averages, copy=True)
         for matrix in self.matrices:
             saved, own = state["matrices"][matrix.name], self.states[matrix]
-            own.directions, own.next_direction = saved["directions"].cpu().clone(), saved["next_direction"]
-            own.fused = [(B.cpu(), A.cpu()) for B, A in saved["fused"]]
-            own.fused_directions = list(saved["fused_directions"])
+            own.directions, own.intervals = saved["directions"].cpu().clone(), saved["intervals"].cpu().clone()
+            own.fused = None if saved["fused"] is None else [(B.cpu(), A.cpu()) for B, A in saved["fused"]]
+            own.drawn = saved["drawn"] and Spectrum(*(part.cpu() for part in saved["drawn"]))
+
+    def _rebuild(self, state: dict[str, Any], pretrained: dict[str, Tensor], device: torch.device | None) -> None:
+        """Set every adapted weight to what ``state`` says of it, from W0 (of ``pretrained``, or in place)."""
+        with recompose.full_precision():
+            for matrix in self.matrices:
+                saved, own = state["matrices"][matrix.name], matrix.weight
+                W = matrix.of_weight(pretrained.get(matrix.layer_name, matrix.layer.weight.detach()))
+                if saved["weight"] is not None:
+                    W = saved["weight"]
+                elif saved["drawn"] is not None:
+                    drawn = Spectrum(*saved["drawn"])
+                    W = W.to(own.device if device is None else device, drawn.U.dtype, copy=True)
+                    recompose.replay(W, matrix, drawn, saved["fused"])
+                own.copy_(W)
 
     def _require_same(self, state: dict[str, Any]) -> None:
         ours, theirs = self.method.spec(), state["method"]
@@ -428,3 +537,8 @@ class Adaptation:
                 "the checkpoint was made from other pretrained weights than this model's, use the backbone and "
                 "backbone_checkpoint that it was made with"
             )
+
+
+def _is_below(name: str, entries: Iterable[str]) -> bool:
+    """Whether the parameter ``name`` is one of the dotted ``entries`` or lies in one."""
+    return any(f"{name}.".startswith(f"{entry}.") for entry in entries)

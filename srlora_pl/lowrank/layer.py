@@ -92,8 +92,8 @@ class LowRankLinear(nn.Module):
     def matrices(self, name: str) -> "list[Matrix]":
         """The adapted matrices of this layer, which is called ``name`` in its network."""
         if self.parts == 1:
-            return [Matrix(name, self, 0)]
-        return [Matrix(f"{name}[{'qkv'[part]}]", self, i) for i, part in enumerate(self.adapted)]
+            return [Matrix(name, name, self, 0)]
+        return [Matrix(f"{name}[{'qkv'[part]}]", name, self, i) for i, part in enumerate(self.adapted)]
 
     def extra_repr(self) -> str:
         return (
@@ -110,8 +110,8 @@ class Matrix:
     the ``of_*`` methods give the same view into any tensor of the layer's shape, such as an optimizer's state.
     """
 
-    def __init__(self, name: str, layer: LowRankLinear, index: int) -> None:
-        self.name, self.layer, self.index = name, layer, index
+    def __init__(self, name: str, layer_name: str, layer: LowRankLinear, index: int) -> None:
+        self.name, self.layer_name, self.layer, self.index = name, layer_name, layer, index
         self.rank, self.scaling = layer.rank, layer.scaling
         self.shape = (layer.out_features // layer.parts, layer.in_features)
 

@@ -37,6 +37,23 @@ def start(matrix: Matrix, spectrum: Spectrum) -> None:
     matrix.A.copy_(A)
 
 
+def replay(W: Tensor, matrix: Matrix, drawn: Spectrum, fused: list[tuple[Tensor, Tensor]]) -> None:
+    """Do to W0, given as ``W`` (out, in), what `start` and `recompose` did: the same operations in the same order.
+
+    Args:
+        W: changed in place.
+        matrix: whose rank and scaling hold; its values play no part.
+        drawn: the directions drawn so far.
+        fused: the pairs fused so far, in order, each B (out, r') and A (r', in).
+    """
+    s, first = matrix.scaling, matrix.rank
+    W.addmm_(*drawn.pairs(0, first, s, like=W), alpha=-s)
+    for B, A in fused:
+        W.addmm_(B.to(W.device), A.to(W.device), alpha=s)
+        W.addmm_(*drawn.pairs(first, len(A), s, like=W), alpha=-s)
+        first += len(A)
+
+
 def lowest(pair_scores: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` lowest of ``pair_scores`` (r,), ascending; ties go to the lower index."""
     return torch.argsort(pair_scores, stable=True)[:count].sort().values

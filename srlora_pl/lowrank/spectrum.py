@@ -48,11 +48,21 @@ class Spectrum:
         # that a run does not depend on the LAPACK at hand.
         sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
         U, Vh = U * sign, Vh * sign.T
-        # clone(): a view would keep the whole decomposition alive
-        return cls(*(t.to(weight.dtype).cpu().clone() for t in (U[:, :k], sigma[:k], Vh[:k])))
+        return cls(*(t.to(weight.dtype).cpu() for t in (U, sigma, Vh))).first(k)
 
     def __len__(self) -> int:
         return len(self.sigma)
+
+    def first(self, count: int) -> "Spectrum":
+        """The first ``count`` triplets, in memory of their own: a view would keep the whole decomposition alive."""
+        parts = self.U[:, :count], self.sigma[:count], self.Vh[:count]
+        return Spectrum(*(part.clone(memory_format=torch.contiguous_format) for part in parts))
+
+    def beginning_with(self, other: "Spectrum") -> "Spectrum":
+        """These triplets, with the first ones replaced by all of ``other``'s."""
+        n = len(other)
+        U, Vh = torch.cat([other.U, self.U[:, n:]], 1), torch.cat([other.Vh, self.Vh[n:]])
+        return Spectrum(U, torch.cat([other.sigma, self.sigma[n:]]), Vh)
 
     def pairs(self, first: int, count: int, scaling: float, like: Tensor) -> tuple[Tensor, Tensor]:
         """B (out, count) and A (count, in) along directions ``first`` to ``first + count`` (Eq. 2, Eq. 11).
@@ -80,5 +90,9 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, weight in weights.items():
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        digest.update(weight.detach().cpu().double().contiguous().numpy().data)
+        values = weight.detach().cpu()
+        single = values.float().contiguous()
+        digest.update(single.numpy().data)
+        if values.dtype == torch.float64 and (rest := values - single).any():
+            digest.update(rest.contiguous().numpy().data)
     return digest.hexdigest()

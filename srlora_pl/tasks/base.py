@@ -23,10 +23,12 @@ from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, p
 Batch = dict[str, Tensor]
 # By data loader; MNLI has two development sets, matched and mismatched.
 SPLITS = {"val": ("val", "val_mm"), "test": ("test", "test_mm")}
+# What a checkpoint holds: only what changed since the pretrained weights, or the whole network.
+CHECKPOINTS = ("compact", "full")
 # What a checkpoint and the run that only uses its weights must agree in, and what even one that goes on may change
 # (the mixin compares the method, and the weights themselves come from the checkpoint).
 IDENTITY = ("num_classes", "backbone", "backbone_kwargs", "problem", "train_pooler")
-FREE = {"method", "backbone_checkpoint", "compile"}
+FREE = {"method", "backbone_checkpoint", "checkpoints", "compile"}
 
 
 class Task(ExactResume, SRLoRAMixin, L.LightningModule):
@@ -73,19 +75,26 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         scores: Callable[[], dict[str, Metric]],
         main_score: str,
         arguments: dict[str, Any],
+        make: Callable[[], nn.Module],
+        new: tuple[str, ...] = (),
     ) -> None:
         """Adapt ``net`` and remember how it was made.
 
         ``heads``: dotted names in ``net`` of what trains besides the adapters. ``scores``: makes the metrics of
         one split; ``main_score`` names the one that is also logged as ``score``. ``arguments``: the subclass's
         constructor arguments, kept in every checkpoint, as plain containers because checkpoints are read with
-        ``weights_only=True``.
+        ``weights_only=True``. ``make``: makes ``net`` once more, ``new`` being what is
+        new in it although it does not train.
         """
+        require("checkpoints", arguments["checkpoints"], "compact or full", arguments["checkpoints"] in CHECKPOINTS)
+        self.whole_checkpoints = arguments["checkpoints"] == "full"
         method = as_method(method)
         self.save_hyperparameters({**arguments, "method": method.spec()})
         self.net = net
         self.heads = tuple(f"net.{head}." for head in heads)
-        self.adapt(self.net, method, trainable=heads)
+        # Random weights come from nowhere again, so their checkpoints are whole.
+        random = not (arguments["backbone_checkpoint"] or (arguments["backbone_kwargs"] or {}).get("pretrained", True))
+        self.adapt(self.net, method, heads, None if random else lambda: make().state_dict(), new)
         self.score_with(scores, main_score)
 
     def score_with(self, scores: Callable[[], dict[str, Metric]], main_score: str) -> None:
@@ -204,7 +213,10 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self._report("test")
 
     def _score(self, split: str, batch: Batch) -> None:
-        logits, label = self.logits(batch).float(), batch["label"]
+        if "spare" in batch:  # another device scores it
+            return
+        logits, label = self.logits(batch), batch["label"]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # Each metric takes from these what its own update() names.
         self._scores_of(split).update(preds=self.scored(logits), target=label, value=self.losses(logits, label))
 
@@ -215,10 +227,13 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def _report(self, stage: str) -> None:
         for split in SPLITS[stage]:
             scores = self._scores_of(split)
-            if scores["loss"].update_called:
+            # A device may have had nothing to score, but all must come along to add up.
+            if self.trainer.strategy.reduce_boolean_decision(scores["loss"].update_called, all=False):
                 values = scores.compute()
                 values["score"] = values[self.main_score]
-                self.log_dict({f"{split}/{name}": value for name, value in values.items()})
+                # All devices have the same values already, and their largest is the same to the bit.
+                named = {f"{split}/{name}": value for name, value in values.items()}
+                self.log_dict(named, sync_dist=True, reduce_fx="max")
 
     def _scores_of(self, split: str) -> MetricCollection:
         return cast(MetricCollection, self.scores[split])
@@ -243,8 +258,11 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
 
 def _collect(scores: dict[str, Metric]) -> MetricCollection:
-    # A NaN loss must show as such, and looking for one would wait for the device in every batch.
-    return MetricCollection({"loss": MeanMetric(nan_strategy="disable"), **scores})
+    # A NaN loss must show as such, and looking for one would wait for the device in every batch. In double precision
+    # the mean does not depend on how the samples were shared out.
+    loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
+    # Groups would be found by equal values in the first batch, which may be a coincidence.
+    return MetricCollection({"loss": loss, **scores}, compute_groups=False)
 
 
 def require(key: str, value: Any, what: str, holds: bool) -> None:

@@ -1,5 +1,6 @@
 """Image classification on any timm model."""
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,7 @@ class ImageClassifier(Task):
         mixup: alpha of mixup (Zhang et al. 2018); 0 is off. With cutmix too, each batch takes one at random.
         cutmix: alpha of cutmix (Yun et al. 2019); 0 is off.
         compile: run each repeated block through ``torch.compile``.
+        checkpoints: ``compact`` files hold what changed since the pretrained weights; ``full`` ones the whole network.
 
     Raises:
         UserError: a value out of range, an unknown name, weights that do not fit or cannot be had.
@@ -63,6 +65,7 @@ class ImageClassifier(Task):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         compile: bool = False,
+        checkpoints: Literal["compact", "full"] = "compact",
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__(optimizer, lr, head_lr, momentum, weight_decay, schedule, warmup_steps)
@@ -73,9 +76,10 @@ class ImageClassifier(Task):
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.mix = _mix(mixup, cutmix, num_classes)
-        net = build_backbone(backbone, num_classes, backbone_kwargs, backbone_checkpoint)
+        make = partial(build_backbone, backbone, num_classes, backbone_kwargs, backbone_checkpoint)
+        net = make()
         self.data_config = data_config(net, backbone_kwargs)
-        self.build(net, method, head_names(net), self._scores, "accuracy", arguments)
+        self.build(net, method, head_names(net), self._scores, "accuracy", arguments, make)
         if compile:
             self.compile_blocks()
 

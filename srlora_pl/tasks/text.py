@@ -1,6 +1,7 @@
 """Classification and regression of texts on any transformers encoder."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -47,6 +48,7 @@ class TextClassifier(Task):
         warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
         label_smoothing: in the training loss of a single-label problem only, from 0 up to 1.
         compile: run each repeated block through ``torch.compile``.
+        checkpoints: ``compact`` files hold what changed since the pretrained weights; ``full`` ones the whole network.
 
     Raises:
         UserError: a value out of range, an unknown name, weights that do not fit or cannot be had.
@@ -74,6 +76,7 @@ class TextClassifier(Task):
         warmup_steps: int = 0,
         label_smoothing: float = 0.0,
         compile: bool = False,
+        checkpoints: Literal["compact", "full"] = "compact",
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__(optimizer, lr, head_lr, momentum, weight_decay, schedule, warmup_steps)
@@ -82,9 +85,11 @@ class TextClassifier(Task):
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
         self.register_buffer("class_weights", _weights(class_weights, num_classes), persistent=False)
         self.backbone_name = resolve(backbone)
-        net = build_encoder(backbone, num_classes, backbone_kwargs, backbone_checkpoint)
+        make = partial(build_encoder, backbone, num_classes, backbone_kwargs, backbone_checkpoint)
+        net = make()
         self._settle(problem or ("single_label" if num_classes > 1 else "regression"), score_names)
-        self.build(net, method, head_names(net, train_pooler), self._metrics, self.score_names[0], arguments)
+        heads, new = head_names(net, train_pooler), head_names(net)
+        self.build(net, method, heads, self._metrics, self.score_names[0], arguments, make, new)
         if compile:
             self.compile_blocks()
 

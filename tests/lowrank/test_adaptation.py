@@ -50,7 +50,7 @@ def test_a_switch_leaves_the_effective_weight_and_moves_everything_else(alpha, d
     x = toy_batches(1, dtype=dtype)[0][0]
     before, output = [layer.merged_weight() for layer in adaptation.layers.values()], net(x)
     weights = [layer.weight.clone() for layer in adaptation.layers.values()]
-    adaptation._switch(adaptation.matrices, optimizer)
+    adaptation._switch(adaptation.matrices, 1, optimizer)
     for layer, effective, weight in zip(adaptation.layers.values(), before, weights, strict=True):
         torch.testing.assert_close(layer.merged_weight(), effective, rtol=0, atol=ROUNDING[dtype])
         assert (layer.weight - weight).abs().max() > 1e-3
@@ -68,7 +68,7 @@ def test_a_reduced_matmul_precision_does_not_reach_a_switch(monkeypatch):
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            adaptation._switch(adaptation.matrices, optimizer)
+            adaptation._switch(adaptation.matrices, 1, optimizer)
         assert seen == {"highest"}
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
@@ -99,8 +99,8 @@ def test_the_weight_moves_only_at_a_switch_and_the_number_of_trainable_parameter
 def test_directions_never_repeat():
     _, adaptation, _ = trained(srlora())
     for matrix, state in adaptation.states.items():
-        ever = state.fused_directions + state.directions.tolist()
-        assert sorted(ever) == list(range(10)), matrix.name
+        fused = torch.nonzero(state.intervals[:, 1] >= 0).flatten().tolist()
+        assert sorted(fused + state.directions.tolist()) == list(range(10)), matrix.name
         assert state.next_direction == 10
 
 
@@ -187,7 +187,7 @@ def test_optimizer_state_of_recycled_pairs(name, how):
 
     before, pairs = [states(m) for m in matrices], [(m.B.clone(), m.A.clone()) for m in matrices]
     held = [adaptation.states[m].directions.clone() for m in matrices]
-    adaptation._switch(matrices, optimizer)
+    adaptation._switch(matrices, 1, optimizer)
     for m, old, (B, A), directions in zip(matrices, before, pairs, held, strict=True):
         recycled = adaptation.states[m].directions != directions
         assert recycled.sum() == 2
@@ -209,7 +209,7 @@ def test_optimizer_state_of_recycled_pairs(name, how):
 def test_a_state_of_unknown_meaning_is_zeroed_and_said():
     _, adaptation, optimizer = trained(srlora(), steps=5, optimizer=torch.optim.Adamax)
     with pytest.warns(UserWarning, match="Adamax keeps exp_inf"):
-        adaptation._switch(adaptation.matrices, optimizer)
+        adaptation._switch(adaptation.matrices, 1, optimizer)
 
 
 def test_factored_states_are_refused_at_the_first_step():
