@@ -184,10 +184,10 @@ class DataModule(L.LightningDataModule):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The count of processed micro-batches, and what it is counted in."""
+        """The count of processed micro-batches and what it is counted in; and the classes, for who has no data."""
         if self.train_set is None:
             return {}
-        return {"processed": self.processed, **self._fingerprint()}
+        return {"processed": self.processed, **self._fingerprint(), "class_names": list(self.class_names)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the position of a checkpoint.
