@@ -4,6 +4,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import timm
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
@@ -35,21 +36,25 @@ class InterruptAt(Callback):
             raise Interrupted
 
 
+SHAPE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+BACKBONE = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def backbone(tmp_path_factory):
+    """Weights in a folder, so that checkpoints can leave them out."""
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("backbone")
+    timm.models.save_for_hf(timm.create_model("vit_tiny_patch16_224", **SHAPE), folder, safe_serialization=True)
+    BACKBONE["folder"] = str(folder)
+
+
 def model(**options):
     torch.manual_seed(0)
-    kwargs = {
-        "pretrained": False,
-        "img_size": 16,
-        "patch_size": 8,
-        "embed_dim": 16,
-        "depth": 2,
-        "num_heads": 2,
-        "proj_drop_rate": 0.2,
-        "drop_path_rate": 0.2,
-    }
+    kwargs = {**SHAPE, "proj_drop_rate": 0.2, "drop_path_rate": 0.2}
     method = SRLoRA(rank=2, alpha=4.0, target_rank=6, dropout=0.1)
     return ImageClassifier(
-        backbone="vit_tiny_patch16_224",
+        backbone=BACKBONE["folder"],
         num_classes=10,
         method=method,
         backbone_kwargs=kwargs,
@@ -176,6 +181,42 @@ def test_resume_from_files_written_around_validation_and_at_epoch_ends(case, tmp
         resumed = fit(tmp_path / "resumed" / file.stem, ckpt_path=file, **options)
         assert_equal(resumed, expected)
         assert resumed.trainer.global_step == expected.trainer.global_step
+
+
+def test_whole_checkpoints_give_the_same_run(tmp_path):
+    expected = fit(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        fit(tmp_path, InterruptAt(batch=9), module=model(checkpoints="full"))
+    assert set(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]) == set(expected.state_dict())
+    assert_equal(fit(tmp_path, module=model(checkpoints="full"), ckpt_path=tmp_path / "last.ckpt"), expected)
+    assert_equal(fit(tmp_path, ckpt_path=tmp_path / "last.ckpt"), expected)  # the option is free to change
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_a_checkpoint_holds_what_changed_and_serves_test_as_the_run_itself(precision, tmp_path):
+    module = fit(tmp_path, precision=precision)
+    assert module.adaptation.switches_done == 3
+    file = tmp_path / "last.ckpt"
+    names = set(torch.load(file, weights_only=True)["state_dict"])
+    assert names == {name for name, p in module.named_parameters() if p.requires_grad}
+    options = {"precision": precision, "enable_checkpointing": False}
+    (score,) = L.Trainer(**options, accelerator="cpu", logger=False).test(module, SmallDigits(), verbose=False)
+    for other in (model(), module, ImageClassifier.load_from_checkpoint(file)):
+        run = L.Trainer(**options, accelerator="cpu", logger=False)
+        path = file if other is module or not other.adaptation.switches_done else None
+        assert run.test(other, SmallDigits(), ckpt_path=path, verbose=False, weights_only=True) == [score]
+
+
+def test_an_earlier_file_of_the_same_run_serves_in_the_same_process(tmp_path):
+    """As when training ends and the best checkpoint is tested: the pretrained weights are read once more."""
+    module = fit(tmp_path)
+    earlier = tmp_path / "step=6.ckpt"
+    run = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    fresh = model()
+    run.test(fresh, SmallDigits(), ckpt_path=earlier, verbose=False, weights_only=True)
+    run.test(module, SmallDigits(), ckpt_path=earlier, verbose=False, weights_only=True)
+    assert 0 < fresh.adaptation.switches_done < 3
+    assert_equal(module, fresh)
 
 
 def test_number_of_workers_changes_nothing(tmp_path):

@@ -151,7 +151,9 @@ class ImageData(DataModule):
                 image = self.transform.test(image)
             else:
                 image = self.transform.train(image, torch.stack([epoch, batch["index"]], 1))
-        return {"image": self.transform.normalise(image), **batch}
+        batch = {"image": self.transform.normalise(image), **batch}
+        # Lightning does this for 64-true before the images are floats.
+        return self.trainer.precision_plugin.convert_input(batch) if self.trainer else batch
 
 
 class MemoryImages(KeyedDataset):
