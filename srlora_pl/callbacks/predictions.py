@@ -8,13 +8,16 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from torch import Tensor
+from torch import Tensor, distributed
+
+from srlora_pl.errors import UserError
 
 Row = dict[str, Any]
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes a row for every sample, in the order of the data, once all is predicted.
+    """Writes a row for every sample, in the order of the data, once all is predicted; of several processes the first
+    writes what all have predicted.
 
     Takes from `predict_step` a mapping with ``index`` (B,) and one of: ``label`` (B,) and ``probability`` (B,); for
     several labels a sample ``probabilities`` (B, classes); for numbers ``value`` (B,). The CSV has the columns
@@ -23,7 +26,7 @@ class PredictionWriter(BasePredictionWriter):
     `class_names`).
 
     Attributes:
-        files: what was written.
+        files: what this process has written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,6 +56,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._tables = _gathered(self._tables)
         for loader, table in sorted(self._tables.items()):
             self._write(data, loader, sorted(table, key=lambda row: row["index"]))
 
@@ -89,6 +93,18 @@ def _named(row: Row, classes: Sequence[str]) -> Row:
     if "value" in row:
         return {"value": f"{row['value']:.6f}"}
     if "label" in row:
+def _gathered(tables: Mapping[int, list[Row]]) -> dict[int, list[Row]]:
+    """The rows of all processes in the order of the data, in the first process; none in the others."""
+    parts: list[Any] = [tables]
+    if distributed.is_available() and distributed.is_initialized():
+        is_first = distributed.get_rank() == 0
+        parts = [None] * distributed.get_world_size() if is_first else []
+        distributed.gather_object(tables, parts if is_first else None)
+    # By index, the first process last: one that had less to do than it has predicted one of its samples, to wait.
+    by_index = {loader: {row["index"]: row for part in reversed(parts) for row in part[loader]} for loader in tables}
+    return {loader: [table[index] for index in sorted(table)] for loader, table in by_index.items() if table}
+
+
         return {"label": classes[row["label"]], "probability": f"{row['probability']:.6f}"}
     likely = [name for name, probability in zip(classes, row["probabilities"], strict=True) if probability > 0.5]
     each = {f"probability_{name}": f"{p:.6f}" for name, p in zip(classes, row["probabilities"], strict=True)}

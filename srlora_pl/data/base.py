@@ -6,13 +6,14 @@ has to start its sampler at ``divmod(processed, batches per epoch)``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from srlora_pl.errors import UserError
 from srlora_pl.randomness import derive, run_seed
@@ -44,7 +45,8 @@ class DataModule(L.LightningDataModule):
     """Base of the package's DataModules: a held-out split, exact order, resume, and checks of its arguments.
 
     A subclass sets `num_classes` and `class_names` in ``__init__``, fills `train_set`, `val_set`, `test_set` and
-    `predict_set` in `load`, and may give its own order of an epoch in `train_order`.
+    `predict_set` in `load`, and may give its own order of an epoch in `train_order`. On several devices an evaluation
+    batch with the key ``spare`` must not be scored (see `Share`).
 
     Args:
         batch_size: samples in a batch, per device.
@@ -82,10 +84,11 @@ class DataModule(L.LightningDataModule):
             self._resumed = None  # of an earlier fit; a checkpoint to resume from is loaded after this hook
         self._check_head()
         self.load(stage)
-        if stage == "fit" and self.batch_size > len(self._train()):
+        devices = _rank_and_world(self)[1]
+        if stage == "fit" and devices * self.batch_size > len(self._train()):
             raise UserError(
-                f"data.batch_size is {self.batch_size}, but the training split has only {len(self._train())} "
-                f"samples; use a smaller batch."
+                f"data.batch_size is {self.batch_size}{f' on {devices} devices' * (devices > 1)}, but the training "
+                f"split has only {len(self._train())} samples; use a smaller batch."
             )
         if stage == "validate" and self.val_set is None:
             raise UserError("There is no validation split; set data.val_fraction above 0.")
@@ -124,8 +127,12 @@ class DataModule(L.LightningDataModule):
         if sets is None:
             return []
         if isinstance(sets, list):
-            return [self._loader(each, batch_size=self.batch_size) for each in sets]
-        return self._loader(sets, batch_size=self.batch_size)
+            return [self._in_turn(each) for each in sets]
+        return self._in_turn(sets)
+
+    def _in_turn(self, dataset: KeyedDataset) -> "Loader":
+        share = Share(dataset, self.batch_size, *_rank_and_world(self))
+        return self._loader(dataset, sampler=share, batch_size=self.batch_size)
 
     def _loader(self, dataset: KeyedDataset, **batching: Any) -> "Loader":
         return Loader(
@@ -180,6 +187,7 @@ class DataModule(L.LightningDataModule):
             "data.val_fraction": self.val_fraction,
             "data.seed": self.seed,
             "training samples": len(self._train()),
+            "number of processes": _rank_and_world(self)[1],
             "batches per epoch": self.batches_per_epoch,
         }
 
@@ -237,13 +245,39 @@ class EpochBatches:
         return ([(index, epoch) for index in batch.tolist()] for batch in batches)
 
 
+class Share(DistributedSampler):
+    """What one of W devices scores of a data set, in order: every W-th sample, so that each is scored once.
+
+    Lightning makes no such sampler, and leaves this one alone. A device without a sample for the last batch takes a
+    spare one there, which must not count: the devices wait for each other, so they need equally many batches.
+    """
+
+    def __init__(self, dataset: KeyedDataset, batch_size: int, rank: int, world: int) -> None:
+        super().__init__(dataset, world, rank, shuffle=False)
+        own = range(rank, len(dataset), world)
+        self.batches_that_count = -(-len(own) // batch_size)
+        spare = -(-len(dataset) // (world * batch_size)) - self.batches_that_count  # 0 or 1
+        self.indices = [*own, *[0] * spare]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def mark(self, number: int, batch: Batch) -> Batch:
+        """Batch ``number`` of this device, with ``spare`` in it if it is one."""
+        return batch if number < self.batches_that_count else {**batch, "spare": True}
+
+
 class Loader(DataLoader):
     """A DataLoader that Lightning takes for resumable, and whose workers' user errors arrive as they were raised."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if isinstance(self.batch_sampler, EpochBatches):
             self.batch_sampler.take_position()
-        return map(_raise_user_error, super().__iter__())
+        batches = map(_raise_user_error, super().__iter__())
+        return map(self.sampler.mark, count(), batches) if isinstance(self.sampler, Share) else batches
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the position is the DataModule's."""

@@ -80,13 +80,14 @@ class Correlation(Metric):
         self.formula = formula
         self.add_state("preds", [], dist_reduce_fx="cat")
         self.add_state("target", [], dist_reduce_fx="cat")
+        self.set_dtype(torch.float64)  # of what a rank without any values sends to the others
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        self.preds.append(preds)
-        self.target.append(target)
+        self.preds.append(preds.double())
+        self.target.append(target.double())
 
     def compute(self) -> Tensor:
-        return self.formula(dim_zero_cat(self.preds).double(), dim_zero_cat(self.target).double())
+        return self.formula(dim_zero_cat(self.preds), dim_zero_cat(self.target))
 
 
 def pearson(x: Tensor, y: Tensor) -> Tensor:
