@@ -78,6 +78,22 @@ class SRLoRAMixin(_Module):
         self.adaptation = Adaptation(net, method, trainable, pretrained, new)
 
     # --- before training -----------------------------------------------------------------------------------------
+        self.adaptation.once = self._in_the_first_process
+
+    def _in_the_first_process(self, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returns or refuses in the first process of the run, in all of them."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return compute()
+        result: tuple[Any, UserError | None] = (None, None)
+        if self.trainer.is_global_zero:
+            try:
+                result = compute(), None
+            except UserError as error:  # the others would wait for ever
+                result = None, error
+        result = self.trainer.strategy.broadcast(result)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

@@ -58,7 +58,7 @@ class PredictionWriter(BasePredictionWriter):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._tables = _gathered(self._tables)
         for loader, table in sorted(self._tables.items()):
-            self._write(data, loader, sorted(table, key=lambda row: row["index"]))
+            self._write(data, loader, table)
 
     def _write(self, data: Any, loader: int, table: list[Row]) -> None:
         rows = [{"sample": data.sample_name(row["index"])} | _named(row, data.class_names) for row in table]
