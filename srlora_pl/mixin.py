@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from srlora_pl.cache import cache_folder
 from srlora_pl.errors import UserError
 from srlora_pl.lowrank import Adaptation, Method, SRLoRA
 from srlora_pl.lowrank.layer import Matrix
@@ -76,8 +78,6 @@ class SRLoRAMixin(_Module):
             UserError: see `srlora_pl.lowrank.Adaptation`.
         """
         self.adaptation = Adaptation(net, method, trainable, pretrained, new)
-
-    # --- before training -----------------------------------------------------------------------------------------
         self.adaptation.once = self._in_the_first_process
 
     def _in_the_first_process(self, compute: Callable[[], Any]) -> Any:
@@ -95,6 +95,8 @@ class SRLoRAMixin(_Module):
             raise result[1]
         return result[0]
 
+    # --- before training -----------------------------------------------------------------------------------------
+
     def setup(self, stage: str) -> None:
         super().setup(stage)
         # 64-true turns parameters into doubles only after this hook; start and load should already be exact to 1e-16
@@ -102,7 +104,16 @@ class SRLoRAMixin(_Module):
         if stage != "fit":
             return
         self._refuse_what_cannot_be_right()
-        self.adaptation.start(device=self.trainer.strategy.root_device, progress=self._progress)
+        begin = time.perf_counter()
+        device = self.trainer.strategy.root_device
+        self.adaptation.start(device, self._progress, cache_folder("spectra"))
+        spectra = [state.spectrum for state in self.adaptation.states.values() if state.spectrum is not None]
+        if spectra:
+            size = sum(part.nbytes for each in spectra for part in (each.U, each.sigma, each.Vh)) / 2**20
+            rank_zero_info(
+                f"Singular directions of {len(spectra)} matrices: {size:.1f} MiB, ready after "
+                f"{time.perf_counter() - begin:.1f} s."
+            )
 
     def _progress(self, matrices: list[Matrix]) -> Iterable[Matrix]:
         shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
@@ -119,6 +130,10 @@ class SRLoRAMixin(_Module):
             raise UserError(
                 f"trainer.precision is {precision!r}, where the frozen weights would be rounded, use one of "
                 f"{', '.join(_PRECISIONS)}"
+            )
+        if trainer.accumulate_grad_batches < 1:
+            raise UserError(
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, it must be 1 or more"
             )
         if strategy in _STRATEGIES:
             raise UserError(f"trainer.strategy {strategy} shards the weights that a start or a switch changes, use ddp")

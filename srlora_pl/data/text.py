@@ -9,9 +9,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from srlora_pl.cache import cache_folder
 from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys, stratified_split
 from srlora_pl.data.labels import Problem
-from srlora_pl.data.tokens import Tokens, cache_folder, load_tokenizer, tokenize
+from srlora_pl.data.tokens import Tokens, load_tokenizer, tokenize
 from srlora_pl.errors import UserError
 from srlora_pl.randomness import derive, run_seed
 
@@ -69,7 +70,7 @@ class TextDataModule(DataModule):
         if max_length < 1:
             raise UserError(f"data.max_length is {max_length}, but it must be 1 or more.")
         self.max_length, self.pad_to_max_length = max_length, pad_to_max_length
-        self.cache = cache_folder() if cache_dir is None else Path(cache_dir).expanduser()
+        self.cache = cache_folder("tokens") if cache_dir is None else Path(cache_dir).expanduser()
         self._tokenizer: tuple[str, Any] = ("", None)  # and the name it was loaded by
         self._read: dict[str, tuple[Tokens, Tensor | None]] = {}
         self._said: set[str] = set()  # splits whose cut texts were counted aloud

@@ -109,11 +109,6 @@ def tokenize(
     return tokens
 
 
-def cache_folder() -> Path:
-    """Where tokens are kept unless the user says otherwise: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srlora_pl" / "tokens"
-
-
 def _tokenize(tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, max_length: int) -> Tokens:
     # Asked for explicitly, because the library warns in every worker that is forked after a default.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

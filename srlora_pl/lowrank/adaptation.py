@@ -5,6 +5,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from srlora_pl.lowrank.importance import Importance, all_finite
 from srlora_pl.lowrank.layer import LowRankLinear, Matrix
 from srlora_pl.lowrank.methods import Method, SRLoRA
 from srlora_pl.lowrank.schedule import Schedule
-from srlora_pl.lowrank.spectrum import Spectrum, fingerprint
+from srlora_pl.lowrank.spectrum import Spectrum, SpectrumCache, fingerprint
 from srlora_pl.lowrank.targets import inject
 
 
@@ -119,6 +121,8 @@ class Adaptation:
         # and from a load until the start that may follow
         self._kept: tuple[dict[str, Tensor], str] | None = None
         self._seen_all_layers = False
+        # Runs a function in one process and gives its result, on the CPU, to all that train this net together.
+        self.once: Callable[[Callable[[], Any]], Any] = _in_the_only_process
 
     def _freeze(self, trainable: Sequence[str]) -> None:
         pairs = {id(p) for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)}
@@ -135,7 +139,10 @@ class Adaptation:
     # --- before training -----------------------------------------------------------------------------------------
 
     def start(
-        self, device: torch.device | None = None, progress: Callable[[list[Matrix]], Iterable[Matrix]] = iter
+        self,
+        device: torch.device | None = None,
+        progress: Callable[[list[Matrix]], Iterable[Matrix]] = iter,
+        cache: Path | None = None,
     ) -> None:
         """Compute the spectra and, on a model that has not started yet, put the pairs on them (Eq. 1 and 2).
 
@@ -145,6 +152,7 @@ class Adaptation:
         Args:
             device: where to compute the spectra, by default where each weight is.
             progress: wraps the list of matrices to show how far the computation is.
+            cache: a folder that keeps the spectra for the next start on these weights.
         """
         if not self.started or self.base_fingerprint is None:
             parameters = dict(self.net.named_parameters())
@@ -154,7 +162,7 @@ class Adaptation:
         if not self.method.needs_spectrum:
             return
         if any(state.spectrum is None for state in self.states.values()):
-            self._compute_spectra(device, progress)
+            self._take_spectra(device, progress, cache)
         if not self.started:
             self._keep_pretrained(self.base_fingerprint)
             with recompose.full_precision():
@@ -163,8 +171,11 @@ class Adaptation:
                     self.method.start(matrix, state.spectrum)
             self.started = True
 
-    def _compute_spectra(
-        self, device: torch.device | None, progress: Callable[[list[Matrix]], Iterable[Matrix]]
+    def _take_spectra(
+        self,
+        device: torch.device | None,
+        progress: Callable[[list[Matrix]], Iterable[Matrix]],
+        cache: Path | None,
     ) -> None:
         if self.started and self._kept is None:
             raise UserError(
@@ -173,14 +184,35 @@ class Adaptation:
             )
         kept, their_fingerprint = self._kept or ({}, self.base_fingerprint)
         self._require_base(their_fingerprint)
+        spectra = self.once(partial(self._spectra, kept, device, progress, cache))
+        for matrix, state in self.states.items():
+            drawn = state.drawn
+            state.spectrum = spectra[matrix.name]
+            state.drawn = drawn
+        self._kept = None
+
+    def _spectra(
+        self,
+        kept: Mapping[str, Tensor],
+        device: torch.device | None,
+        progress: Callable[[list[Matrix]], Iterable[Matrix]],
+        cache: Path | None,
+    ) -> dict[str, Spectrum]:
+        """Of every matrix, from ``cache``, or of W0: the weight in ``kept`` or, where there is none, the layer's."""
+        directions = {matrix.name: self.method.directions(matrix) for matrix in self.matrices}
+        dtype = str(self.matrices[0].weight.dtype).removeprefix("torch.")
+        file = None if cache is None else SpectrumCache(cache, f"{self.base_fingerprint}-{dtype}")
+        if file is not None and (found := file.read(directions)) is not None:
+            return found
+        spectra = {}
         with recompose.full_precision():
             for matrix in progress(self.matrices):
                 weight = matrix.of_weight(kept.get(matrix.layer_name, matrix.layer.weight.detach()))
                 weight = weight.to(matrix.weight.device if device is None else device, matrix.weight.dtype)
-                state, drawn = self.states[matrix], self.states[matrix].drawn
-                state.spectrum = Spectrum.of(weight, self.method.directions(matrix), matrix.name)
-                state.drawn = drawn
-        self._kept = None
+                spectra[matrix.name] = Spectrum.of(weight, directions[matrix.name], matrix.name)
+        if file is not None:
+            file.write(spectra, directions)
+        return spectra
 
     def _keep_pretrained(self, base_fingerprint: str) -> None:
         kept = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in self.layers.items()}
@@ -319,15 +351,12 @@ class Adaptation:
         method, importance = self.method, self.importance
         assert isinstance(method, SRLoRA)
         assert importance is not None
-        recycled_pairs = {}
+        recycled_pairs = self._choose(matrices, method, importance)
         unknown: set[str] = set()
         with recompose.full_precision():
-            for matrix, scores in zip(matrices, importance.pair_scores(matrices), strict=True):
-                state, count = self.states[matrix], method.recycled_rank(matrix.rank)
-                if state.next_direction + count > self._available(matrix):
-                    continue  # its spectrum is used up
+            for matrix, recycled in recycled_pairs.items():
+                state = self.states[matrix]
                 assert state.spectrum is not None, "start() comes before the first switch"
-                recycled = recompose.lowest(scores, count)
                 fused = recompose.recompose(matrix, recycled, state.spectrum, state.next_direction)
                 if optimizer is not None and method.optimizer_state != "keep":
                     unknown |= recompose.recycle_optimizer_state(
@@ -336,7 +365,6 @@ class Adaptation:
                 state.record(recycled.cpu(), fused, step)
                 if self.pretrained is not None and state.ledger_size(matrix.shape) > math.prod(matrix.shape):
                     state.fused = None
-                recycled_pairs[matrix] = recycled
             importance.reset(None if method.reset_scores == "all" else recycled_pairs)
         if unknown:
             warnings.warn(
@@ -344,6 +372,20 @@ class Adaptation:
                 "recycled pairs",
                 stacklevel=2,
             )
+
+    def _choose(self, matrices: list[Matrix], method: SRLoRA, importance: Importance) -> dict[Matrix, Tensor]:
+        """The pairs to recycle, (r',) of each matrix whose spectrum is not used up; one process decides for all."""
+        counts = {matrix: method.recycled_rank(matrix.rank) for matrix in matrices}
+        counts = {m: n for m, n in counts.items() if self.states[m].next_direction + n <= self._available(m)}
+        if not counts:
+            return {}
+
+        def lowest_of_each() -> Tensor:
+            scores = importance.pair_scores(list(counts))
+            return torch.cat([recompose.lowest(s, n) for s, n in zip(scores, counts.values(), strict=True)]).cpu()
+
+        chosen = self.once(lowest_of_each).to(importance.smoothed.device)
+        return dict(zip(counts, chosen.split(list(counts.values())), strict=True))
 
     @property
     def switches_to_do(self) -> int:
@@ -537,6 +579,10 @@ class Adaptation:
                 "the checkpoint was made from other pretrained weights than this model's, use the backbone and "
                 "backbone_checkpoint that it was made with"
             )
+
+
+def _in_the_only_process(compute: Callable[[], Any]) -> Any:
+    return compute()
 
 
 def _is_below(name: str, entries: Iterable[str]) -> bool:

@@ -1,9 +1,16 @@
 """The exact, truncated singular value decomposition of a pretrained weight (Eq. 1)."""
 
 import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from srlora_pl.errors import UserError
@@ -96,3 +103,50 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
         if values.dtype == torch.float64 and (rest := values - single).any():
             digest.update(rest.contiguous().numpy().data)
     return digest.hexdigest()
+
+
+class SpectrumCache:
+    """The spectra of one network's weights, as a safetensors file.
+
+    A file is taken only if it says that it was made of these very weights and its content has the digest that it
+    names: one that is truncated, damaged or another network's counts as absent.
+
+    Args:
+        folder: made when it is needed.
+        weights: a digest of the weights, their names and their dtype; it names the file.
+    """
+
+    def __init__(self, folder: Path, weights: str) -> None:
+        self.file, self.weights = folder / f"{weights}.safetensors", weights
+
+    def read(self, directions: Mapping[str, int]) -> dict[str, Spectrum] | None:
+        """The spectra of the named matrices, each of that many directions; None if the file cannot give them."""
+        try:
+            with safe_open(self.file, "pt") as content:
+                header = content.metadata() or {}
+                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return None
+        if (header.get("weights"), header.get("content")) != (self.weights, fingerprint(tensors)):
+            return None
+        asked = json.loads(header["asked"])
+        if any(asked.get(name, 0) < count for name, count in directions.items()):
+            return None
+        found = {name: Spectrum(*(tensors[f"{name}/{part}"] for part in _PARTS)) for name in directions}
+        return {name: spectrum.first(directions[name]) for name, spectrum in found.items()}
+
+    def write(self, spectra: Mapping[str, Spectrum], directions: Mapping[str, int]) -> None:
+        """Keep ``spectra``, of which ``directions`` were asked for; a folder that takes no file is only warned of."""
+        tensors = {f"{name}/{part}": getattr(spectrum, part) for name, spectrum in spectra.items() for part in _PARTS}
+        header = {"weights": self.weights, "content": fingerprint(tensors), "asked": json.dumps(dict(directions))}
+        unfinished = self.file.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, unfinished, header)
+            unfinished.replace(self.file)
+        except (OSError, SafetensorError) as error:
+            unfinished.unlink(missing_ok=True)
+            warnings.warn(f"the singular directions cannot be kept in {self.file.parent}: {error}", stacklevel=2)
+
+
+_PARTS = ("U", "sigma", "Vh")

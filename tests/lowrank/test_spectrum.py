@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Spectrum
-from srlora_pl.lowrank.spectrum import fingerprint
+from srlora_pl.lowrank import Adaptation, Spectrum, SRLoRA
+from srlora_pl.lowrank.spectrum import SpectrumCache, fingerprint
+from tests.toys import toy_net
 
 
 @settings(max_examples=30, deadline=None)
@@ -79,3 +80,90 @@ def test_fingerprint_sees_every_bit_and_name():
     base = fingerprint({"a": weight})
     assert base == fingerprint({"a": weight.clone()}) == fingerprint({"a": weight.double()})
     assert len({base, fingerprint({"a": changed}), fingerprint({"b": weight}), fingerprint({"a": weight.T})}) == 4
+
+
+# --- the cache ---
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return SpectrumCache(tmp_path / "spectra", "0123abcd")
+
+
+def some_spectra(directions: int = 6) -> dict[str, Spectrum]:
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(12, 8, generator=generator) for name in ("a", "b[q]")}
+    return {name: Spectrum.of(weight, directions) for name, weight in weights.items()}
+
+
+def assert_same(found, spectra, directions):
+    assert set(found) == set(directions)
+    for name, count in directions.items():
+        for part in ("U", "sigma", "Vh"):
+            assert torch.equal(getattr(found[name], part), getattr(spectra[name].first(count), part))
+
+
+def test_the_cache_gives_back_what_it_got_and_less(cache):
+    spectra = some_spectra()
+    assert cache.read({"a": 6}) is None
+    cache.write(spectra, {"a": 6, "b[q]": 6})
+    for directions in ({"a": 6, "b[q]": 6}, {"a": 2}, {"a": 6, "b[q]": 1}):
+        assert_same(cache.read(directions), spectra, directions)
+    assert cache.read({"a": 7}) is None
+    assert cache.read({"a": 6, "c": 1}) is None
+    assert [file.name for file in cache.file.parent.iterdir()] == ["0123abcd.safetensors"]
+
+
+def test_a_spectrum_that_ended_early_is_found_again(cache):
+    """Fewer directions than were asked for are all that there are."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 3, generator=generator) @ torch.randn(3, 8, generator=generator)
+    spectra = {"a": Spectrum.of(weight, 6)}
+    assert len(spectra["a"]) == 3
+    cache.write(spectra, {"a": 6})
+    assert_same(cache.read({"a": 5}), spectra, {"a": 5})
+
+
+@pytest.mark.parametrize("harm", ["truncated", "damaged", "another's", "no safetensors", "a folder"])
+def test_a_file_that_cannot_be_trusted_counts_as_absent(harm, cache, tmp_path):
+    cache.write(some_spectra(), {"a": 6, "b[q]": 6})
+    whole = cache.file.read_bytes()
+    if harm == "truncated":
+        cache.file.write_bytes(whole[:-100])
+    elif harm == "damaged":
+        cache.file.write_bytes(whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:])
+    elif harm == "another's":
+        cache = SpectrumCache(tmp_path, "ffff")
+        cache.file.write_bytes(whole)
+    elif harm == "no safetensors":
+        cache.file.write_bytes(b"something else")
+    else:
+        cache.file.unlink()
+        cache.file.mkdir()
+    assert cache.read({"a": 6, "b[q]": 6}) is None
+
+
+def test_a_cache_that_cannot_be_written_is_only_warned_of(tmp_path):
+    (tmp_path / "spectra").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot be kept in"):
+        SpectrumCache(tmp_path / "spectra", "0123").write(some_spectra(), {"a": 6, "b[q]": 6})
+
+
+def test_a_start_takes_the_spectra_of_its_weights_from_the_cache(tmp_path, monkeypatch):
+    def start(**options):
+        net = toy_net(**options)
+        adaptation = Adaptation(net, SRLoRA(rank=4, target_rank=8))
+        adaptation.start(cache=tmp_path)
+        return net
+
+    expected = start()
+    computed = []
+    of = Spectrum.of
+    monkeypatch.setattr(Spectrum, "of", lambda *args: computed.append(args[-1]) or of(*args))
+    again = start()
+    assert computed == []
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), again.parameters(), strict=True))
+    start(seed=5)
+    start(dtype=torch.float64)  # the fp32 directions are no start for doubles
+    assert len(computed) == 24
+    assert len(list(tmp_path.iterdir())) == 3
