@@ -5,6 +5,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +125,7 @@ class SpectrumCache:
         try:
             with safe_open(self.file, "pt") as content:
                 header = content.metadata() or {}
-                tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+                tensors = {name: content.get_tensor(name) for name in sorted(content.keys())}
         except (OSError, SafetensorError):
             return None
         if (header.get("weights"), header.get("content")) != (self.weights, fingerprint(tensors)):
@@ -137,7 +138,8 @@ class SpectrumCache:
 
     def write(self, spectra: Mapping[str, Spectrum], directions: Mapping[str, int]) -> None:
         """Keep ``spectra``, of which ``directions`` were asked for; a folder that takes no file is only warned of."""
-        tensors = {f"{name}/{part}": getattr(spectrum, part) for name, spectrum in spectra.items() for part in _PARTS}
+        parts = {f"{name}/{part}": getattr(spectrum, part) for name, spectrum in spectra.items() for part in _PARTS}
+        tensors = dict(sorted(parts.items()))
         header = {"weights": self.weights, "content": fingerprint(tensors), "asked": json.dumps(dict(directions))}
         unfinished = self.file.with_suffix(f".{os.getpid()}.tmp")
         try:
@@ -145,7 +147,8 @@ class SpectrumCache:
             save_file(tensors, unfinished, header)
             unfinished.replace(self.file)
         except (OSError, SafetensorError) as error:
-            unfinished.unlink(missing_ok=True)
+            with suppress(OSError):
+                unfinished.unlink()
             warnings.warn(f"the singular directions cannot be kept in {self.file.parent}: {error}", stacklevel=2)
 
 
