@@ -171,7 +171,7 @@ def test_glue_configs_switch_as_often_as_planned(task: str) -> None:
 @pytest.mark.parametrize("task", GLUE_TASKS)
 def test_what_the_paper_does_not_say_about_glue_is_marked(task: str) -> None:
     marked, others = marked_lines(f"deberta_{task}_srlora.yaml")
-    assert marked == {"seed_everything", "train_pooler", "schedule"}
+    assert marked == {"seed_everything", "train_pooler", "fast_attention", "schedule"}
     papers = "backbone rank alpha target_modules target_rank fusion_ratio beta1 beta2 optimizer lr weight_decay"
     papers += " warmup_steps task batch_size val_fraction max_length precision max_epochs val_check_interval"
     assert others - {"class_path", "root", "check_val_every_n_epoch", "log_every_n_steps"} == set(papers.split())

@@ -13,6 +13,7 @@ from srlora_pl.errors import UserError
 from srlora_pl.lowrank import Method
 from srlora_pl.tasks import scores
 from srlora_pl.tasks.base import Batch, Task, require
+from srlora_pl.tasks.deberta import use_fast_attention
 from srlora_pl.tasks.encoders import build_encoder, head_names, resolve
 
 
@@ -32,6 +33,8 @@ class TextClassifier(Task):
         backbone_kwargs: override the encoder's configuration, such as ``hidden_dropout_prob``; ``pretrained: false``
             starts from random weights.
         backbone_checkpoint: a local weights file (safetensors or torch) instead of the name's own weights.
+        adapter: a folder that the PEFT library saved a LoRA in, as a start: ``LoRA`` goes on with its pairs, for the
+            other methods it becomes part of the pretrained weights; its head is taken over where the classes agree.
         train_pooler: whether the pooler between encoder and head trains; DeBERTa's is always new.
         problem: ``single_label``, ``multi_label`` or ``regression``; by default what the data say, else regression
             for one class and ``single_label`` for more.
@@ -49,6 +52,7 @@ class TextClassifier(Task):
         label_smoothing: in the training loss of a single-label problem only, from 0 up to 1.
         compile: run each repeated block through ``torch.compile``.
         checkpoints: ``compact`` files hold what changed since the pretrained weights; ``full`` ones the whole network.
+        fast_attention: DeBERTa's attention without its repeated work, equal to rounding.
 
     Raises:
         UserError: a value out of range, an unknown name, weights that do not fit or cannot be had.
@@ -63,6 +67,7 @@ class TextClassifier(Task):
         method: Method,
         backbone_kwargs: dict[str, Any] | None = None,
         backbone_checkpoint: str | None = None,
+        adapter: str | None = None,
         train_pooler: bool = True,
         problem: Literal["single_label", "multi_label", "regression"] | None = None,
         score_names: list[str] | None = None,
@@ -77,6 +82,7 @@ class TextClassifier(Task):
         label_smoothing: float = 0.0,
         compile: bool = False,
         checkpoints: Literal["compact", "full"] = "compact",
+        fast_attention: bool = False,
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
         super().__init__(optimizer, lr, head_lr, momentum, weight_decay, schedule, warmup_steps)
@@ -90,6 +96,8 @@ class TextClassifier(Task):
         self._settle(problem or ("single_label" if num_classes > 1 else "regression"), score_names)
         heads, new = head_names(net, train_pooler), head_names(net)
         self.build(net, method, heads, self._metrics, self.score_names[0], arguments, make, new)
+        if fast_attention:
+            use_fast_attention(net, backbone)
         if compile:
             self.compile_blocks()
 

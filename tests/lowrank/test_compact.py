@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
+from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, Spectrum, SRLoRA
 from tests.toys import toy_batches, toy_net, train
 
 STEPS = 40
@@ -112,16 +112,26 @@ def test_the_pretrained_weights_are_exact(method):
         assert torch.equal(net(x), pristine(x))
 
 
-def test_the_directions_of_the_file_are_those_that_were_taken_out():
+@pytest.mark.parametrize("order", ["start, load", "load, start"])
+def test_the_directions_of_the_file_are_those_that_were_taken_out(order, monkeypatch):
     """On another machine equal singular values may come with other vectors; what was subtracted is in the file."""
     net, adaptation, _ = trained(METHODS["ledger"])
     file = saved(net, adaptation)
     other, theirs = adapted(METHODS["ledger"])
-    theirs.start()
-    for state in theirs.states.values():
-        assert state.spectrum is not None
-        state.spectrum.U[:, :2] = state.spectrum.U[:, :2].flip(1)
-    load(other, theirs, file)
+    of = Spectrum.of
+
+    def other_vectors(*args) -> Spectrum:
+        spectrum = of(*args)
+        spectrum.U[:, :2] = spectrum.U[:, :2].flip(1)
+        return spectrum
+
+    monkeypatch.setattr(Spectrum, "of", other_vectors)
+    if order == "start, load":
+        theirs.start()
+        load(other, theirs, file)
+    else:
+        load(other, theirs, file)
+        theirs.start()
     assert_equal(other, net)
     for matrix, state in theirs.states.items():
         own = adaptation.states[adaptation.matrices[theirs.matrices.index(matrix)]]
@@ -182,3 +192,11 @@ def test_intervals_tell_when_each_direction_was_active():
         assert sorted(ends.tolist()) == [-1] * 4 + [10] * 2 + [20] * 2 + [30] * 2
         assert sorted(state.directions.tolist()) == torch.nonzero(ends == -1).flatten().tolist()
         assert (ends[ends > 0] > state.intervals[ends > 0, 0]).all()
+
+
+def test_a_source_that_changed_in_the_meantime_is_refused():
+    _, adaptation, _ = trained(METHODS["ledger"])
+    state = adaptation.state_dict(compact=True)
+    adaptation.pretrained = lambda: big_net(seed=5).state_dict()
+    with pytest.raises(UserError, match="other pretrained weights"):
+        adaptation.load_state_dict(state)

@@ -1,0 +1,116 @@
+"""The fast attention computes what transformers' own computes."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, DebertaV2Config
+
+from srlora_pl import SRLoRA, TextClassifier, UserError
+from srlora_pl.tasks.deberta import FastDisentangledAttention, use_fast_attention
+from tests.tasks.texts import BERT, DEBERTA, folder
+
+# 8 buckets reach 4 distances each way and then widen: texts of 30 tokens meet all of them, some several times.
+SHAPE: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 2,
+    "vocab_size": 50,
+    "max_position_embeddings": 32,
+    "position_buckets": 8,
+    "relative_attention": True,
+    "share_att_key": True,
+    "pos_att_type": "p2c|c2p",
+    "norm_rel_ebd": "layer_norm",
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+def slow_and_fast(**changes: Any) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    config = DebertaV2Config(**(SHAPE | changes))
+    slow = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").double()
+    with torch.no_grad():
+        for name, parameter in slow.named_parameters():
+            if "bias" in name or "rel_embeddings" in name:
+                parameter.normal_()  # they begin at zero or near it
+    fast = copy.deepcopy(slow)
+    use_fast_attention(fast, "toy")
+    return slow, fast
+
+
+def tokens(length: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(length)
+    ids = torch.randint(1, 50, (3, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, (length + 1) // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("buckets", [8, -1])
+@pytest.mark.parametrize("length", [1, 2, 5, 30])
+def test_outputs_attentions_and_gradients_are_those_of_transformers(length, buckets):
+    slow, fast = slow_and_fast(position_buckets=buckets)
+    assert sum(isinstance(m, FastDisentangledAttention) for m in fast.modules()) == 2
+    assert list(fast.state_dict()) == list(slow.state_dict())
+    expected, found = (net(**tokens(length), output_attentions=True) for net in (slow, fast))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-12)
+    for one, other in zip(found.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    for output in (expected, found):
+        output.logits.square().sum().backward()
+    for (name, one), other in zip(fast.named_parameters(), slow.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=1e-11, msg=name)
+    if length > 1:
+        rows = fast.deberta.encoder.rel_embeddings.weight.grad.abs().sum(1) > 0  # the positions play a part
+        assert rows.sum() >= min(2 * length - 1, 7)
+
+
+def test_dropout_acts_in_training_only():
+    _, fast = slow_and_fast(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+    batch = tokens(5)
+    fast.eval()
+    assert torch.equal(fast(**batch).logits, fast(**batch).logits)
+    attention = fast.deberta.encoder.layer[0].attention.self
+    assert (attention.dropout.p, attention.pos_dropout.p) == (0.3, 0.3)
+    fast.train()
+    assert attention.dropout.training
+    assert not torch.equal(fast(**batch).logits, fast(**batch).logits)
+
+
+@pytest.mark.parametrize("changes", [{"share_att_key": False}, {"pos_att_type": "c2p"}, {"relative_attention": False}])
+def test_variants_that_it_does_not_compute_are_refused(changes):
+    slow = AutoModelForSequenceClassification.from_config(DebertaV2Config(**(SHAPE | changes)))
+    with pytest.raises(UserError, match=r"model.fast_attention needs .*'toy' does not have: unset it"):
+        use_fast_attention(slow, "toy")
+
+
+def test_another_encoder_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"model.fast_attention is for DeBERTa-v2 and v3"):
+        TextClassifier(folder(tmp_path, BERT), 2, SRLoRA(), {"pretrained": False}, fast_attention=True)
+
+
+def test_an_adapted_classifier_gives_the_same_loss_and_gradients(tmp_path: Path):
+    batch = {**tokens(5), "label": torch.tensor([0, 1, 1])}
+    path = folder(tmp_path, DEBERTA | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
+    losses, gradients = [], []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        method = SRLoRA(rank=2, target_rank=4)
+        model = TextClassifier(path, 2, method, {"pretrained": False}, fast_attention=fast).double()
+        model.adaptation.start()
+        loss = model.training_loss(batch)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=1e-12)
+    assert len([name for name in gradients[1] if name.endswith("query_proj.lora_A")]) == DEBERTA["num_hidden_layers"]
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=1e-12, msg=name)
