@@ -1,0 +1,110 @@
+"""Training speed with length buckets against padding to the maximum length.
+
+    python -m benchmarks.padding --root ../shared/data/glue --tasks cola qnli --steps 12
+
+Both ways train the same model on batches of the same size, interleaved batch by batch in one process. A token counts
+where it is text, so padding only costs time.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.report import device_name, report
+from srlora_pl import GLUEData, SRLoRA, TextClassifier
+
+
+class Trainer:
+    """As much of a trainer as the data ask for."""
+
+    world_size, global_rank, limit_train_batches, overfit_batches = 1, 0, 1.0, 0
+
+    def __init__(self, module: TextClassifier) -> None:
+        self.lightning_module = module
+        self.state = type("State", (), {"fn": "fit"})
+
+
+def batches(task: str, root: str, module: TextClassifier, size: int, padded: bool, steps: int) -> list[dict[str, Any]]:
+    data = GLUEData(task, root, batch_size=size, pad_to_max_length=padded)
+    data.trainer = Trainer(module)  # type: ignore[assignment]
+    data.load("fit")
+    assert data.train_set is not None
+    order = data.train_order(0).split(size)
+    # Evenly through the epoch: a few batches in a row would be of any length.
+    chosen = [order[i * len(order) // steps] for i in range(steps)]
+    return [data.train_set.__getitems__([(int(i), 0) for i in each]) for each in chosen]
+
+
+def step(
+    module: TextClassifier, optimizer: torch.optim.Optimizer, batch: dict[str, Any], device: torch.device
+) -> float:
+    batch = {name: value.to(device) for name, value in batch.items()}
+    begin = time.perf_counter()
+    module.training_loss(batch).backward()
+    module.adaptation.observe()
+    optimizer.step()
+    optimizer.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def measure(task: str, arguments: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    torch.manual_seed(0)
+    method = SRLoRA(rank=8, target_rank=32)
+    module = TextClassifier(arguments.backbone, 2, method).to(device)
+    module.adaptation.start()
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)
+    ways = {
+        way: batches(task, arguments.root, module, arguments.batch, way == "padded", arguments.steps)
+        for way in ("buckets", "padded")
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for way in ways:
+        step(module, optimizer, ways[way][0])
+    for i in range(arguments.steps):
+        for way in ways:
+            seconds[way].append(step(module, optimizer, ways[way][i]))
+    tokens = {way: sum(int(b["attention_mask"].sum()) for b in ways[way]) for way in ways}
+    speed = {way: tokens[way] / sum(seconds[way]) for way in ways}
+    filled = tokens["padded"] / sum(b["attention_mask"].numel() for b in ways["padded"])
+    return {
+        **speed,
+        "ratio": speed["buckets"] / speed["padded"],
+        "filled": filled,
+        "lengths": len({b["input_ids"].shape[1] for b in ways["buckets"]}),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", default="nyu-mll/glue")
+    parser.add_argument("--tasks", nargs="+", default=["cola", "qnli"])
+    parser.add_argument("--backbone", default="minilm")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    results = {task: measure(task, arguments, device) for task in arguments.tasks}
+    rows = [
+        [task, r["buckets"], r["padded"], r["ratio"], f"{r['filled']:.0%}", r["lengths"]] for task, r in results.items()
+    ]
+    header = ["task", "tokens/s buckets", "tokens/s padded to 128", "ratio", "text in padded", "lengths seen"]
+    report(
+        f"{arguments.backbone}, batch {arguments.batch}, {device_name(device)}",
+        header,
+        rows,
+        {
+            "benchmark": "padding",
+            "device": device_name(device),
+            "ratios": {task: r["ratio"] for task, r in results.items()},
+            "results": results,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
