@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Method
@@ -20,6 +20,7 @@ from srlora_pl.mixin import SRLoRAMixin
 from srlora_pl.resume import ExactResume
 from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, param_groups, schedule_factor
 
+from srlora_pl.tasks.scores import Mean
 Batch = dict[str, Tensor]
 # By data loader; MNLI has two development sets, matched and mismatched.
 SPLITS = {"val": ("val", "val_mm"), "test": ("test", "test_mm")}
@@ -258,11 +259,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
 
 def _collect(scores: dict[str, Metric]) -> MetricCollection:
-    # A NaN loss must show as such, and looking for one would wait for the device in every batch. In double precision
-    # the mean does not depend on how the samples were shared out.
-    loss = MeanMetric(nan_strategy="disable").set_dtype(torch.float64)
     # Groups would be found by equal values in the first batch, which may be a coincidence.
-    return MetricCollection({"loss": loss, **scores}, compute_groups=False)
+    return MetricCollection({"loss": Mean(), **scores}, compute_groups=False)
 
 
 def require(key: str, value: Any, what: str, holds: bool) -> None:

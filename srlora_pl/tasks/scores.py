@@ -1,4 +1,4 @@
-"""Scores of text tasks over whole splits, equal to scikit-learn's and SciPy's.
+"""Scores over whole splits; those of text tasks equal scikit-learn's and SciPy's.
 
 torchmetrics gives other values on one-class or constant input, and its streaming Pearson works in float32.
 """
@@ -13,6 +13,26 @@ from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 from torchmetrics.utilities import dim_zero_cat
 
 from srlora_pl.errors import UserError, did_you_mean
+
+
+class Mean(Metric):
+    """The mean of ``value``, float (B,), over all batches; in float64, so that it does not matter how they were cut."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, value: Tensor) -> None:
+        self.total = self.total + value.double().sum()
+        self.count = self.count + value.numel()
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
 
 
 class ConfusionScore(Metric):
@@ -80,7 +100,11 @@ class Correlation(Metric):
         self.formula = formula
         self.add_state("preds", [], dist_reduce_fx="cat")
         self.add_state("target", [], dist_reduce_fx="cat")
-        self.set_dtype(torch.float64)  # of what a rank without any values sends to the others
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what a rank without any values sends to the others."""
+        return torch.float64
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         self.preds.append(preds.double())
