@@ -1,4 +1,4 @@
-"""The command line: a whole small run through `main`, what it leaves behind, and what it says to bad input."""
+"""The command line: a whole small run through `main`, and what it leaves behind."""
 
 import contextlib
 import csv
@@ -340,89 +340,7 @@ def test_printed_config_is_the_same_config(small: Path) -> None:
     assert cli("fit", "--config", "printed.yaml", "--print_config", home=small) == (0, out, "")
 
 
-# -- errors
-
-FIT = ["fit", "--config", "small.yaml"]
-BAD_INPUT = {
-    "unknown subcommand": (["fitt"], ["'fitt'", "'fit'"]),
-    "options before the subcommand": (["--config", "small.yaml", "fit"], ["'--config'", "fit, validate"]),
-    "no config": (["fit"], ["model", "--config configs/NAME.yaml"]),
-    "config without a name": (["fit", "--config"], ["--config"]),
-    "missing config": (["fit", "--config", "smal.yaml"], ["smal.yaml", "'small.yaml'"]),
-    "invalid YAML": (["fit", "--config", "broken.yaml"], ["broken.yaml", "line 2"]),
-    "not a text": (["fit", "--config", "binary.yaml"], ["binary.yaml"]),
-    "no mapping": (["fit", "--config", "list.yaml"], ["list.yaml", "[1]"]),
-    "trainer no mapping": (["fit", "--config", "trainer.yaml"], ["trainer.yaml", "3"]),
-    "overlay alone": (["fit", "--config", "overlay.yaml"], ["class_path", "before an overlay"]),
-    "top-level key": ([*FIT, "--config", "key0.yaml"], ["modle", "key0.yaml, line 1", "'model'"]),
-    "trainer key": ([*FIT, "--config", "key1.yaml"], ["max_step", "key1.yaml, line 2", "'trainer.max_steps'"]),
-    "model key": ([*FIT, "--config", "key2.yaml"], ["model.lrr", "key2.yaml, line 3", "'lr'"]),
-    "method key": ([*FIT, "--config", "key3.yaml"], ["model.method.rnk", "key3.yaml, line 5", "'rank'"]),
-    "key beside class_path": ([*FIT, "--config", "key4.yaml"], ["model.lr", "key4.yaml, line 2", "init_args"]),
-    "method class": ([*FIT, "--config", "class0.yaml"], ["srlora_pl.SRLORA", "class0.yaml", "'srlora_pl.SRLoRA'"]),
-    "model class": ([*FIT, "--config", "class1.yaml"], ["'srlora_pl.ImageClassifer'", "'srlora_pl.ImageClassifier'"]),
-    "unknown module": ([*FIT, "--model.method", "nowhere.Thing"], ["'nowhere.Thing'", "--model.method"]),
-    "class of another kind": ([*FIT, "--model.method", "srlora_pl.ImageData"], ["srlora_pl.ImageData", "Method"]),
-    "wrong capitals": ([*FIT, "--model.method", "Lora"], ["'Lora'", "'srlora_pl.LoRA'"]),
-    "callback": ([*FIT, "--trainer.callbacks+=EarlyStoping"], ["'EarlyStoping'", "EarlyStopping"]),
-    "option": ([*FIT, "--model.lrr", "1"], ["--model.lrr", "'lr'"]),
-    "abbreviated option": ([*FIT, "--trainer.max_step", "1"], ["--trainer.max_step ", "'trainer.max_steps'"]),
-    "option without a value": ([*FIT, "--model.lr"], ["--model.lr needs a value"]),
-    "stray word": ([*FIT, "stray"], ["'stray'"]),
-    "float": ([*FIT, "--model.lr", "fast"], ["--model.lr", "a number", "'fast'"]),
-    "int in a file": ([*FIT, "--config", "type0.yaml"], ["trainer.max_steps", "type0.yaml, line 2", "'many'"]),
-    "choice": ([*FIT, "--model.schedule", "cosin"], ["--model.schedule", "'cosine', 'linear'", "'cosin'"]),
-    "pair": ([*FIT, "--data.crop_scale", "[0.1]"], ["--data.crop_scale", "2 elements", "[0.1]"]),
-    "number of classes": ([*FIT, "--model.num_classes", "7"], ["model.num_classes 7", "leave it out"]),
-    "refused by the method": ([*FIT, "--model.method.fusion_ratio", "3"], ["fusion_ratio", "3"]),
-    "refused by the data": ([*FIT, "--data.batch_size", "0"], ["data.batch_size is 0"]),
-    "refused at set-up": ([*FIT, "--data.batch_size", "5000"], ["5000", "batch"]),
-    "refused by Lightning": ([*FIT, "--trainer.accelerator", "gpu"], ["gpu"]),
-    "refused by its loop": (
-        [*FIT, "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=999"],
-        ["val_check_interval", "999"],
-    ),
-    "folder for runs": ([*FIT, "--trainer.default_root_dir", "small.yaml"], ["trainer.default_root_dir", "small.yaml"]),
-    "missing checkpoint": ([*FIT, "--ckpt_path", "last.ckp"], ["--ckpt_path last.ckp", "does not exist"]),
-    "truncated checkpoint": ([*FIT, "--ckpt_path", "truncated.ckpt"], ["truncated.ckpt", "truncated"]),
-    "no checkpoint": ([*FIT, "--ckpt_path", "small.yaml"], ["--ckpt_path small.yaml"]),
-    "weights for a checkpoint": ([*FIT, "--ckpt_path", "weights.ckpt"], ["weights.ckpt", "backbone_checkpoint"]),
-    "predict without weights": (["predict", "--config", "small.yaml"], ["--ckpt_path"]),
-}
-FILES = {
-    "broken.yaml": "a: [1\nb: 2\n",
-    "list.yaml": "- 1\n",
-    "trainer.yaml": "trainer: 3\n",
-    "overlay.yaml": LORA.read_text(),
-    "key0.yaml": "modle: 1\n",
-    "key1.yaml": "trainer:\n  max_step: 3\n",
-    "key2.yaml": "model:\n  init_args:\n    lrr: 3\n",
-    "key3.yaml": "model:\n  init_args:\n    method:\n      init_args:\n        rnk: 3\n",
-    "key4.yaml": "model:\n  lr: 3\n",
-    "class0.yaml": "model:\n  init_args:\n    method:\n      class_path: srlora_pl.SRLORA\n",
-    "class1.yaml": "model:\n  class_path: srlora_pl.ImageClassifer\n",
-    "type0.yaml": "trainer:\n  max_steps: many\n",
-}
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-def test_bad_input_is_one_sentence(case: str, small: Path, run: Finished) -> None:
-    for name, text in FILES.items():
-        (small / name).write_text(text)
-    (small / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
-    content = run.best.read_bytes()
-    (small / "truncated.ckpt").write_bytes(content[: len(content) // 2])
-    torch.save({"head.weight": torch.zeros(2)}, small / "weights.ckpt")
-    arguments, words = BAD_INPUT[case]
-    code, _, err = cli(*arguments, home=small)
-    assert code == 2
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert err.splitlines()[-1] == errors[0]
-    assert "Traceback" not in err
-    for word in words:
-        assert word in errors[0]
-    assert not (small / "runs").exists() or not any((small / "runs").iterdir())
+# -- what is no bad input (that is in test_bad_input.py)
 
 
 def test_a_bug_keeps_its_traceback(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,7 +349,7 @@ def test_a_bug_keeps_its_traceback(small: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Run, "fit", broken)
     with pytest.raises(ValueError, match="a bug"):
-        cli(*FIT, home=small)
+        cli("fit", "--config", "small.yaml", home=small)
 
 
 def test_an_interrupt_is_a_word(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -439,6 +357,6 @@ def test_an_interrupt_is_a_word(small: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "fit", stopped)
-    code, _, err = cli(*FIT, home=small)
+    code, _, err = cli("fit", "--config", "small.yaml", home=small)
     assert code == 130
     assert err.splitlines()[-1] == "interrupted"

@@ -65,11 +65,16 @@ class PredictionWriter(BasePredictionWriter):
         self._save(self.path, ",", rows)
 
     def _save(self, path: Path, delimiter: str, rows: list[Row]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        except OSError as error:
+            raise UserError(
+                f"The predictions could not be written to {path} ({error.strerror}): name another place with --output."
+            ) from error
         self.files.append(path)
 
 
@@ -88,11 +93,6 @@ class GLUEWriter(PredictionWriter):
         self._save(self.path / data.task.submissions[loader], "\t", rows)
 
 
-def _named(row: Row, classes: Sequence[str]) -> Row:
-    """The columns of a prediction in words."""
-    if "value" in row:
-        return {"value": f"{row['value']:.6f}"}
-    if "label" in row:
 def _gathered(tables: Mapping[int, list[Row]]) -> dict[int, list[Row]]:
     """The rows of all processes in the order of the data, in the first process; none in the others."""
     parts: list[Any] = [tables]
@@ -105,6 +105,11 @@ def _gathered(tables: Mapping[int, list[Row]]) -> dict[int, list[Row]]:
     return {loader: [table[index] for index in sorted(table)] for loader, table in by_index.items() if table}
 
 
+def _named(row: Row, classes: Sequence[str]) -> Row:
+    """The columns of a prediction in words."""
+    if "value" in row:
+        return {"value": f"{row['value']:.6f}"}
+    if "label" in row:
         return {"label": classes[row["label"]], "probability": f"{row['probability']:.6f}"}
     likely = [name for name, probability in zip(classes, row["probabilities"], strict=True) if probability > 0.5]
     each = {f"probability_{name}": f"{p:.6f}" for name, p in zip(classes, row["probabilities"], strict=True)}

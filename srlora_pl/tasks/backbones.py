@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import timm
@@ -150,6 +151,8 @@ def read_weights(file: str) -> dict[str, Tensor]:
         reason = "it holds no tensors by name"
     except Exception as error:  # safetensors, zip and pickle errors share no base class
         readable, reason = False, str(error).strip().partition("\n")[0]
+        if isinstance(error.__cause__, UnpicklingError):  # do not hand on its advice to let the file run code
+            reason = "it holds something else than tensors"
     if not readable:
         raise UserError(
             f"The weights file {file} cannot be read ({reason}): it must be a whole safetensors file, or a torch "

@@ -151,6 +151,25 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
+    def on_fit_start(self) -> None:
+        self._refuse_unknown_scores()
+        super().on_fit_start()
+
+    def _refuse_unknown_scores(self) -> None:
+        """Lightning looks for a callback's score when it first needs it, which may be hours into the run."""
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not all(type(each).__module__.startswith(("lightning.", "srlora_pl.")) for each in [self, *callbacks]):
+            return  # what a user's own code logs is not known here
+        names = [*self._scores_of("val"), "score"]
+        known = ["train/loss", "srlora/switches", *(f"{split}/{name}" for split in SPLITS["val"] for name in names)]
+        for callback in callbacks:
+            score = getattr(callback, "monitor", None)
+            if score is not None and score not in known:
+                raise UserError(
+                    f"The callback {type(callback).__name__} monitors {score!r}{did_you_mean(score, known)}, but this "
+                    f"run scores {', '.join(known)}."
+                )
+
     def on_train_start(self) -> None:
         super().on_train_start()
         self._non_finite = torch.zeros((), dtype=torch.bool, device=self.device)
@@ -251,9 +270,10 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         resumes = self._trainer is not None and self.trainer.state.fn == "fit"
         for key in sorted(set(saved) - FREE) if resumes else IDENTITY:
             if key in saved and _identity(saved[key]) != _identity(self.hparams.get(key)):
+                mend = "give it data of as many classes" if key == "num_classes" else f"set model.{key} to the former"
                 raise UserError(
                     f"The checkpoint was written with model.{key} {saved[key]!r}, but this run has "
-                    f"{self.hparams.get(key)!r}: set model.{key} to the former, or start anew without --ckpt_path."
+                    f"{self.hparams.get(key)!r}: {mend}, or start anew without --ckpt_path."
                 )
         super().on_load_checkpoint(checkpoint)
 
