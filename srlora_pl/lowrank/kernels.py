@@ -6,6 +6,8 @@ it pays once rows * (in + out) exceeds in * out. In half precision it is also ne
 rounded once instead of two products and their sum.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,14 +40,10 @@ def low_rank_linear(
         (..., out), in autocast's type where autocast is on.
     """
     rows = x.numel() // x.shape[-1]
-    if rows * sum(weight.shape) < weight.numel():
+    if not merging_pays(rows, *weight.shape):
         return two_branches(x, weight, bias, A, B, scaling, adapted)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
-            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-            return _Merged.apply(x, weight, bias, A, B, scaling, adapted)
-    return _Merged.apply(x, weight, bias, A, B, scaling, adapted)
+    with _outside_autocast(x, bias) as (x, bias):
+        return _Merged.apply(x, weight, bias, A, B, scaling, adapted)
 
 
 def two_branches(
@@ -59,16 +57,24 @@ def two_branches(
     pairs_input: Tensor | None = None,
 ) -> Tensor:
     """x W^T + bias + s (x A^T) B^T; the pairs may see ``pairs_input``, x after dropout, instead of x."""
-    y = F.linear(x, weight, bias)
-    low = scaling * F.linear(x if pairs_input is None else pairs_input, A.flatten(0, -2))
-    if A.dim() == 2:
-        return y + F.linear(low, B)
-    update = torch.einsum("...pr,por->...po", low.unflatten(-1, A.shape[:2]), B)
-    if adapted is None:
-        return y + update.flatten(-2)
-    where = torch.tensor(adapted, device=x.device)
-    parts = y.unflatten(-1, (-1, B.shape[1]))
-    return parts.index_add(-2, where, update.to(y.dtype)).flatten(-2)
+    with _outside_autocast(x, bias) as (x, bias):
+        pairs_input = None if pairs_input is None else pairs_input.to(x.dtype)
+        return _TwoBranches.apply(x, pairs_input, weight, bias, A, B, scaling, adapted)
+
+
+def merging_pays(rows: int, out: int, in_: int) -> bool:
+    """Whether W_eff is worth building for ``rows`` tokens; see the top of this file."""
+    return rows * (in_ + out) >= in_ * out
+
+
+@contextmanager
+def _outside_autocast(x: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Operands in autocast's type, where it is on, and inside no autocast: the kernels choose each type themselves."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        yield x, bias
 
 
 def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float, adapted: tuple[int, ...] | None) -> Tensor:
@@ -106,31 +112,76 @@ class _Merged(torch.autograd.Function):
         x, weight, A, B = ctx.saved_tensors
         s, adapted = ctx.scaling, ctx.adapted
         needs_x, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-        dx = dbias = dA = dB = None
+        dx = dA = dB = None
         if needs_x:
             dx = dy @ merged(weight, A, B, s, adapted).to(dy.dtype)
         dy, x = dy.flatten(0, -2), x.flatten(0, -2)
-        if needs_bias:
-            dbias = dy.sum(0)
         if needs_A or needs_B:
-            dA, dB = _pair_gradients(dy, x, A, B, s, adapted)
-        return dx, None, dbias, dA if needs_A else None, dB if needs_B else None, None, None
+            _, dA, dB = _pair_gradients(dy, x, x @ A.to(x.dtype).flatten(0, -2).T, A, B, s, adapted)
+        return dx, None, dy.sum(0) if needs_bias else None, dA if needs_A else None, dB if needs_B else None, None, None
+
+
+class _TwoBranches(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        pairs_input: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        adapted: tuple[int, ...] | None,
+    ) -> Tensor:
+        seen = x if pairs_input is None else pairs_input
+        low = seen.flatten(0, -2) @ A.to(x.dtype).flatten(0, -2).T  # (rows, p r)
+        ctx.save_for_backward(seen, low, weight, A, B)
+        ctx.scaling, ctx.adapted = scaling, adapted
+        y = F.linear(x, weight.to(x.dtype), bias)
+        rank, width = A.shape[-2], B.shape[-2]
+        blocks = y.view(-1, y.shape[-1]).split(width, 1)
+        chosen = range(len(blocks)) if adapted is None else adapted
+        for part, each, B_T in zip(chosen, low.split(rank, 1), B.to(x.dtype).mT.reshape(-1, rank, width), strict=True):
+            blocks[part].addmm_(each, B_T, alpha=scaling)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        seen, low, weight, A, B = ctx.saved_tensors
+        needs_x, needs_seen, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
+        rows, s = dy.flatten(0, -2), ctx.scaling
+        dlow, dA, dB = _pair_gradients(rows, seen.flatten(0, -2), low, A, B, s, ctx.adapted)
+        dx = dseen = None
+        if needs_x:
+            dx = dy @ weight.to(dy.dtype)
+            if not needs_seen:
+                dx.view(-1, dx.shape[-1]).addmm_(dlow, A.to(dy.dtype).flatten(0, -2), alpha=s)
+        if needs_seen:
+            dseen = (s * (dlow @ A.to(dy.dtype).flatten(0, -2))).view(seen.shape)
+        dbias = rows.sum(0) if needs_bias else None
+        return dx, dseen, None, dbias, dA if needs_A else None, dB if needs_B else None, None, None
 
 
 def _pair_gradients(
-    dy: Tensor, x: Tensor, A: Tensor, B: Tensor, s: float, adapted: tuple[int, ...] | None
-) -> tuple[Tensor, Tensor]:
-    """dA = s (dY B)^T X and dB = s dY^T (X A^T), for dY (rows, out) and X (rows, in), in the pairs' precision.
+    dy: Tensor, x: Tensor, low: Tensor, A: Tensor, B: Tensor, s: float, adapted: tuple[int, ...] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dY B (rows, p r), dA = s (dY B)^T X and dB = s dY^T X A^T, the last two in the pairs' precision.
 
     Which side of these thin products is transposed decides how fast BLAS is: on a CPU (out, rows) x (rows, r) takes 5
     to 20 times as long as its transpose, and dY B is 2 to 4 times as fast where B lies in memory as (r, out).
+
+    Args:
+        dy: dY, (rows, out).
+        x: X, (rows, in).
+        low: X A^T, (rows, p r) for p adapted parts.
     """
     rank = A.shape[-2]
     dy = dy.unflatten(-1, (-1, B.shape[-2])).transpose(0, 1)  # (parts, rows, out / parts)
     if adapted is not None:
         dy = dy[list(adapted)]
     B_T = B.to(dy.dtype).mT.contiguous().view(-1, rank, B.shape[-2])  # (p, r, out / parts)
-    low = x @ A.to(x.dtype).flatten(0, -2).T  # (rows, p r)
-    dlow = torch.bmm(dy, B_T.mT).transpose(0, 1).flatten(1)  # (rows, p r)
+    dlow = torch.bmm(dy, B_T.mT).transpose(0, 1).flatten(1)
     dB_T = torch.bmm(low.unflatten(-1, (-1, rank)).permute(1, 2, 0), dy)  # (p, r, out / parts)
-    return (s * (dlow.T @ x)).view(A.shape).to(A.dtype), (s * dB_T).mT.reshape(B.shape).to(B.dtype)
+    return dlow, (s * (dlow.T @ x)).view(A.shape).to(A.dtype), (s * dB_T).mT.reshape(B.shape).to(B.dtype)

@@ -57,33 +57,52 @@ def test_values_and_gradients_equal_the_formula(kind, batch, function):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("function", [low_rank_linear, two_branches])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradcheck(kind):
+def test_gradcheck(kind, function):
     given = operands(kind)
     assert torch.autograd.gradcheck(
-        lambda x, bias, A, B: low_rank_linear(x, given["weight"], bias, A, B, 1.7, given["adapted"]),
+        lambda x, bias, A, B: function(x, given["weight"], bias, A, B, 1.7, given["adapted"]),
         tuple(given[name] for name in ("x", "bias", "A", "B")),
     )
 
 
-@pytest.mark.parametrize("needed", itertools.product([False, True], repeat=4))
-def test_only_what_is_asked_for_gets_a_gradient(needed):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pairs_may_see_another_input(kind):
+    given = operands(kind)
+    other = torch.randn_like(given["x"], requires_grad=True)
+    y = two_branches(**given, pairs_input=other)
+    nothing = torch.zeros_like(given["weight"])
+    expected = formula(**given | {"B": torch.zeros_like(given["B"])})
+    expected = expected + formula(**given | {"x": other, "weight": nothing, "bias": None})
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)
+    upstream = torch.randn_like(y)
+    leaves = [given["x"], other, given["bias"], given["A"], given["B"]]
+    mine, theirs = (torch.autograd.grad((each * upstream).sum(), leaves) for each in (y, expected))
+    for one, other_one in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other_one, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [low_rank_linear, two_branches])
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=4)))
+def test_only_what_is_asked_for_gets_a_gradient(needed, function):
     given = operands("fused")
     names = ("x", "bias", "A", "B")
     for name, need in zip(names, needed, strict=True):
         given[name] = given[name].detach().requires_grad_(need)
-    y = low_rank_linear(**given)
+    y = function(**given)
     assert y.requires_grad == any(needed)
     if any(needed):
         y.sum().backward()
     assert [given[name].grad is not None for name in names] == list(needed)
 
 
-def test_a_non_contiguous_input_and_no_bias():
+@pytest.mark.parametrize("function", [low_rank_linear, two_branches])
+def test_a_non_contiguous_input_and_no_bias(function):
     given = operands("plain") | {"bias": None}
     given["x"] = given["x"].detach().transpose(0, 1).requires_grad_()
     expected = formula(**given)
-    y = low_rank_linear(**given)
+    y = function(**given)
     torch.testing.assert_close(y, expected, rtol=0, atol=1e-13)
     y.transpose(0, 1).pow(2).sum().backward()
     (theirs,) = torch.autograd.grad(expected.pow(2).sum(), given["x"])
@@ -137,3 +156,20 @@ def test_inference_mode():
     given = operands("fused")
     with torch.inference_mode():
         torch.testing.assert_close(low_rank_linear(**given), formula(**given), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("rows", [2, 60])
+def test_torch_compile_takes_it_without_a_graph_break(rows, autocast):
+    """Few rows take two branches, many the merged weight."""
+    given = operands("fused", (rows,), torch.float32)
+    upstream = torch.randn(rows, 12)
+
+    def values(function):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = function(**given)
+        return [y, *torch.autograd.grad((y * upstream).sum(), [given["A"], given["B"], given["bias"]])]
+
+    compiled = torch.compile(low_rank_linear, fullgraph=True, backend="aot_eager")
+    for one, other in zip(values(compiled), values(low_rank_linear), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
