@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.progress import track
 from torch import Tensor, nn
@@ -135,6 +136,7 @@ class SRLoRAMixin(_Module):
             raise UserError(
                 f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, it must be 1 or more"
             )
+        refuse_copies(trainer.strategy)
         if strategy in _STRATEGIES:
             raise UserError(f"trainer.strategy {strategy} shards the weights that a start or a switch changes, use ddp")
         averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
@@ -242,3 +244,12 @@ class SRLoRAMixin(_Module):
 
 
 _HOOKS = {name for name in vars(SRLoRAMixin) if name.startswith("on_") or name == "setup"}
+def refuse_copies(strategy: Strategy) -> None:
+    """Refuse to train a copy of the model: its weights would come back, but not what became of the pairs."""
+    if type(strategy.launcher).__name__ == "_MultiProcessingLauncher":
+        raise UserError(
+            "trainer.strategy ddp_spawn, ddp_fork and ddp_notebook train a copy of the model, whose history is lost "
+            "when its process ends: use ddp, in a script"
+        )
+
+
