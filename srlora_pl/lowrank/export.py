@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from srlora_pl.errors import UserError
-from srlora_pl.lowrank.adaptation import Adaptation, MatrixState
+from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.layer import Matrix
+from srlora_pl.lowrank.matrix_state import MatrixState
 from srlora_pl.lowrank.recompose import full_precision
 
 
