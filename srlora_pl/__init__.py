@@ -17,6 +17,7 @@ _HOMES = {
     "ImageData": "srlora_pl.data.images",
     "TextData": "srlora_pl.data.text_files",
     "UserError": "srlora_pl.errors",
+    "export_model": "srlora_pl.export",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"

@@ -8,6 +8,7 @@ import argparse
 import sys
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from srlora_pl import config
 from srlora_pl.errors import UserError, did_you_mean
@@ -17,7 +18,19 @@ COMMANDS = {
     "validate": "score a checkpoint on the validation split",
     "test": "score a checkpoint on the test data",
     "predict": "write what the model says of every sample of data.predict_root, or of the test data",
+    "export": "write a checkpoint's model as plain weights, or as a LoRA for PEFT, that load without this package",
 }
+EXPORT_HELP = """usage: python cli.py export --ckpt_path FILE --format merged|peft --output FOLDER
+                            [--rank R] [--force] [--config FILE]
+
+options:
+  --ckpt_path FILE     the checkpoint of a run
+  --format merged      plain weights in timm's or transformers' own layout (with the tokenizer)
+  --format peft        a LoRA on the pretrained weights, which PeftModel.from_pretrained loads; exact, or
+  --rank R             compressed to rank R, and the error is printed
+  --output FOLDER      where to write: a new or empty folder, or with
+  --force              one that holds files; those of other names stay
+  --config FILE        names the model's class and the places of its pretrained weights; by default the run's own"""
 
 HELP = f"""usage: python cli.py SUBCOMMAND --config configs/NAME.yaml [--config configs/methods/METHOD.yaml]
                      [--ckpt_path FILE] [--KEY VALUE ...]
@@ -25,7 +38,7 @@ HELP = f"""usage: python cli.py SUBCOMMAND --config configs/NAME.yaml [--config 
 subcommands:
 {chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
 
-options of every subcommand:
+options of every subcommand (but export, see export --help):
   -c, --config FILE    settings; several files are laid on top of each other
   --ckpt_path FILE     fit: go on from here; validate, test, predict: the weights to use
   --KEY VALUE          any setting, such as --model.lr 0.01 --model.method.rank 4 --data.batch_size 32
@@ -66,12 +79,42 @@ def _dispatch(arguments: list[str]) -> int:
     if command not in COMMANDS:
         near = did_you_mean(command, COMMANDS)
         raise UserError(f"unknown subcommand {command!r}{near}: it is one of {', '.join(COMMANDS)}")
+    if command == "export":
+        return _export(options)
     files, options = _split_configs(options)
     contents = [config.read(file) for file in files]
 
     from srlora_pl.run import Run
 
     Run(command, files, contents, options).start()
+    return 0
+
+
+class _ExportOptions(argparse.ArgumentParser):
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        for name in ("--ckpt_path", "--format", "--output"):
+            self.add_argument(name, required=True)
+        self.add_argument("-c", "--config")
+        self.add_argument("--rank", type=int)
+        self.add_argument("--force", action="store_true")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"export: {message}, see python cli.py export --help")
+
+
+def _export(options: list[str]) -> int:
+    if {"-h", "--help"} & set(options):
+        print(EXPORT_HELP)
+        return 0
+    given = _ExportOptions().parse_args(options)
+    if given.config:
+        config.read(given.config)
+
+    from srlora_pl.export import export_checkpoint
+
+    report = export_checkpoint(given.ckpt_path, given.format, given.output, given.rank, given.force, given.config)
+    print("\n".join(report.lines()))
     return 0
 
 

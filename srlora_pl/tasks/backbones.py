@@ -33,7 +33,7 @@ def build_backbone(
     if folder and pretrained and checkpoint is None:
         checkpoint = str(_weights_file(folder))
     download = pretrained and checkpoint is None
-    net = _create(name, f"local-dir:{folder}" if folder else _timm_source(name), download, num_classes, options)
+    net = _create(name, timm_name(name), download, num_classes, options)
     if not head_names(net):
         raise UserError(f"model.backbone {name!r} has no classification head: choose another one.")
     if checkpoint is not None:
@@ -104,8 +104,10 @@ def _weights_file(folder: Path) -> Path:
     )
 
 
-def _timm_source(name: str) -> str:
-    """``name`` in timm's own terms; an unknown one is refused with the nearest known one."""
+def timm_name(name: str) -> str:
+    """``name`` as ``timm.create_model`` takes it; an unknown one is refused with the nearest known one."""
+    if folder := _local_folder(name):
+        return f"local-dir:{folder.resolve()}"
     if ":" in name:
         return name
     if "/" in name:

@@ -17,6 +17,7 @@ from torchmetrics import Metric, MetricCollection
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Method
 from srlora_pl.mixin import SRLoRAMixin
+from srlora_pl.peft_format import PeftFolder
 from srlora_pl.resume import ExactResume
 from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, param_groups, schedule_factor
 
@@ -91,11 +92,18 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.whole_checkpoints = arguments["checkpoints"] == "full"
         method = as_method(method)
         self.save_hyperparameters({**arguments, "method": method.spec()})
-        self.net = net
+        self.adapter = PeftFolder.read(arguments["adapter"]) if arguments.get("adapter") else None
+
+        def with_adapter(net: nn.Module) -> nn.Module:
+            return net if self.adapter is None else self.adapter.prepare(net, method, heads)
+
+        self.net = with_adapter(net)
         self.heads = tuple(f"net.{head}." for head in heads)
         # Random weights come from nowhere again, so their checkpoints are whole.
         random = not (arguments["backbone_checkpoint"] or (arguments["backbone_kwargs"] or {}).get("pretrained", True))
-        self.adapt(self.net, method, heads, None if random else lambda: make().state_dict(), new)
+        self.adapt(self.net, method, heads, None if random else lambda: with_adapter(make()).state_dict(), new)
+        if self.adapter is not None:
+            self.adapter.hand_over(self.adaptation)
         self.score_with(scores, main_score)
 
     def score_with(self, scores: Callable[[], dict[str, Metric]], main_score: str) -> None:

@@ -60,7 +60,7 @@ def build_encoder(
     pretrained = options.pop("pretrained", True)
     source = resolve(name)
     config = _config(name, source, num_classes, options)
-    with _quiet():
+    with quiet():
         if checkpoint is not None:
             net = _from_file(name, config, checkpoint)
         elif pretrained:
@@ -170,7 +170,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' progress bar, and without its report on the new head, which is no news."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

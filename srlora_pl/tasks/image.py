@@ -30,6 +30,8 @@ class ImageClassifier(Task):
         backbone_kwargs: for timm's constructor, such as ``drop_path_rate``; ``pretrained: false`` starts from
             random weights.
         backbone_checkpoint: a local weights file (safetensors or torch) instead of the name's own weights.
+        adapter: a folder that the PEFT library saved a LoRA in, as a start: ``LoRA`` goes on with its pairs, for the
+            other methods it becomes part of the pretrained weights; its head is taken over where the classes agree.
         optimizer: ``sgd``, ``adamw``, or the path of a torch optimizer class.
         lr: the largest learning rate.
         head_lr: the head's own largest learning rate; by default ``lr``.
@@ -54,6 +56,7 @@ class ImageClassifier(Task):
         method: Method,
         backbone_kwargs: dict[str, Any] | None = None,
         backbone_checkpoint: str | None = None,
+        adapter: str | None = None,
         optimizer: str = "adamw",
         lr: float = 1e-3,
         head_lr: float | None = None,

@@ -1,0 +1,459 @@
+"""Trained models for programs that know nothing of this package: timm's or transformers' folders, or a PEFT adapter."""
+
+import copy
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+
+from srlora_pl import checkpoints, config, peft_format
+from srlora_pl.data.tokens import load_tokenizer
+from srlora_pl.errors import UserError
+from srlora_pl.lowrank.export import Factors, change, overall_error, plain_copy
+from srlora_pl.tasks import backbones, encoders
+from srlora_pl.tasks.base import Task
+from srlora_pl.tasks.image import ImageClassifier
+from srlora_pl.tasks.text import TextClassifier
+
+FORMATS = ("merged", "peft")
+WEIGHTS = ("model.safetensors", peft_format.WEIGHTS)
+# Where a checkpoint's pretrained weights are may change when folders move; all else it says itself.
+_PLACES = ("backbone", "backbone_checkpoint", "adapter")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an export wrote.
+
+    Attributes:
+        folder: where.
+        size: of its weights, in bytes.
+        dense_size: of the merged weights, in bytes.
+        difference: the largest absolute difference between outputs of the trained model and of the files.
+        largest: the largest absolute output of the trained model.
+        factors: the PEFT adapter's, by layer.
+        notes: what else is worth saying.
+    """
+
+    folder: Path
+    size: int
+    dense_size: int
+    difference: float
+    largest: float
+    factors: Mapping[str, Factors] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+    def lines(self) -> list[str]:
+        """The report in words."""
+        lines = []
+        if any(factors.lost for factors in self.factors.values()):
+            lines = [
+                f"{name}: rank {each.rank}, relative error {each.error:.2e}" for name, each in self.factors.items()
+            ]
+            lines.append(f"relative error of all changes together: {overall_error(self.factors.values()):.2e}")
+        lines += self.notes
+        ranks = sorted({factors.rank for factors in self.factors.values()})
+        if ranks:
+            lines.append(
+                f"adapter of rank {' to '.join(map(str, dict.fromkeys([ranks[0], ranks[-1]])))}: {_mib(self.size)}, "
+                f"the merged weights would take {_mib(self.dense_size)}"
+            )
+        if self.size > self.dense_size:
+            lines.append("--format merged is the smaller file here, and the faster model")
+        lines.append(
+            f"largest output difference to the trained model: {self.difference:.1e} (outputs up to {self.largest:.1e})"
+        )
+        return [*lines, f"written to {self.folder}" + ("" if ranks else f" ({_mib(self.size)})")]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def export_model(
+    task: Task,
+    folder: str | Path,
+    format: str = "merged",
+    rank: int | None = None,
+    force: bool = False,
+    class_names: Sequence[str] = (),
+) -> Report:
+    """Write the trained ``task`` to ``folder``, load it from there with the library it is for, and compare outputs.
+
+    Args:
+        task: an `ImageClassifier` or a `TextClassifier`; stays as it is.
+        folder: new or empty, unless ``force``.
+        format: ``merged``, plain weights in timm's or transformers' own layout; or ``peft``, a LoRA on the pretrained
+            weights.
+        rank: compresses the LoRA to this rank; None for the exact one.
+        force: write into a folder that holds files already; those of other names stay.
+        class_names: one per class.
+
+    Raises:
+        UserError: an argument is wrong, the weights are not finite, or the files do not give the model's outputs;
+            then nothing is written.
+    """
+    if format not in FORMATS:
+        raise UserError(f"--format {format} is unknown, it is one of {', '.join(FORMATS)}")
+    if rank is not None and format != "peft":
+        raise UserError(f"--rank {rank} belongs to --format peft, leave it out for merged weights")
+    target, library = require_free(folder, force), _library(task)
+    plain = plain_copy(task.adaptation)
+    _require_finite(plain.state_dict())
+    with _whole_or_nothing(target) as new:
+        if format == "merged":
+            report = _write_merged(library, plain, new, class_names)
+        else:
+            report = _write_adapter(library, plain, new, rank)
+    return replace(report, folder=target)
+
+
+def _write_merged(library: "_Library", plain: nn.Module, new: Path, class_names: Sequence[str]) -> Report:
+    names = list(class_names) if len(class_names) == library.task.num_classes else []
+    notes = library.write(plain, new, names)
+    trained = library.outputs(library.task.net)
+    size = _size(plain.state_dict())
+    return Report(new, size, size, *_compare(library.outputs(library.read(new)), trained, trained), notes=notes)
+
+
+def _write_adapter(library: "_Library", plain: nn.Module, new: Path, rank: int | None) -> Report:
+    task, base = library.task, library.base()
+    start = task.adapter
+    factors = change(task.adaptation, rank, start.merged_into(task.adaptation) if start else None)
+    names = [*library.heads, *(start.modules_beside(library.heads) if start else ())]
+    modules = {name: plain.get_submodule(name).state_dict() for name in names}
+    _require_finite({f"{name}.{side}": getattr(each, side) for name, each in factors.items() for side in "BA"})
+    _require_untouched(base, plain, (*(f"{name}.weight" for name in factors), *(f"{name}." for name in modules)))
+    size = peft_format.write(new, factors, modules, library.base_name, library.task_type)
+    trained = library.outputs(library.task.net)
+    expected = library.outputs(_changed(copy.deepcopy(base), factors, modules))
+    notes = [f"it belongs on {library.recipe}"]
+    if find_spec("peft"):
+        from peft import PeftModel
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PEFT about transformers
+            found = library.outputs(PeftModel.from_pretrained(base, str(new), torch_device="cpu"))
+    else:
+        notes.append("peft is not installed, so the files were not loaded back")
+        found = expected
+    differences = _compare(found, trained if rank is None else expected, trained)
+    return Report(new, size, _size(plain.state_dict()), *differences, factors, notes)
+
+
+def _compare(found: Tensor, expected: Tensor, trained: Tensor) -> tuple[float, float]:
+    """How far ``found`` is from the ``trained`` outputs, and how large these are, once it is what was ``expected``."""
+    largest = float(trained.abs().max())
+    allowed = 1e-4 * largest + 1e-6  # a deep network's rounding in float32 comes to about 1e-5 of its outputs
+    if not (distance := float((found - expected).abs().max())) <= allowed:
+        raise UserError(
+            f"the exported files give outputs that differ by {distance:.1e}, float32 explains no more than "
+            f"{allowed:.1e}, so nothing was written: please report this with the model's name"
+        )
+    return float((found - trained).abs().max()), largest
+
+
+def _size(state: Mapping[str, Tensor]) -> int:
+    return sum(value.nbytes for value in state.values())
+
+
+def _require_finite(state: Mapping[str, Tensor]) -> None:
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(f"{name} holds NaN or infinity, so nothing was written: export an earlier checkpoint")
+
+
+def _require_untouched(base: nn.Module, plain: nn.Module, exported: tuple[str, ...]) -> None:
+    """Refuse what a LoRA beside heads cannot hold, such as the running statistics of a batch norm."""
+    own = plain.state_dict()
+    for name, value in base.state_dict().items():
+        if not name.startswith(exported) and not torch.equal(value, own[name]):
+            raise UserError(
+                f"{name} is no longer that of the pretrained weights, and a PEFT folder holds only linear layers and "
+                "heads: use --format merged"
+            )
+
+
+@torch.no_grad()
+def _changed(base: nn.Module, factors: Mapping[str, Factors], modules: Mapping[str, dict[str, Any]]) -> nn.Module:
+    """``base`` with what a PEFT folder holds put into its weights, in place."""
+    for name, each in factors.items():
+        weight = base.get_parameter(f"{name}.weight")
+        weight.copy_(weight.double() + each.B.double() @ each.A.double())
+    for name, state in modules.items():
+        base.get_submodule(name).load_state_dict(state)
+    return base
+
+
+# -- folders
+
+
+def require_free(folder: str | Path, force: bool) -> Path:
+    """The whole path of a folder that may be written to.
+
+    Raises:
+        UserError: it is a file, or holds files and ``force`` is not set.
+    """
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--output {folder} is a file, give a folder")
+    if not force and target.is_dir() and any(target.iterdir()):
+        raise UserError(f"--output {folder} holds files already, give a new folder or --force to overwrite them")
+    return target
+
+
+@contextmanager
+def _whole_or_nothing(target: Path) -> Iterator[Path]:
+    """A new folder, which becomes ``target``, or goes into it, when the block ends well, and vanishes when not."""
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
+            new = Path(place, "new")
+            new.mkdir()
+            yield new
+            for file in new.iterdir():
+                file.chmod(new.stat().st_mode & 0o666)  # safetensors lets only the owner read
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+            _move(new, target)
+    except BaseException as error:
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"--output {target} cannot be written ({error.strerror}), nothing was") from error
+        raise
+
+
+def _move(new: Path, target: Path) -> None:
+    if not target.exists() or not any(target.iterdir()):
+        new.replace(target)  # at once; an empty folder may be in the way
+        return
+    # File by file, and the weights are away for as long as old and new ones are mixed.
+    files = sorted(new.iterdir(), key=lambda file: file.name in WEIGHTS)
+    for file in files:
+        if file.name in WEIGHTS:
+            (target / file.name).unlink(missing_ok=True)
+    for file in files:
+        file.replace(target / file.name)
+
+
+# -- the libraries that the files are for
+
+
+class _Library:
+    """How one library builds, writes and reads the networks of ``task``, and runs them on a batch for comparison."""
+
+    task_type: str | None = None  # in PEFT's terms
+    heads: tuple[str, ...]  # modules that the pretrained weights do not bring along
+    base_name: str  # what the pretrained network is loaded from
+    recipe: str  # how, in words
+
+    def __init__(self, task: Any) -> None:
+        self.task = task
+        hparams = task.hparams
+        self.arguments = (
+            hparams["backbone"],
+            task.num_classes,
+            hparams["backbone_kwargs"],
+            hparams["backbone_checkpoint"],
+        )
+        self.options = {**(hparams["backbone_kwargs"] or {})}
+        self.random = not self.options.pop("pretrained", True) and not hparams["backbone_checkpoint"]
+
+    @torch.no_grad()
+    def outputs(self, net: nn.Module) -> Tensor:
+        """Logits of a few seeded random inputs, float64 on the CPU."""
+        modes = {module: module.training for module in net.modules()}
+        net.eval()
+        try:
+            return self.run(net, torch.Generator().manual_seed(0)).double().cpu()
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def run(self, net: nn.Module, generator: torch.Generator) -> Tensor:
+        """Logits of random inputs of the right shape."""
+        raise NotImplementedError
+
+    def base(self) -> nn.Module:
+        """The pretrained network with a new head."""
+        if self.random:
+            raise UserError(
+                "the run started from random weights (model.backbone_kwargs.pretrained is false), so there is no "
+                "pretrained model that a PEFT folder could be put on: use --format merged"
+            )
+        return self.build().float().eval()
+
+    def build(self) -> nn.Module:
+        raise NotImplementedError
+
+    def write(self, net: nn.Module, folder: Path, class_names: list[str]) -> list[str]:
+        """Write ``net`` to ``folder`` in the library's own layout; what is worth saying about it."""
+        raise NotImplementedError
+
+    def read(self, folder: Path) -> nn.Module:
+        """Load what `write` wrote, with nothing but the library."""
+        raise NotImplementedError
+
+    def _with_options(self, call: str) -> str:
+        options = "".join(f", {key}={value!r}" for key, value in self.options.items())
+        file = self.arguments[-1]
+        return f"{call}{options})" + (f" with the weights of {file}" if file else "")
+
+
+class _Timm(_Library):
+    def __init__(self, task: ImageClassifier) -> None:
+        super().__init__(task)
+        self.heads = backbones.head_names(task.net)
+        source = backbones.timm_name(self.arguments[0])
+        self.base_name = source.removeprefix("local-dir:").removeprefix("hf-hub:")
+        self.recipe = self._with_options(
+            f"timm.create_model({source!r}, pretrained={self.arguments[-1] is None}, num_classes={task.num_classes}"
+        )
+
+    def run(self, net: nn.Module, generator: torch.Generator) -> Tensor:
+        like = next(net.parameters())
+        return net(torch.randn(2, *self.task.data_config["input_size"], generator=generator).to(like))
+
+    def build(self) -> nn.Module:
+        return backbones.build_backbone(*self.arguments)
+
+    def write(self, net: nn.Module, folder: Path, class_names: list[str]) -> list[str]:
+        labels = {"label_names": class_names} if class_names else {}
+        try:
+            timm.models.save_for_hf(
+                net, str(folder), labels, safe_serialization=True, data_config=self.task.data_config
+            )
+        except ValueError as error:
+            raise UserError(f"timm cannot describe this model in a config.json ({error})") from error
+        return []
+
+    def read(self, folder: Path) -> nn.Module:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+class _Transformers(_Library):
+    task_type = "SEQ_CLS"
+
+    def __init__(self, task: TextClassifier) -> None:
+        super().__init__(task)
+        self.heads = encoders.head_names(self.task.net)
+        self.base_name = task.backbone_name
+        self.recipe = self._with_options(
+            f"AutoModelForSequenceClassification.from_pretrained({self.base_name!r}, num_labels={task.num_classes}"
+        )
+
+    def run(self, net: Any, generator: torch.Generator) -> Tensor:
+        device = next(net.parameters()).device
+        # Up from 5, because the first tokens are often special ones, such as padding.
+        ids = torch.randint(5, net.config.vocab_size, (2, 16), generator=generator).to(device)
+        return net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+    def build(self) -> nn.Module:
+        return encoders.build_encoder(*self.arguments)
+
+    def write(self, net: Any, folder: Path, class_names: list[str]) -> list[str]:
+        problem = {"single_label": "single_label_classification", "multi_label": "multi_label_classification"}
+        net.config.problem_type = problem.get(self.task.problem, "regression")
+        if class_names:
+            net.config.id2label = dict(enumerate(class_names))
+            net.config.label2id = {name: i for i, name in enumerate(class_names)}
+        with encoders.quiet():
+            net.save_pretrained(folder)
+        try:
+            tokenizer = load_tokenizer(self.base_name)
+        except UserError as error:
+            return [f"without a tokenizer: {error}"]
+        tokenizer.chat_template = None  # its parts would be written under names that a file gives
+        tokenizer.save_pretrained(folder)
+        return []
+
+    def read(self, folder: Path) -> nn.Module:
+        with encoders.quiet():
+            return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+
+
+def _library(task: Task) -> _Library:
+    if isinstance(task, ImageClassifier):
+        return _Timm(task)
+    if isinstance(task, TextClassifier):
+        return _Transformers(task)
+    raise UserError(
+        f"{type(task).__name__} is neither an ImageClassifier nor a TextClassifier, so its files have no known layout: "
+        "take srlora_pl.lowrank.export.plain_copy(model.adaptation)"
+    )
+
+
+# -- from a checkpoint
+
+
+def export_checkpoint(
+    checkpoint: str, format: str, output: str, rank: int | None, force: bool, config_file: str | None
+) -> Report:
+    """`export_model` of what ``fit`` saved in the file ``checkpoint``.
+
+    Args:
+        config_file: names the task's class and the places of the pretrained weights; by default the run's own.
+    """
+    require_free(output, force)
+    task, class_names = load_task(Path(checkpoint), config_file)
+    return export_model(task, output, format, rank, force, class_names)
+
+
+def load_task(checkpoint: Path, config_file: str | None) -> tuple[Task, list[str]]:
+    """The trained model in ``checkpoint`` on the CPU, and the names of its classes as far as the file tells them.
+
+    Raises:
+        UserError: the file was not written by ``fit``, or the model cannot be built again.
+    """
+    content = checkpoints.read(checkpoint)
+    if not {"srlora", "hyper_parameters"} <= set(content):
+        raise UserError(f"--ckpt_path {checkpoint} holds no model that this package adapted, so it cannot be exported")
+    settings, kind = _task_class(checkpoint, config_file)
+    given = settings["model"].get("init_args") or {}
+    places = {key: given[key] for key in _PLACES if key in given}
+    task = kind.load_from_checkpoint(checkpoint, "cpu", compile=False, optimizer="sgd", weights_only=True, **places)
+    data = settings.get("data") or {}
+    if isinstance(task, ImageClassifier) and str(data.get("class_path")).endswith("ImageData"):
+        # As ImageData prepares images for evaluation: it resizes both sides, whatever their ratio.
+        crop = (data.get("init_args") or {}).get("test_crop_pct", 1.0)
+        task.data_config |= {"crop_pct": crop, "crop_mode": "squash"}
+    states = [state for state in content.values() if isinstance(state, dict) and "processed" in state]
+    return task, next((state["class_names"] for state in states if "class_names" in state), [])
+
+
+def _task_class(checkpoint: Path, config_file: str | None) -> tuple[config.Node, type[Task]]:
+    """The run's settings, and the class that they name as its model's."""
+    own = checkpoint.resolve().parent.parent / "config.yaml"
+    if not (config_file or own.is_file()):
+        raise UserError(f"the run's config.yaml is not in {own.parent}, give it with --config")
+    file = config_file or str(own)
+    settings = config.read(file)
+    model = settings.get("model")
+    path = str(model.get("class_path")) if isinstance(model, dict) else ""
+    if not (config_file or path.startswith("srlora_pl.")):
+        # To import a class is to run code, which a file found beside a checkpoint must not bring about.
+        raise UserError(f"{file} names the class {path!r} from elsewhere, give --config {file} if you trust it")
+    module, _, name = path.rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        kind = None
+    if not (isinstance(kind, type) and issubclass(kind, Task)):
+        raise UserError(
+            f"model.class_path {path!r} in {file} is no task of this package, give the run's own config.yaml"
+        )
+    return settings, kind
