@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.resources import as_file, files
 from io import BytesIO
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -52,12 +53,13 @@ class Pictures:
 
     def open(self, index: int) -> Image.Image:
         """The image, its pixels not decoded yet."""
-        image = Image.open(self.file(index), formats=self._formats)
         if self._formats is None:
-            # PIL asks one format after the other; the one of the first image is the likeliest.
             Image.init()
-            self._formats = [image.format or "", *Image.ID]
-        return image
+            self._formats = [name for name in Image.ID if name != "EPS"]  # a program that Ghostscript would run
+            # PIL asks one format after the other; the one of the first image is the likeliest.
+            with Image.open(self.file(index), formats=self._formats) as first:
+                self._formats.insert(0, first.format or "")
+        return Image.open(self.file(index), formats=self._formats)
 
     def decode(self, index: int, use: Callable[[Image.Image], _T]) -> _T:
         """``use`` of one image.
@@ -241,7 +243,7 @@ class Torchvision:
     def _build(self, split: str, download: bool) -> Any:
         try:
             return self.known.build(self.root, split, download)
-        except (OSError, RuntimeError, ValueError, AssertionError, EOFError) as error:
+        except (OSError, RuntimeError, ValueError, AssertionError, EOFError, UnpicklingError) as error:
             what = self.known.files.format(root=self.root)
             raise UserError(
                 f"{self.name} is not whole under data.root '{self.root}' and could not be downloaded "
@@ -493,6 +495,8 @@ def _decode_alike(pictures: Pictures, width: int, height: int) -> Tensor | None:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, UnpicklingError):  # do not hand on its advice to let the file run code
+        return "a file holds something else than tensors"
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

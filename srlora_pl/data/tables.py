@@ -132,9 +132,10 @@ def _read_json(wanted: _Wanted) -> Table:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also numbers and nests that are too long for Python
+            reason = getattr(error, "msg", error)
             raise UserError(
-                f"Line {number} of {wanted.path} is not JSON ({error.msg}); a JSON-lines file has one object a line."
+                f"Line {number} of {wanted.path} is not JSON ({reason}); a JSON-lines file has one object a line."
             ) from None
         if not isinstance(row, dict):
             raise UserError(f'Line {number} of {wanted.path} is not a JSON object; write {{"name": value, ...}}.')

@@ -63,9 +63,9 @@ def load_tokenizer(name: str) -> Any:
 
     try:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         except OSError:
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers, the hub client and the network raise what they like
         reason = str(error).strip().partition("\n")[0].rstrip(".:")
         raise UserError(

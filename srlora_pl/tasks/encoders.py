@@ -87,9 +87,13 @@ def _pooler_names(net: PreTrainedModel) -> list[str]:
 def _config(name: str, source: str, num_classes: int, options: dict[str, Any]) -> PreTrainedConfig:
     try:
         config, unknown = AutoConfig.from_pretrained(
-            source, num_labels=num_classes, return_unused_kwargs=True, **options
+            source, num_labels=num_classes, return_unused_kwargs=True, trust_remote_code=False, **options
         )
     except Exception as error:  # transformers, the hub client and the network raise what they like
+        if "custom code" in str(error):
+            raise UserError(
+                f"model.backbone {name!r} needs code that comes with its files, which is never run: choose another one."
+            ) from error
         if Path(source).is_dir():
             raise UserError(
                 f"model.backbone {name!r} cannot be built with model.backbone_kwargs {options} ({_reason(error)}): "
@@ -107,7 +111,7 @@ def _config(name: str, source: str, num_classes: int, options: dict[str, Any]) -
 
 def _random(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     try:
-        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             f"model.backbone {name!r} cannot be built as a classifier ({_reason(error)}): choose another one, or "
@@ -121,7 +125,7 @@ def _from_source(name: str, source: str, config: PreTrainedConfig) -> PreTrained
             f"model.backbone is the folder {source}, which holds no {WEIGHTS_FILES[0]} or {WEIGHTS_FILES[2]}: put one "
             "there, or set model.backbone_checkpoint."
         )
-    return _load(name, source, AutoModelForSequenceClassification, source, config=config)
+    return _load(name, source, AutoModelForSequenceClassification, source, config=config, trust_remote_code=False)
 
 
 def _from_file(name: str, config: PreTrainedConfig, file: str) -> PreTrainedModel:

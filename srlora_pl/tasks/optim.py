@@ -1,8 +1,8 @@
 """Optimizers and learning rates: plain functions of names and numbers."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,20 +29,20 @@ def schedule_factor(schedule: str, step: int, total: float, warmup: int) -> floa
 
 
 def optimizer_class(name: str) -> type[Optimizer]:
-    """The class behind ``sgd``, ``adamw`` or a path such as ``torch.optim.NAdam``."""
+    """The class behind ``sgd``, ``adamw`` or a path such as ``torch.optim.NAdam``.
+
+    Its module must be imported already: the name may come from a checkpoint, which must not make anything run.
+    """
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
     module, _, attribute = name.rpartition(".")
-    try:
-        found = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError):
-        found = None
+    found = getattr(sys.modules.get(module), attribute, None)
     if isinstance(found, type) and issubclass(found, Optimizer):
         return found
     known = [*OPTIMIZERS, *(f"torch.optim.{n}" for n in dir(torch.optim) if n[0].isupper())]
     raise UserError(
         f"model.optimizer is {name!r}{did_you_mean(name, known)}: give 'sgd', 'adamw' or the path of a torch "
-        "optimizer class such as 'torch.optim.NAdam'."
+        "optimizer class such as 'torch.optim.NAdam', and from Python import its module first."
     )
 
 

@@ -171,11 +171,11 @@ def test_the_network_is_asked_only_for_what_is_not_here(tmp_path: Path, monkeypa
     folder, asked = save_tokenizer(tmp_path), []
     original = AutoTokenizer.from_pretrained
 
-    def from_pretrained(name: str, local_files_only: bool = False) -> Any:
+    def from_pretrained(name: str, local_files_only: bool = False, **options: Any) -> Any:
         asked.append(local_files_only)
         if name == "owner/absent":
             raise OSError("We couldn't connect to the hub.\nMore lines.")
-        return original(name, local_files_only=local_files_only)
+        return original(name, local_files_only=local_files_only, **options)
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
     load_tokenizer(folder)
