@@ -12,6 +12,14 @@ class UserError(ValueError):
     """
 
 
+class Interrupted(SystemExit):
+    """A signal ended the run; the command line prints the message and exits with 128 + the signal's number."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(code)
+        self.message = message
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the nearest of ``known``, or an empty string when nothing is near."""
     near = get_close_matches(name, list(known), n=1)

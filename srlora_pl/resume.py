@@ -7,7 +7,9 @@ every training micro-batch is seeded from it. Nothing depends on how often a glo
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from torch import Tensor
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from torch import Tensor, distributed
 
 from srlora_pl.errors import UserError
 from srlora_pl.randomness import reseed, run_seed
@@ -22,53 +24,128 @@ _KEY = "exact_resume"
 class ExactResume(_Module):
     """Seeds every training micro-batch by its position, and puts Lightning's counters right when it resumes.
 
-    Lightning saves inside a step, before its own counters say that the step is over, and would repeat that batch.
+    Files are written inside a step, at its end, and before or in the validation that follows it. Lightning would take
+    such a validation, and the end of an epoch, for done; here the file says what is due, and the resumed run begins
+    with it.
     """
 
     _half_done: dict[str, Tensor] | None = None  # gradients of an accumulation that the checkpoint fell into
+    _to_take_up: dict[str, Any] | None = None  # what the checkpoint says of its position
+    _has_scores = False  # of the validation at this position
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._feign_steps(1)
+
+    def _feign_steps(self, steps: int) -> None:
+        """Let a run in that has no step left, only a validation or the end of an epoch: Lightning would not start."""
+        loop = self.trainer.fit_loop.epoch_loop
+        if self._to_take_up and loop.max_steps != -1:
+            loop.max_steps += steps
 
     def on_train_start(self) -> None:
+        self._feign_steps(-1)
         super().on_train_start()
         if self._half_done is not None:
             for name, parameter in self.named_parameters():
                 if name in self._half_done:
                     parameter.grad = self._half_done[name].to(parameter, copy=True)
             self._half_done = None
+        if self._to_take_up:
+            self._take_up(**self._to_take_up)
+            self._to_take_up = None
+
+    def _take_up(self, owes_validation: bool, scores: dict[str, Tensor], should_stop: bool) -> None:
+        """Do what is left of the step and the epoch that the checkpoint was written in, besides training."""
+        trainer: Any = self.trainer
+        fit_loop, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        step_is_over = not _accumulating(trainer)
+        trainer.should_stop = should_stop
+        trainer._logger_connector._callback_metrics.update(scores)  # what callbacks choose by when the epoch ends
+        if owes_validation:
+            loop._batches_that_stepped = trainer.global_step - step_is_over  # the step that loggers see
+            trainer.validating = True
+            loop.val_loop.run()
+            trainer.training = True
+        loop._batches_that_stepped = trainer.global_step
+        if loop.batch_progress.is_last_batch or fit_loop.done:
+            fit_loop.on_advance_end()  # the end of the epoch, which Lightning would leave out
+            loop.batch_progress.reset_on_run()
+            fit_loop.reset_restart_stage()
+        if loop.restarting and loop._should_check_val_fx(fit_loop._data_fetcher):
+            loop._batches_that_stepped -= step_is_over  # Lightning is about to skip this validation, and counts
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         reseed(run_seed(), _processed(self.trainer), self.global_rank)
-        # the step that loggers see; Lightning's own count is off by one after some resumes
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
+        self._has_scores = False
         return super().on_train_batch_start(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        self._has_scores = not self.trainer.sanity_checking
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         trainer = self.trainer
         gradients = {}
-        if trainer.state.fn == "fit" and trainer.fit_loop._should_accumulate():
+        if trainer.state.fn == "fit" and _accumulating(trainer):
             gradients = {n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None}
+        if trainer.world_size > 1:  # until the accumulation is over each process has gradients of its own
+            gradients = {name: _of_all_processes(gradient) for name, gradient in gradients.items()}
         checkpoint[_KEY] = {
             "processed": _processed(trainer),
+            "processes": trainer.world_size,
             "batches_per_epoch": trainer.num_training_batches,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "seed": run_seed(),
             "gradients": gradients,
+            "owes_validation": trainer.state.fn == "fit" and self._validation_is_due(),
+            "should_stop": trainer.should_stop,
+            "scores": dict(trainer._logger_connector._callback_metrics),
         }
 
+    def _validation_is_due(self) -> bool:
+        """Whether a validation of this very position has not been done, or not to its end."""
+        trainer: Any = self.trainer
+        if trainer.validating:
+            return not self._has_scores
+        progress = trainer.fit_loop.epoch_loop.batch_progress.total
+        in_batch_end = progress.completed < progress.processed
+        return in_batch_end and trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
         state = checkpoint.get(_KEY)
-        if state is None or self._trainer is None or self.trainer.state.fn != "fit":
+        resumes = state is not None and self._trainer is not None and self.trainer.state.fn == "fit"
+        if resumes:
+            self._require_same(state)  # before weights are compared that another seed may have made
+        super().on_load_checkpoint(checkpoint)
+        if not resumes:
             return
+        self._half_done = state["gradients"] or None
+        if self._half_done and self.trainer.world_size > 1:
+            self._half_done = {name: each[self.global_rank] for name, each in self._half_done.items()}
+        # Without the callback a run that it has stopped goes on.
+        stops = state["should_stop"] and any(isinstance(c, EarlyStopping) for c in self.trainer.callbacks)
+        self._to_take_up = {**{k: state[k] for k in ("owes_validation", "scores")}, "should_stop": stops}
+        if state["batches_per_epoch"] == float("inf"):
+            return
+        loops, per_epoch = checkpoint["loops"]["fit_loop"], int(state["batches_per_epoch"])
+        epochs = loops["epoch_progress"]["total"]["processed"]
+        epoch_is_over = epochs * per_epoch >= state["processed"]
+        if epoch_is_over and (stops or checkpoint["global_step"] >= self.trainer.max_steps != -1):
+            self._to_take_up, self.trainer.should_stop = None, stops
+            _set_position(loops, epochs * per_epoch, per_epoch, epoch_is_over)
+        else:
+            _set_position(loops, state["processed"], per_epoch, epoch_is_over)
+
+    def _require_same(self, state: dict[str, Any]) -> None:
         for value, saved, place in (
             (run_seed(), state["seed"], "seed_everything"),
             (self.trainer.accumulate_grad_batches, state["accumulate_grad_batches"], "trainer.accumulate_grad_batches"),
+            (self.trainer.world_size, state["processes"], "the number of processes (trainer.devices x num_nodes)"),
         ):
             if value != saved:
                 raise UserError(f"{place} is {value} and the checkpoint was made with {saved}, resume with {saved}")
-        self._half_done = state["gradients"] or None
-        if state["processed"] and state["batches_per_epoch"] != float("inf"):
-            _set_position(checkpoint["loops"]["fit_loop"], state["processed"], int(state["batches_per_epoch"]))
 
 
 def _processed(trainer: Any) -> int:
@@ -76,13 +153,33 @@ def _processed(trainer: Any) -> int:
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed
 
 
-def _set_position(loops: dict[str, Any], processed: int, batches_per_epoch: int) -> None:
+def _accumulating(trainer: Any) -> bool:
+    """Whether the last micro-batch left its gradients to the next; Lightning's own answer is about the one begun."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    return batches % trainer.accumulate_grad_batches != 0 and batches != trainer.num_training_batches
+
+
+def _of_all_processes(tensor: Tensor) -> Tensor:
+    """``tensor`` of each process, (processes, ...)."""
+    parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, tensor)
+    return torch.stack(parts)
+
+
+def _set_position(loops: dict[str, Any], processed: int, batches_per_epoch: int, epoch_is_over: bool) -> None:
     """Make a saved fit loop say that exactly ``processed`` micro-batches, and nothing of the next, are over."""
     epoch, batch = divmod(processed, batches_per_epoch)
+    if batch == 0 and not epoch_is_over:
+        epoch, batch = epoch - 1, batches_per_epoch
     begun = epoch + (batch > 0)
     for counters in (loops["epoch_progress"]["total"], loops["epoch_progress"]["current"]):
         counters |= {"ready": begun, "started": begun, "processed": epoch, "completed": epoch}
-    progress = loops["epoch_loop.batch_progress"]
-    progress["total"] |= dict.fromkeys(("ready", "started", "processed", "completed"), processed)
-    progress["current"] |= dict.fromkeys(("ready", "started", "processed", "completed"), batch)
-    progress["is_last_batch"] = False
+    progress, validation = loops["epoch_loop.batch_progress"], loops["epoch_loop.val_loop.batch_progress"]
+    for counters, count in (
+        (progress["total"], processed),
+        (progress["current"], batch),
+        (validation["total"], 0),  # a validation is repeated from its start
+        (validation["current"], 0),
+    ):
+        counters |= dict.fromkeys(("ready", "started", "processed", "completed"), count)
+    progress["is_last_batch"] = batch == batches_per_epoch

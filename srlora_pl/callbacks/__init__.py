@@ -1,6 +1,15 @@
 """What watches a run and writes about it."""
 
 from srlora_pl.callbacks.csv_log import ContinuedCSVLogger
+from srlora_pl.callbacks.curves import ContinuedCurves, ContinuedTensorBoardLogger
+from srlora_pl.callbacks.interrupts import Interrupts
 from srlora_pl.callbacks.predictions import GLUEWriter, PredictionWriter
 
-__all__ = ["ContinuedCSVLogger", "GLUEWriter", "PredictionWriter"]
+__all__ = [
+    "ContinuedCSVLogger",
+    "ContinuedCurves",
+    "ContinuedTensorBoardLogger",
+    "GLUEWriter",
+    "Interrupts",
+    "PredictionWriter",
+]

@@ -1,0 +1,82 @@
+"""Files that are whole or absent, whatever happens while they are written; and their names."""
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows: leftovers of dead processes stay
+    fcntl = None  # type: ignore[assignment]
+
+_SUFFIX = ".unfinished"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file open for writing that takes the place of ``path`` once the block ends, on disk and at once.
+
+    Until then, and if the block fails or the process dies in it, what was at ``path`` stays. The file lies beside
+    ``path``, on the same file system, under a hidden name that ends in ``.unfinished``; what dead processes have left
+    of that kind in the folder is removed first.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(path.parent)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}")
+    try:
+        with unfinished.open("xb") as file:
+            _lock(file)
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def relative(path: str | Path) -> Path:
+    """``path`` as seen from here, where that is shorter."""
+    path, here = Path(path).resolve(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether no living process holds ``file``, which then is held until it is closed or its process dies.
+
+    Unlike the number of a process, a lock means the same on every machine that shares the disk.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks
+        return False
+    return True
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for leftover in folder.glob(f".*{_SUFFIX}"):
+        with contextlib.suppress(OSError), leftover.open("rb") as file:
+            status = leftover.stat()
+            # An empty one may have been made this very moment, and not be locked yet.
+            if (status.st_size or time.time() - status.st_mtime > 60) and _lock(file):
+                leftover.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the new name itself on disk; some file systems do that of their own and refuse to be asked."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
