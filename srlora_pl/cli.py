@@ -5,13 +5,15 @@ user can mend into one sentence. torch and Lightning are imported when a run is 
 """
 
 import argparse
+import errno
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from srlora_pl import config
-from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.errors import Interrupted, UserError, did_you_mean
 
 COMMANDS = {
     "fit": "train, then test the best checkpoint where the test data have labels",
@@ -40,7 +42,8 @@ subcommands:
 
 options of every subcommand (but export, see export --help):
   -c, --config FILE    settings; several files are laid on top of each other
-  --ckpt_path FILE     fit: go on from here; validate, test, predict: the weights to use
+  --ckpt_path FILE     fit: go on from here; validate, test, predict: the weights to use;
+                       last: the newest file of the config's newest run
   --KEY VALUE          any setting, such as --model.lr 0.01 --model.method.rank 4 --data.batch_size 32
   --print_config       print all settings, and stop
   --help               every setting of the trainer, and how to list a class's own
@@ -51,16 +54,22 @@ examples:
   python cli.py test --config runs/quickstart-srlora/version_0/config.yaml \\
                      --ckpt_path runs/quickstart-srlora/version_0/checkpoints/last.ckpt"""
 
+# Of an OSError these mean the disk and not a bug: full, over quota, broken, read-only.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+_AGAIN = "and start again, fit with --ckpt_path last"
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line on ``argv`` (by default the process's own arguments) and return the exit code.
 
-    0: done. 2: something in the input is wrong, said in one sentence on stderr. 130: interrupted. Errors of the
-    program itself keep their traceback.
+    0: done. 2: something in the input is wrong, said in one sentence on stderr. 130, 143: interrupted by SIGINT, by
+    SIGTERM. Errors of the program itself keep their traceback.
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
         return _dispatch(arguments)
+    except Interrupted as stop:
+        return _say(stop.message, int(stop.code)) if stop.message else 0
     except SystemExit as stop:  # --help and --print_config
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
@@ -137,10 +146,23 @@ def _for_the_user(error: BaseException) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
+    if disk := next((each for each in _causes(error) if isinstance(each, OSError) and each.errno in _DISK), None):
+        return f"{disk.filename or 'a file'} could not be written ({disk.strerror}): see to the disk, {_AGAIN}"
+    if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):  # raised at any line, by a signal
+        return (
+            "a process that loads data died, killed perhaps for want of memory: lower data.num_workers or "
+            f"data.batch_size, {_AGAIN}"
+        )
     misconfigured = type(error).__name__ == "MisconfigurationException"
     if misconfigured or (type(error) in (ValueError, RuntimeError) and _comes_from_lightning(error)):
         return f"Lightning refuses these settings: {error}"
     return _for_the_user(error.__cause__) if error.__cause__ else None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _comes_from_lightning(error: BaseException) -> bool:

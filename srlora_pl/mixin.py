@@ -192,6 +192,11 @@ class SRLoRAMixin(_Module):
         super().on_before_optimizer_step(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.adaptation.observe(gradients, self._inverse_loss_scale(optimizer))
+        trainer: Any = self.trainer
+        step = trainer.global_step + 1
+        if trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:
+            # Said before it is done, so that a file written at the end of this step has the step's whole row.
+            self.log("srlora/switches", float(self.adaptation.switches_after(step)))
 
     def _inverse_loss_scale(self, optimizer: Optimizer) -> Tensor | None:
         """1 / loss scale where the gradients still carry it: fused optimizers unscale inside their own step."""
@@ -204,8 +209,6 @@ class SRLoRAMixin(_Module):
         super().on_train_batch_end(outputs, batch, batch_idx)
         trainer: Any = self.trainer
         self.adaptation.switch_if_due(trainer.global_step, trainer.optimizers[0])
-        if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
-            self.log("srlora/switches", float(self.adaptation.switches_done))
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -243,7 +246,6 @@ class SRLoRAMixin(_Module):
             checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
 
 
-_HOOKS = {name for name in vars(SRLoRAMixin) if name.startswith("on_") or name == "setup"}
 def refuse_copies(strategy: Strategy) -> None:
     """Refuse to train a copy of the model: its weights would come back, but not what became of the pairs."""
     if type(strategy.launcher).__name__ == "_MultiProcessingLauncher":
@@ -253,3 +255,4 @@ def refuse_copies(strategy: Strategy) -> None:
         )
 
 
+_HOOKS = {name for name in vars(SRLoRAMixin) if name.startswith("on_") or name == "setup"}

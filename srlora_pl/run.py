@@ -1,31 +1,49 @@
 """One run of the command line: LightningCLI with this package's defaults, folders and closing words."""
 
 import argparse
+import contextlib
 import logging
+import os
+import shlex
 import shutil
+import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from srlora_pl import config
-from srlora_pl.callbacks import ContinuedCSVLogger, GLUEWriter, PredictionWriter
+from srlora_pl import checkpoints, config
+from srlora_pl.callbacks import (
+    ContinuedCSVLogger,
+    ContinuedCurves,
+    ContinuedTensorBoardLogger,
+    GLUEWriter,
+    Interrupts,
+    PredictionWriter,
+)
 from srlora_pl.data.base import DataModule
 from srlora_pl.data.glue import GLUEData
-from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.errors import Interrupted, UserError
+from srlora_pl.files import relative, replacing
+from srlora_pl.mixin import refuse_copies
 from srlora_pl.tasks.base import SPLITS, Task
 
 ROOT = "runs"
+_FOLDER = "SRLORA_RUN_FOLDER"  # where the first process writes, for those that it starts
+_LET_THE_FIRST_SPEAK = 3  # seconds, after which it will have ended this process if it has met the same error
+_JOB = "slurm_job"  # in a run's folder: what SLURM started it as
 TRAINER_DEFAULTS = {
     "default_root_dir": ROOT,
     # The DataModules deal their order out to the devices themselves, so that a resumed run finds its place.
@@ -61,6 +79,7 @@ class Run(LightningCLI):
         self.command, self.files, self.options = command, files, options
         self.given, self.overlay = config.combine(contents)
         self.folder: Path | None = None
+        self.is_new = False
         _quieten()
         super().__init__(
             Task,
@@ -98,9 +117,15 @@ class Run(LightningCLI):
         self.ckpt_path = self.config.pop("ckpt_path")
         self.output = self.config.pop("output", None)
         self.config.name = self.config.name or (Path(self.files[0]).stem if self.files else "run")
+        if Path(self.config.name).name != self.config.name:
+            raise UserError(
+                f"--name {self.config.name!r} must be a plain name without folders, trainer.default_root_dir is the "
+                "place for them"
+            )
         self._say_what_was_dropped()
+        self._choose_checkpoint()
         if self.ckpt_path:
-            _require_checkpoint(Path(self.ckpt_path))
+            checkpoints.read(Path(self.ckpt_path))
         elif self.command == "predict":
             raise UserError("predict needs --ckpt_path, the checkpoint of a finished run")
         elif self.command != "fit":
@@ -120,6 +145,69 @@ class Run(LightningCLI):
         if dropped:
             _note(f"{method.class_path} takes no {', '.join(sorted(dropped))}: dropped")
 
+    # -- the run's folder and checkpoint
+
+    @property
+    def root(self) -> Path:
+        """Where the config's runs are."""
+        method = self.config.model.init_args.method.class_path.rsplit(".", 1)[-1].lower()
+        return Path(self.config.trainer.default_root_dir or ROOT, f"{self.config.name}-{method}")
+
+    def _choose_checkpoint(self) -> None:
+        """Fill in a ``ckpt_path`` that was left to this program: ``last``, and that of a job that SLURM restarts."""
+        fits = self.command == "fit" and not self.config.trainer.fast_dev_run
+        if fits and os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+            same = (folder.resolve() for folder in _versions(self.root) if _read(folder / _JOB) == self._job)
+            self.folder = next(same, None)
+        if not self.folder and self.ckpt_path != "last":
+            return
+        asked = "the requeued job" if self.folder else "--ckpt_path last"
+        folders = [self.folder] if self.folder else self._run_folders()
+        each = (checkpoints.newest(checkpoints.files_of(folder), _pass_over) for folder in folders)
+        found = next(filter(None, each), None)
+        if found:
+            self.ckpt_path = str(found[0])
+            _note(f"{asked} takes {relative(found[0])}, step {found[1]}")
+        elif self.ckpt_path != "last":  # requeued before its first checkpoint
+            _note(f"{asked} starts from {self.ckpt_path or 'the beginning'} again")
+        elif self.command == "fit":
+            self.ckpt_path = None
+            _note(f"{asked} finds no checkpoint in {relative(self.folder or self.root)}, the run begins anew")
+        else:
+            raise UserError(f"--ckpt_path last finds no checkpoint in {self.root}, run fit first or give a file")
+
+    def _run_folders(self) -> list[Path]:
+        """The folders of the config's runs, the newest first; for the ``config.yaml`` of a run its own."""
+        own = Path(self.files[0]).resolve() if self.files else Path()
+        if own.name == "config.yaml" and own.parent.parent == self.root.resolve():
+            return [own.parent]
+        return [folder.resolve() for folder in _versions(self.root)]
+
+    @property
+    def _job(self) -> str:
+        """What tells a run that SLURM starts again from all others: its job, its place in it, and its command."""
+        place = ".".join(os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+        return f"{place} {shlex.join([*self.files, *self.options])}"
+
+    def _choose_folder(self) -> tuple[Path, bool]:
+        """The folder of the run that ``ckpt_path`` belongs to, or a new one; and whether it is new."""
+        folder = self.folder or (_folder_of(Path(self.ckpt_path)) if self.ckpt_path else None)
+        is_new = folder is None
+        folder = folder or _new_version(self.root)
+        if "SLURM_JOB_ID" in os.environ:
+            self._write(folder / _JOB, self._job)
+        return folder, is_new
+
+    @rank_zero_only
+    def _write(self, path: Path, text: str) -> None:
+        path.write_text(text)
+
+    def before_instantiate_classes(self) -> None:
+        # A task takes only a class that is imported: what a checkpoint names must not run, what a config names may.
+        module = str(self.config.model.init_args.get("optimizer")).rpartition(".")[0]
+        with contextlib.suppress(ImportError, ValueError):
+            import_module(module)
+
     # -- the trainer
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -128,11 +216,14 @@ class Run(LightningCLI):
         loggers: Any = settings.logger
         if self.command == "fit" and not settings.fast_dev_run:
             self.folder, self.is_new = self._choose_folder()
+            # Beside its name this tells Lightning where SLURM's checkpoints are.
+            kwargs |= {"default_root_dir": self.folder, "plugins": _plugins(settings)}
         if loggers in (None, True):
             loggers = _loggers(self.folder) if self.folder else False
-        callbacks += self._default_callbacks(settings, callbacks, bool(loggers))
+        callbacks = self._default_callbacks(settings, callbacks, bool(loggers)) + callbacks
         try:
             trainer = super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+            refuse_copies(trainer.strategy)
         except Exception:
             self._discard_folder()
             raise
@@ -141,8 +232,13 @@ class Run(LightningCLI):
         return trainer
 
     def _default_callbacks(self, settings: Any, users: Sequence[Callback], logs: bool) -> list[Callback]:
-        """What the user's own callbacks do not already do."""
-        callbacks: list[Callback] = []
+        """What the user's own callbacks do not already do; interrupts come before anything of the next step."""
+        saves = self.folder if settings.enable_checkpointing is not False else None
+        self.interrupts = Interrupts(saves, Path(self.ckpt_path) if self.ckpt_path else None)
+        callbacks: list[Callback] = [self.interrupts]
+        if self.folder:
+            settings_text = self.parser.dump(self.config, skip_none=False)
+            callbacks += [ContinuedCurves(), _KeepSettings(self.folder / "config.yaml", settings_text)]
         if self.folder and settings.enable_checkpointing is not False and not _chooses_best(users):
             callbacks.append(_best_and_last(self.folder))
         if self.folder and logs and not _has(users, LearningRateMonitor):
@@ -158,23 +254,20 @@ class Run(LightningCLI):
         checkpoint = Path(self.ckpt_path)
         folder = _folder_of(checkpoint) or checkpoint.parent
         if not isinstance(self.datamodule, GLUEData):
-            return PredictionWriter(Path(self.output or folder / "predictions.csv"))
+            file = Path(self.output or folder / "predictions.csv")
+            if file.is_dir():
+                raise UserError(f"--output {file} is a folder, name a file in it, such as {file / 'predictions.csv'}")
+            _require_writable(file.parent)
+            return PredictionWriter(file)
         if self.output and Path(self.output).suffix:
             raise UserError(f"--output {self.output} must be a folder, as GLUE gives its files their names")
-        return GLUEWriter(Path(self.output or folder))
-
-    def _choose_folder(self) -> tuple[Path, bool]:
-        """The folder of the run that ``ckpt_path`` belongs to, or a new one; and whether it is new."""
-        if self.ckpt_path and (folder := _folder_of(Path(self.ckpt_path))):
-            return folder, False
-        method = self.config.model.init_args.method.class_path.rsplit(".", 1)[-1].lower()
-        root = self.config.trainer.default_root_dir or ROOT
-        return _new_version(Path(root, f"{self.config.name}-{method}")), True
+        _require_writable(folder := Path(self.output or folder))
+        return GLUEWriter(folder)
 
     @rank_zero_only
     def _discard_folder(self) -> None:
         """A run that never took a step leaves nothing behind."""
-        if self.folder and self.is_new:
+        if self.folder and self.is_new and not checkpoints.files_of(self.folder):
             shutil.rmtree(self.folder, ignore_errors=True)
             if not any(self.folder.parent.iterdir()):
                 self.folder.parent.rmdir()
@@ -183,14 +276,28 @@ class Run(LightningCLI):
 
     def start(self) -> None:
         """Run the subcommand."""
-        getattr(self, self.command)()
+        with self.interrupts.watch(self.trainer), self._ending_together():
+            getattr(self, self.command)()
+
+    @contextlib.contextmanager
+    def _ending_together(self) -> Iterator[None]:
+        """An error of one process ends all of them, and what the user can mend is said once."""
+        try:
+            yield
+        except Exception as error:
+            if rank_zero_only.rank and isinstance(error, UserError):  # type: ignore[attr-defined]
+                time.sleep(_LET_THE_FIRST_SPEAK)
+            children = getattr(self.trainer.strategy.launcher, "procs", [])
+            if not isinstance(error, UserError) and any(_has_refused(child) for child in children):
+                raise SystemExit(2) from error
+            for child in children:
+                child.kill()
+            raise
 
     def fit(self) -> None:
-        if self.folder:
-            self._save_config(self.folder)
         try:
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
-        except Exception:
+        except (Exception, Interrupted):
             if not self.trainer.global_step:
                 self._discard_folder()
             raise
@@ -201,10 +308,10 @@ class Run(LightningCLI):
             scores = self._evaluate("test", best or None)
         if best:
             chosen: Any = choosing[0]
-            which = f"best checkpoint: {_relative(best)} ({chosen.monitor} {float(chosen.best_model_score):.4f})"
+            which = f"best checkpoint: {relative(best)} ({chosen.monitor} {float(chosen.best_model_score):.4f})"
         else:
             which = "no checkpoint was chosen by validation, the scores are those of the last weights"
-        where = f"run written to {_relative(self.folder)}" if self.folder else "fast_dev_run: nothing written"
+        where = f"run written to {relative(self.folder)}" if self.folder else "fast_dev_run: nothing written"
         self._close(scores, [which, where])
 
     def validate(self) -> None:
@@ -226,7 +333,7 @@ class Run(LightningCLI):
             weights_only=True,
             return_predictions=False,
         )
-        files = " and ".join(str(_relative(file)) for file in self.writer.files)
+        files = " and ".join(str(relative(file)) for file in self.writer.files)
         self._close({}, [f"{self.writer.rows} predictions written to {files}"])
 
     # -- closing words
@@ -246,9 +353,12 @@ class Run(LightningCLI):
         for line in lines:
             console.print(line, markup=False)
 
-    @rank_zero_only
-    def _save_config(self, folder: Path) -> None:
-        self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True)
+
+def _has_refused(child: subprocess.Popen) -> bool:
+    """Whether a process that was started ends by itself, after it has told the user why."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return child.wait(2 * _LET_THE_FIRST_SPEAK) == 2
+    return False
 
 
 def _as_options(settings: config.Node, overlay: config.Node | None) -> list[str]:
@@ -259,34 +369,32 @@ def _as_options(settings: config.Node, overlay: config.Node | None) -> list[str]
     return [option for node in nodes for option in ("--config", config.write(node))]
 
 
-def _require_checkpoint(path: Path) -> None:
-    """Refuse a missing, truncated or foreign file; the tensors themselves stay on disk."""
-    if not path.is_file():
-        near = did_you_mean(str(path), map(str, path.parent.glob("*.ckpt")))
-        raise UserError(f"--ckpt_path {path} does not exist{near}")
-    try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"--ckpt_path {path} cannot be read, it is truncated or no checkpoint of this package: give another file"
-        ) from error
-    if not (isinstance(content, dict) and "state_dict" in content and "pytorch-lightning_version" in content):
-        raise UserError(f"--ckpt_path {path} holds no Lightning checkpoint (for weights use model.backbone_checkpoint)")
+def _require_writable(folder: Path) -> None:
+    """Refuse a place for predictions before an hour of predicting, without making it yet."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"predictions cannot be written into {folder}, name another place with --output")
 
 
 def _folder_of(checkpoint: Path) -> Path | None:
     """The folder of the run that wrote ``checkpoint``, or None for a file that lies elsewhere."""
-    folder = checkpoint.resolve().parent.parent
-    is_run = checkpoint.resolve().parent.name == "checkpoints" and (folder / "config.yaml").is_file()
-    return folder if is_run else None
+    path = checkpoint.resolve()
+    runs = (folder for folder in path.parents[:2] if (folder / "config.yaml").is_file())
+    return next((folder for folder in runs if path in checkpoints.files_of(folder)), None)
+
+
+def _versions(root: Path) -> list[Path]:
+    """The run folders ``version_N`` below ``root``, the newest first."""
+    folders = (path for path in root.glob("version_*") if path.name[8:].isdigit())
+    return sorted(folders, key=lambda path: int(path.name[8:]), reverse=True)
 
 
 def _new_version(root: Path) -> Path:
     """The next free ``version_N`` below ``root``, taken at once, so that runs started together do not share one."""
-    taken = [int(path.name[8:]) for path in root.glob("version_*") if path.name[8:].isdigit()]
-    number = max(taken, default=-1) + 1
+    number = next((int(path.name[8:]) for path in _versions(root)), -1) + 1
     if rank_zero_only.rank:  # type: ignore[attr-defined]
-        return root / f"version_{number}"  # the other ranks write nothing
+        # Only the first rank writes; those that it starts itself learn where, as the folder exists by then.
+        return Path(os.environ.get(_FOLDER) or root / f"version_{number}")
     while True:
         folder = root / f"version_{number}"
         try:
@@ -298,12 +406,20 @@ def _new_version(root: Path) -> Path:
                 f"trainer.default_root_dir: {folder} cannot be made ({error.strerror}), give a folder for the runs"
             ) from error
         else:
+            os.environ[_FOLDER] = str(folder.resolve())
             return folder.resolve()
 
 
 def _loggers(folder: Path) -> list[Logger]:
     home = (folder.parent, "", folder.name)
-    return [TensorBoardLogger(*home, default_hp_metric=False), ContinuedCSVLogger(*home)]
+    return [ContinuedTensorBoardLogger(*home, default_hp_metric=False), ContinuedCSVLogger(*home)]
+
+
+def _plugins(settings: Any) -> list[Any]:
+    """The user's plugins, and our way of writing a checkpoint unless theirs say another."""
+    plugins = _as_list(settings.plugins)
+    theirs = [*plugins, getattr(settings.strategy, "_checkpoint_io", None)]
+    return plugins if _has(theirs, CheckpointIO) else [*plugins, checkpoints.AtomicCheckpointIO()]
 
 
 def _best_and_last(folder: Path) -> ModelCheckpoint:
@@ -317,6 +433,18 @@ def _best_and_last(folder: Path) -> ModelCheckpoint:
         # A resumed run replaces its own last.ckpt instead of beginning a last-v1.ckpt beside it.
         enable_version_counter=False,
     )
+
+
+class _KeepSettings(Callback):
+    """Writes a run's ``config.yaml``, once nothing can refuse the settings any more."""
+
+    def __init__(self, path: Path, text: str) -> None:
+        self.path, self.text = path, text
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            with replacing(self.path) as file:
+                file.write(self.text.encode())
 
 
 class _Progress(RichProgressBar):
@@ -334,18 +462,20 @@ def _chooses_best(callbacks: Sequence[Callback]) -> bool:
     return any(isinstance(callback, ModelCheckpoint) and callback.monitor for callback in callbacks)
 
 
-def _has(callbacks: Sequence[Callback], kind: type[Callback]) -> bool:
-    return any(isinstance(callback, kind) for callback in callbacks)
+def _has(objects: Sequence[Any], kind: type) -> bool:
+    return any(isinstance(each, kind) for each in objects)
 
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
 
 
-def _relative(path: str | Path) -> Path:
-    """``path`` as seen from here, where that is shorter."""
-    path, here = Path(path).resolve(), Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+def _read(path: Path) -> str | None:
+    return path.read_text() if path.is_file() else None
+
+
+def _pass_over(file: Path) -> None:
+    _note(f"{relative(file)} cannot be read and is passed over")
 
 
 @rank_zero_only
@@ -356,6 +486,8 @@ def _note(text: str) -> None:
 def _quieten() -> None:
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
+    if rank_zero_only.rank:  # type: ignore[attr-defined]
+        warnings.simplefilter("ignore")  # the first rank warns of the same
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).addFilter(_is_no_advertisement)
 

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
 
+from srlora_pl.checkpoints import keep_to_own_folders
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Method
+from srlora_pl.lowrank.importance import all_finite
 from srlora_pl.mixin import SRLoRAMixin
 from srlora_pl.peft_format import PeftFolder
 from srlora_pl.resume import ExactResume
 from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, param_groups, schedule_factor
-
 from srlora_pl.tasks.scores import Mean
+
 Batch = dict[str, Tensor]
 # By data loader; MNLI has two development sets, matched and mismatched.
 SPLITS = {"val": ("val", "val_mm"), "test": ("test", "test_mm")}
@@ -206,9 +208,19 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         bad = self.trainer.strategy.reduce_boolean_decision(bool(self._non_finite), all=False)
         if bad and not self._is_tuning:
             raise UserError(
-                f"The training loss became NaN or infinite in steps {first} to {last}: lower model.lr, raise "
-                "model.warmup_steps, set trainer.gradient_clip_val or use trainer.precision bf16-mixed or 32-true; "
-                "nothing was saved since, so the last checkpoint is good."
+                f"The training loss became NaN or infinite in steps {first} to {last}: go on from the last checkpoint, "
+                "which is good, with another trainer.precision (bf16-mixed, 32-true) or trainer.gradient_clip_val, or "
+                "start anew with a lower model.lr or more model.warmup_steps."
+            )
+
+    def _refuse_non_finite_weights(self) -> None:
+        """The loss of a step may be finite, and its gradients not."""
+        finite = bool(all_finite([p for p in self.parameters() if p.requires_grad]))
+        if not self.trainer.strategy.reduce_boolean_decision(finite) and not self._is_tuning:
+            raise UserError(
+                f"The weights became NaN or infinite before step {self.global_step + 1}, though the loss was finite: "
+                "go on from the last checkpoint, which is good, with trainer.precision 32-true or 64-true, or start "
+                "anew with a lower model.lr."
             )
 
     @property
@@ -236,6 +248,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
+        super().on_validation_epoch_end()
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
@@ -270,12 +283,15 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._refuse_non_finite_loss()
+        self._refuse_non_finite_weights()
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("hyper_parameters", {})
         # To go on, all must agree: the optimizer's state would bring the old values back without a word.
         resumes = self._trainer is not None and self.trainer.state.fn == "fit"
+        if resumes:
+            keep_to_own_folders(checkpoint, self.trainer.checkpoint_callbacks)  # type: ignore[attr-defined]
         for key in sorted(set(saved) - FREE) if resumes else IDENTITY:
             if key in saved and _identity(saved[key]) != _identity(self.hparams.get(key)):
                 mend = "give it data of as many classes" if key == "num_classes" else f"set model.{key} to the former"
