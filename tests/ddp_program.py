@@ -19,6 +19,7 @@ from torch import Tensor
 
 from srlora_pl import ImageClassifier, ImageData, SRLoRA, TextClassifier, TextData, UserError
 from srlora_pl.cli import main
+from srlora_pl.data import tokens
 from srlora_pl.data.sources import Digits
 from srlora_pl.lowrank.importance import all_finite
 from srlora_pl.lowrank.spectrum import Spectrum
@@ -251,7 +252,10 @@ def both(home: Path) -> None:
     found["images"] = images(home, 2, "64-true")
     found["spectra"] = len(spectra)
     found["images32"] = images(home, 2, "32-true")
+    read, tokenise = [], tokens._tokenize
+    tokens._tokenize = lambda *args: read.append(len(args[1])) or tokenise(*args)  # type: ignore[assignment, func-returns-value]
     found["texts"] = texts(home, 2)
+    found["tokenised"] = read
     found["dropout"] = with_dropout(home, rank)
     found["resumed"] = {p: with_dropout(home, rank, home / f"{p}.ckpt") for p in (5, 10)}
     found["nan"] = with_nan(home, rank)

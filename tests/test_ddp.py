@@ -8,15 +8,19 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from filelock import FileLock
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from srlora_pl import UserError
+from srlora_pl.cli import main
 from srlora_pl.data.base import Share
+from srlora_pl.run import Run
 from tests import ddp_program
 from tests.ddp_program import FewDigits, classifier, trainer
 
@@ -141,6 +145,10 @@ def test_one_process_decides_and_says_so_once_a_switch(ranks):
         assert Counter(steps) == {0: ddp_program.STEPS - 4, 1: 3}
 
 
+def test_one_process_tokenises_for_all(ranks):
+    assert [each["tokenised"] for each in ranks] == [[50, 1, ddp_program.HELD_OUT], []]
+
+
 def test_what_one_process_decides_is_what_all_do(home):
     """The other one's own scores do not matter."""
     module = classifier(home)
@@ -254,3 +262,59 @@ def test_predictions_are_all_there_and_in_order(home, ranks):
         rows = list(csv.DictReader(file))
     assert [Path(row["sample"]).name for row in rows] == [f"{i}.png" for i in range(5)]
     assert all(row["label"] in "0123456789" and 0 < float(row["probability"]) <= 1 for row in rows)
+
+
+def test_copies_of_the_model_are_not_trained(tmp_path, capsys):
+    options = [f"--trainer.default_root_dir={tmp_path}", "--trainer.devices=2", "--trainer.strategy=ddp_spawn"]
+    assert main(["fit", "--config", str(ROOT / "configs/quickstart.yaml"), *options]) == 2
+    assert "ddp_notebook train a copy of the model" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_copies_of_the_model_are_not_trained_from_python_either(alone):
+    module = classifier(alone)
+    module.trainer = trainer(alone, 2, strategy="ddp_spawn")
+    with pytest.raises(UserError, match="ddp_notebook train a copy"):
+        module._refuse_what_cannot_be_right()
+
+
+def ending(error: Exception, *children: subprocess.Popen) -> None:
+    """``error`` in the process that started ``children``."""
+    run: Any = Run.__new__(Run)
+    run.trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=children)))
+    with run._ending_together():
+        raise error
+
+
+def child(code: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, "-S", "-c", code])
+
+
+def test_an_error_ends_the_other_processes():
+    waiting = child("import time; time.sleep(600)")
+    with pytest.raises(UserError, match="once"):
+        ending(UserError("said once"), waiting)
+    assert waiting.wait(60) == -signal.SIGKILL
+
+
+def test_what_another_process_has_refused_is_no_bug_here():
+    with pytest.raises(SystemExit) as stop:
+        ending(RuntimeError("Connection closed by peer"), child("raise SystemExit(2)"))
+    assert stop.value.code == 2
+
+
+def test_a_bug_stays_one():
+    with pytest.raises(RuntimeError, match="bug"):
+        ending(RuntimeError("bug"), child("raise SystemExit(0)"))
+
+
+def test_the_first_process_speaks_first(monkeypatch):
+    waits: list[float] = []
+    monkeypatch.setattr("srlora_pl.run.time.sleep", waits.append)
+    with pytest.raises(UserError):
+        ending(UserError("said once"))
+    assert not waits
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    with pytest.raises(UserError):
+        ending(UserError("said by the first"))
+    assert len(waits) == 1

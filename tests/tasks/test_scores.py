@@ -8,7 +8,7 @@ from sklearn import metrics as sk
 from torch import Tensor
 
 from srlora_pl.errors import UserError
-from srlora_pl.tasks.scores import metrics
+from srlora_pl.tasks.scores import Mean, metrics
 
 
 def computed(problem: str, names: list[str], classes: int, preds: Tensor, target: Tensor) -> dict[str, float]:
@@ -141,3 +141,16 @@ def test_multi_label_scores(case):
 def test_unknown_scores_are_refused(names, words):
     with pytest.raises(UserError, match=words):
         metrics("single_label", names, 2)
+
+
+def test_a_mean_does_not_depend_on_how_the_batches_are_cut():
+    values = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) + torch.arange(10_000) % 7 * 1000
+    means = []
+    for size in (1, 64, 10_000):
+        metric = Mean().to("cpu")  # moving resets the dtype that torchmetrics' own mean casts to
+        for batch in values.split(size):
+            metric.update(batch)
+        means.append(float(metric.compute()))
+    assert means == pytest.approx([float(values.double().mean())] * 3, rel=1e-14)
+    metric.update(torch.tensor([torch.nan]))
+    assert metric.compute().isnan()
