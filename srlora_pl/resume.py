@@ -72,7 +72,7 @@ class ExactResume(_Module):
             fit_loop.on_advance_end()  # the end of the epoch, which Lightning would leave out
             loop.batch_progress.reset_on_run()
             fit_loop.reset_restart_stage()
-        if loop.restarting and loop._should_check_val_fx(fit_loop._data_fetcher):
+        if loop.restarting and loop._should_check_val_fx(fit_loop._data_fetcher) and not fit_loop.done:
             loop._batches_that_stepped -= step_is_over  # Lightning is about to skip this validation, and counts
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
@@ -114,12 +114,12 @@ class ExactResume(_Module):
         return in_batch_end and trainer.fit_loop.epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get(_KEY)
-        resumes = state is not None and self._trainer is not None and self.trainer.state.fn == "fit"
-        if resumes:
+        resumes = self._trainer is not None and self.trainer.state.fn == "fit"
+        state = checkpoint.get(_KEY) if resumes else None
+        if state is not None:
             self._require_same(state)  # before weights are compared that another seed may have made
         super().on_load_checkpoint(checkpoint)
-        if not resumes:
+        if state is None:
             return
         self._half_done = state["gradients"] or None
         if self._half_done and self.trainer.world_size > 1:

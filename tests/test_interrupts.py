@@ -73,7 +73,7 @@ def assert_same(folder: Path, expected: Path) -> None:
     assert sorted(path.name for path in folder.glob("checkpoints/*")) == files
     for file in files:
         one, other = (torch.load(each / "checkpoints" / file, weights_only=True) for each in (folder, expected))
-        for key in ("global_step", "epoch", "state_dict", "optimizer_states", "lr_schedulers", "srlora"):
+        for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers", "srlora"):
             assert_equal(one[key], other[key])
 
 
@@ -115,3 +115,38 @@ def test_a_signalled_run_goes_on_as_if_nothing_had_happened(hook, step, number, 
     assert command[:3] == ["fit", "--config", str(folder.relative_to(tmp_path) / "config.yaml")]
     go_on(tmp_path, *command)
     assert_same(folder, expected)
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_sanity_check_start", "on_validation_batch_start"])
+def test_before_the_first_step_there_is_nothing_to_save(hook, tmp_path) -> None:
+    with signal_at(hook, 0, signal.SIGTERM):
+        (tmp_path / "small.yaml").write_text(RUN)
+        assert go_on(tmp_path, "fit", "--config", "small.yaml", code=143, says="before the first step") == []
+    assert not (tmp_path / "runs/small-srlora").exists()
+
+
+def test_a_resumed_run_that_is_stopped_at_its_start_says_the_same_command(tmp_path, expected) -> None:
+    with signal_at("on_train_batch_start", 5, signal.SIGINT):
+        folder = begin(tmp_path, code=130)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".ckpt", ".csv", ".yaml")}
+    arguments = ["fit", "--config", "small.yaml", "--ckpt_path", "last"]
+    with signal_at("setup", 0, signal.SIGINT):
+        command = go_on(tmp_path, *arguments, code=130, says="before the first step")
+    assert command[-1] == "runs/small-srlora/version_0/checkpoints/last.ckpt"
+    assert {path: path.read_bytes() for path in before} == before
+    go_on(tmp_path, *command)
+    assert_same(folder, expected)
+
+
+def test_other_commands_stop_at_once(tmp_path, expected) -> None:
+    with signal_at("on_test_batch_start", 0, signal.SIGTERM):
+        checkpoint = expected / "checkpoints/last.ckpt"
+        (tmp_path / "small.yaml").write_text(RUN)
+        code, _, err = cli("test", "--config", "small.yaml", "--ckpt_path", checkpoint, home=tmp_path)
+    assert code == 143
+    assert err.splitlines()[-1] == "interrupted by SIGTERM"
+
+
+def test_handlers_are_put_back(expected) -> None:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
