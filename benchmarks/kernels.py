@@ -77,7 +77,10 @@ def main() -> None:
     rows = [
         [
             shape,
-            *(f"{value:.2f}{'*' * kernels.merging_pays(n, *map(int, shape.split('x')))}" for n, value in each.items()),
+            *(
+                f"{value:.2f}{'*' * kernels.merging_pays(n, *map(int, shape.split('x')), arguments.precision != '32')}"
+                for n, value in each.items()
+            ),
         ]
         for shape, each in found.items()
     ]

@@ -37,9 +37,8 @@ def batches(task: str, root: str, module: TextClassifier, size: int, padded: boo
     return [data.train_set.__getitems__([(int(i), 0) for i in each]) for each in chosen]
 
 
-def step(
-    module: TextClassifier, optimizer: torch.optim.Optimizer, batch: dict[str, Any], device: torch.device
-) -> float:
+def step(module: TextClassifier, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> float:
+    device = module.device
     batch = {name: value.to(device) for name, value in batch.items()}
     begin = time.perf_counter()
     module.training_loss(batch).backward()

@@ -141,14 +141,23 @@ def test_the_merged_weight_is_not_kept_for_the_backward_pass():
     assert {t.data_ptr() for t in kept} == {given[name].data_ptr() for name in ("x", "weight", "A", "B")}
 
 
-@pytest.mark.parametrize(("rows", "way"), [(2, "two_branches"), (3, "merged")])
-def test_few_rows_take_two_branches(rows, way, monkeypatch):
-    """in = 6, out = 4: merging pays from 24 / 10 rows on."""
+@pytest.mark.parametrize(
+    ("rows", "dtype", "way"),
+    [
+        (9, None, "two_branches"),
+        (10, None, "merged"),
+        (2, torch.bfloat16, "two_branches"),
+        (3, torch.bfloat16, "merged"),
+    ],
+)
+def test_few_rows_take_two_branches(rows, dtype, way, monkeypatch):
+    """in = 6, out = 4: merging pays from 4 * 24 / 10 rows on, in half precision from 24 / 10."""
     called = []
     for name in ("two_branches", "merged"):
         original = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, n=name, f=original, **k: called.append(n) or f(*a, **k))
-    low_rank_linear(**operands("plain", (rows,)))
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        low_rank_linear(**operands("plain", (rows,), torch.float32))
     assert called == [way]
 
 
