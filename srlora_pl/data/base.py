@@ -7,6 +7,7 @@ has to start its sampler at ``divmod(processed, batches per epoch)``.
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
+from multiprocessing.connection import wait
 from typing import Any
 
 import lightning as L
@@ -276,7 +277,7 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if isinstance(self.batch_sampler, EpochBatches):
             self.batch_sampler.take_position()
-        batches = map(_raise_user_error, super().__iter__())
+        batches = map(_raise_user_error, _watch_workers(super().__iter__()))
         return map(self.sampler.mark, count(), batches) if isinstance(self.sampler, Share) else batches
 
     def state_dict(self) -> dict[str, Any]:
@@ -288,6 +289,25 @@ class Loader(DataLoader):
 
 
 Loaders = Loader | list[Loader]
+
+
+def _watch_workers(batches: Any) -> Iterator[Any]:
+    """The batches of a DataLoader's iterator; what a worker's death in the middle of one raises has many names."""
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            # The pipe of a dying process closes a little before the process is gone.
+            workers = getattr(batches, "_workers", ())
+            if workers and wait([worker.sentinel for worker in workers], timeout=1):
+                raise UserError(
+                    "A process that loads data died, killed perhaps for want of memory: lower data.num_workers or "
+                    "data.batch_size, and go on with --ckpt_path last."
+                ) from error
+            raise
+        yield batch
 
 
 def user_error_as_batch(error: UserError) -> Batch:

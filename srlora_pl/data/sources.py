@@ -72,6 +72,8 @@ class Pictures:
                 return use(image)
         except UserError as error:
             raise UserError(f"The image {self.name(index)} {error}.") from None
+        except FileNotFoundError:
+            raise UserError(f"The image {self.name(index)} is not there any more; put it back.") from None
         except (*_BROKEN, Image.DecompressionBombError) as error:
             reason = "is not an image" if isinstance(error, UnidentifiedImageError) else f"is broken ({error})"
             raise UserError(f"The image {self.name(index)} {reason}; replace or remove it.") from None
