@@ -259,7 +259,9 @@ def outcome(home: Path) -> dict[str, Any]:
     (file,) = home.glob("runs/*/*/checkpoints/last.ckpt")
     folder = file.parent.parent
     last = torch.load(file, weights_only=True)
-    (best,) = folder.glob("checkpoints/best-*.ckpt")
+    # A kill between writing a better one and deleting the old one leaves both; the run knows which is the best.
+    states = [state for state in last["callbacks"].values() if state.get("monitor") == "val/loss"]
+    best = Path(states[0]["best_model_path"])
     events = EventAccumulator(str(folder), {"scalars": 0}).Reload()
     with (folder / "metrics.csv").open() as metrics:
         rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(metrics)]
