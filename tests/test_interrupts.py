@@ -1,24 +1,35 @@
-"""Runs that a signal ends, and the command that they say to go on with."""
+"""Runs that a signal ends or kills; they go on, by the command that they say or from their last file."""
 
 import contextlib
+import errno
 import os
 import shlex
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+import yaml
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from srlora_pl.checkpoints import AtomicCheckpointIO
+from srlora_pl.run import Run
 from tests.test_cli import SMALL_RUN, _no_trace, cli  # noqa: F401
 
-RUN = SMALL_RUN + "  callbacks: [{class_path: tests.test_interrupts.SignalAt}]\n"
+RUN = f"""{SMALL_RUN}
+  callbacks:
+    - class_path: ModelCheckpoint
+      init_args: {{every_n_train_steps: 5, save_top_k: -1}}
+    - class_path: {__name__}.SignalAt
+"""
 
 
-class SignalAt(Callback):
-    """Sends this process the signal that ``SIGNAL_AT`` says, once: 'HOOK STEP SIGNAL'."""
+class SignalAt(Checkpoint):
+    """Sends this process the signal that ``SIGNAL_AT`` says, once: 'HOOK STEP SIGNAL'; after all others have saved."""
 
     def __init__(self) -> None:
         hook, self.step, self.signal = os.environ.get("SIGNAL_AT", "teardown -1 0").split()
@@ -49,6 +60,16 @@ def begin(home: Path, *options: object, code: int = 0, says: str = "") -> Path:
     (home / "small.yaml").write_text(RUN)
     go_on(home, "fit", "--config", "small.yaml", *options, code=code, says=says)
     return home / "runs/small-srlora/version_0"
+
+
+def kill(home: Path, *arguments: object) -> None:
+    """The same in a process that a SIGKILL ends."""
+    if (child := os.fork()) == 0:
+        with contextlib.suppress(BaseException):
+            cli(*arguments, home=home)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    del os.environ["SIGNAL_AT"]
 
 
 def go_on(home: Path, *arguments: object, code: int = 0, says: str = "") -> list[str]:
@@ -150,3 +171,98 @@ def test_other_commands_stop_at_once(tmp_path, expected) -> None:
 def test_handlers_are_put_back(expected) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "every"),
+    [
+        ("on_train_batch_end", 10, 5),  # its file is written, its row is not logged yet
+        ("on_train_batch_start", 11, 5),  # rows of two steps more are logged
+        ("on_validation_batch_start", 8, 8),  # of the file's own validation
+        ("on_validation_end", 12, 5),  # the last file is written in the same hook
+        ("on_test_batch_start", 12, 5),
+    ],
+)
+def test_a_killed_run_goes_on_from_its_last_file(hook, step, every, tmp_path, expected) -> None:
+    (tmp_path / "small.yaml").write_text(RUN.replace("every_n_train_steps: 5", f"every_n_train_steps: {every}"))
+    arguments = ["fit", "--config", "small.yaml", "--ckpt_path", "last"]
+    with signal_at(hook, step, signal.SIGKILL):
+        kill(tmp_path, *arguments)
+    go_on(tmp_path, *arguments, says=f", step {step // every * every if step < 12 else 12}\n")
+    assert_same(tmp_path / "runs/small-srlora/version_0", expected)
+
+
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_last_serves_every_command(command, tmp_path, expected) -> None:
+    says = "note: --ckpt_path last takes runs/small-srlora/version_0/checkpoints/last.ckpt, step 12\n"
+    home = expected.parents[2]
+    options = ["--output", tmp_path / "predictions.csv"] if command == "predict" else []
+    go_on(home, command, "--config", "small.yaml", "--ckpt_path", "last", *options, says=says)
+    go_on(home, command, "--config", expected / "config.yaml", "--ckpt_path", "last", *options, says=says)
+    (tmp_path / "small.yaml").write_text(RUN)
+    without = f"error: --ckpt_path last finds no checkpoint in runs{os.sep}small-srlora"
+    go_on(tmp_path, command, "--config", "small.yaml", "--ckpt_path", "last", code=2, says=without)
+
+
+def test_last_passes_over_what_it_cannot_read(tmp_path, expected) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(expected.parents[2], home)
+    folder = home / "runs/small-srlora/version_0"
+    whole = (folder / "checkpoints/last.ckpt").read_bytes()
+    for path in folder.glob("checkpoints/*"):
+        if "step=5" not in path.name:
+            path.write_bytes(whole[:-1000])
+    (home / "runs/small-srlora/version_1/checkpoints").mkdir(parents=True)
+    (home / "runs/small-srlora/version_1/checkpoints/last.ckpt").write_bytes(b"")
+    code, _, err = cli("test", "--config", "small.yaml", "--ckpt_path", "last", home=home)
+    assert code == 0, err
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    runs = "note: runs/small-srlora"
+    assert notes[0] == f"{runs}/version_1/checkpoints/last.ckpt cannot be read and is passed over"
+    assert f"{runs}/version_0/checkpoints/last.ckpt cannot be read and is passed over" in notes
+    assert notes[-1].endswith("version_0/checkpoints/epoch=0-step=5.ckpt, step 5")
+    assert len(notes) == 5
+
+
+def test_last_begins_a_run_where_there_is_none(tmp_path) -> None:
+    says = "note: --ckpt_path last finds no checkpoint in runs/small-srlora, the run begins anew\n"
+    folder = begin(tmp_path, "--ckpt_path", "last", "--trainer.max_steps", 4, says=says)
+    assert (folder / "checkpoints/last.ckpt").is_file()
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path, expected) -> None:
+    home = tmp_path / "home"
+    shutil.copytree(expected.parents[2], home)
+    folder = home / "runs/small-srlora/version_0"
+    before = curves(folder), {path: path.read_bytes() for path in folder.rglob("*") if "events" not in path.name}
+    arguments = ["--config", "small.yaml", "--ckpt_path", folder / "checkpoints/epoch=0-step=5.ckpt"]
+    go_on(home, "fit", *arguments, "--model.lr", 1, code=2, says="model.lr")
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "events" not in path.name}
+    assert (curves(folder), after) == before
+
+
+def test_a_full_disk_ends_a_run_in_one_sentence(tmp_path, monkeypatch) -> None:
+    saves, sync = [], os.fsync
+
+    def fsync(descriptor: int) -> None:
+        saves.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if "best-step8" in saves[-1]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder = begin(tmp_path, code=2, says="best-step8.ckpt of step 8 could not be written (No space left on device)")
+    assert {path.name for path in folder.glob("checkpoints/*")} == {
+        "best-step4.ckpt",
+        "last.ckpt",
+        "epoch=0-step=5.ckpt",
+    }
+
+
+def test_a_users_way_of_writing_checkpoints_stays(tmp_path) -> None:
+    with contextlib.chdir(tmp_path):
+        contents = [yaml.safe_load(SMALL_RUN)]
+        ours = Run("fit", ["small.yaml"], contents, []).trainer.strategy.checkpoint_io
+        users = Run("fit", ["small.yaml"], contents, ["--trainer.plugins+=TorchCheckpointIO"]).trainer.strategy
+    assert type(ours) is AtomicCheckpointIO
+    assert type(users.checkpoint_io) is TorchCheckpointIO
