@@ -265,6 +265,19 @@ def test_more_classes_in_the_data_than_in_the_head_are_refused(classifier, train
 # Checkpoints
 
 
+def test_only_weights_that_come_from_somewhere_are_left_out(classifier, trainer, loader, tmp_path):
+    weights = tmp_path / "w.safetensors"
+    save_file(build_backbone("vit_tiny_patch16_224", CLASSES, SMALL_VIT).state_dict(), weights)
+    for checkpoint, is_whole in ((None, True), (str(weights), False)):
+        model = classifier(backbone_checkpoint=checkpoint)
+        run = trainer()
+        run.fit(model, loader)
+        run.save_checkpoint(tmp_path / "a.ckpt")
+        saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+        assert ("net.patch_embed.proj.weight" in saved) == is_whole
+        assert {"net.head.weight", "net.blocks.0.attn.qkv.lora_A"} <= set(saved)
+
+
 @pytest.mark.parametrize("method", [LoRA(rank=2, alpha=3.0), PiSSA(rank=3), SRLoRA(target_rank=4, rank=2)])
 def test_a_checkpoint_makes_the_model_again(classifier, trainer, loader, tmp_path, method):
     weights = tmp_path / "w.safetensors"
