@@ -55,6 +55,7 @@ NOISE = (
     ".*does not have many workers which may be a bottleneck",
     ".*fp16 is not supported on CPU",  # said below in one line
     ".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its own folder
+    ".*The dirpath has changed from",  # of test and predict, which save nothing; or the run's folder was moved
     ".*The number of training batches .* is smaller than the logging interval",
     ".*callbacks used to create the checkpoint need to be provided",  # test and predict choose no checkpoint
     ".*treespec, LeafSpec.* is deprecated",
