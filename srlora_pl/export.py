@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
@@ -137,19 +138,23 @@ def _write_adapter(library: "_Library", plain: nn.Module, new: Path, rank: int |
     _require_untouched(base, plain, (*(f"{name}.weight" for name in factors), *(f"{name}." for name in modules)))
     size = peft_format.write(new, factors, modules, library.base_name, library.task_type)
     trained = library.outputs(library.task.net)
-    expected = library.outputs(_changed(copy.deepcopy(base), factors, modules))
+    installed = find_spec("peft") is not None
     notes = [f"it belongs on {library.recipe}"]
-    if find_spec("peft"):
-        from peft import PeftModel
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of PEFT about transformers
-            found = library.outputs(PeftModel.from_pretrained(base, str(new), torch_device="cpu"))
-    else:
+    if not installed:
         notes.append("peft is not installed, so the files were not loaded back")
-        found = expected
-    differences = _compare(found, trained if rank is None else expected, trained)
+    if rank is not None or not installed:
+        rebuilt = library.outputs(_changed(copy.deepcopy(base), factors, modules))
+    found = library.outputs(_in_peft(base, new)) if installed else rebuilt
+    differences = _compare(found, trained if rank is None else rebuilt, trained)
     return Report(new, size, _size(plain.state_dict()), *differences, factors, notes)
+
+
+def _in_peft(base: nn.Module, folder: Path) -> nn.Module:
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT about transformers
+        return PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
 
 
 def _compare(found: Tensor, expected: Tensor, trained: Tensor) -> tuple[float, float]:
@@ -232,8 +237,11 @@ def _whole_or_nothing(target: Path) -> Iterator[Path]:
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
-        if isinstance(error, OSError):
-            raise UserError(f"--output {target} cannot be written ({error.strerror}), nothing was") from error
+        if isinstance(error, OSError | SafetensorError):
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"--output {target} cannot be written ({reason}), so nothing was: name another place"
+            ) from error
         raise
 
 
@@ -351,7 +359,8 @@ class _Transformers(_Library):
     def __init__(self, task: TextClassifier) -> None:
         super().__init__(task)
         self.heads = encoders.head_names(self.task.net)
-        self.base_name = task.backbone_name
+        place = Path(task.backbone_name)
+        self.base_name = str(place.resolve()) if place.is_dir() else task.backbone_name
         self.recipe = self._with_options(
             f"AutoModelForSequenceClassification.from_pretrained({self.base_name!r}, num_labels={task.num_classes}"
         )

@@ -229,7 +229,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads((path / CONFIG).read_text("utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"model.adapter {path} holds no {CONFIG}: give a folder that the PEFT library saved") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path / CONFIG} cannot be read as JSON: give the folder as PEFT saved it") from error
     if not isinstance(config, dict):
         raise UserError(f"{path / CONFIG} holds no settings: give the folder as PEFT saved it")
@@ -258,7 +258,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         why = f"only {PICKLE}, a pickle that could run code" if (path / PICKLE).is_file() else f"no {WEIGHTS}"
         raise UserError(f"model.adapter {path} holds {why}: save it again with safe_serialization=True")
     try:
-        tensors = load_file(file)
+        tensors = {key: value.float() for key, value in load_file(file).items()}  # often saved in half precision
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read, it is damaged or no safetensors file: copy it again") from error
     for key, value in tensors.items():

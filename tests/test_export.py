@@ -12,6 +12,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -126,6 +127,17 @@ def test_a_compressed_adapter_is_what_peft_loads(vit, tmp_path):
         got = loaded.get_parameter(f"{name}.weight").detach() - weights[name]
         tail = torch.linalg.svdvals(exact.B @ exact.A)[3:].norm()
         assert float((got - exact.B @ exact.A).norm()) == pytest.approx(float(tail), abs=1e-5)
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_without_peft_the_adapter_is_checked_in_memory(vit, tmp_path, monkeypatch, rank):
+    task = fit(image_task(vit, SRLORA(target_rank=4)), steps=6)
+    installed = export_model(task, tmp_path / "with", "peft", rank)
+    monkeypatch.setattr(srlora_pl.export, "find_spec", lambda name: None)
+    report = export_model(task, tmp_path / "without", "peft", rank)
+    assert "peft is not installed, so the files were not loaded back" in report.notes
+    assert report.difference == pytest.approx(installed.difference, abs=1e-6)
+    assert (report.difference > 1e-4) == (rank is not None)
 
 
 def test_timm_prepares_images_as_the_run_did(vit, tmp_path):
@@ -278,10 +290,11 @@ def test_files_in_the_way_are_kept_or_asked_about(vit, tmp_path):
 def test_a_crash_between_old_and_new_files_leaves_no_weights(vit, tmp_path, monkeypatch):
     task, target = image_task(vit, LoRA(rank=1)), tmp_path / "out"
     export_model(task, target)
-    replace = Path.replace
+    replace, moved = Path.replace, []
 
     def crash(self, other):
-        if self.name == "model.safetensors":
+        moved.append(self.name)
+        if len(moved) == 2:
             raise KeyboardInterrupt
         return replace(self, other)
 
@@ -331,13 +344,21 @@ def test_files_that_give_other_outputs_are_not_left(vit, tmp_path, monkeypatch, 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_written_is_said_in_a_sentence(vit, tmp_path):
+def test_a_folder_that_cannot_be_written_is_said_in_a_sentence(vit, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     task = image_task(vit, LoRA(rank=1))
     with pytest.raises(UserError, match=r"--output .*/file is a file, give a folder"):
         export_model(task, tmp_path / "file")
-    with pytest.raises(UserError, match=r"--output .*/file/out cannot be written \(.*\), nothing was"):
+    with pytest.raises(UserError, match=r"--output .*/file/out cannot be written \(.*\), so nothing was"):
         export_model(task, tmp_path / "file/out")
+
+    def full(*_):
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(srlora_pl.peft_format, "save_file", full)
+    with pytest.raises(UserError, match=r"out cannot be written \(No space left on device\), so nothing was"):
+        export_model(task, tmp_path / "out", "peft")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("mode", ["merged", "peft"])
@@ -480,6 +501,9 @@ def test_the_command_exports_texts(tmp_path):
     assert len(net.config.id2label) == 2
     assert "LABEL_0" not in net.config.label2id
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w1")["input_ids"]
+    assert export(tmp_path, "--format", "peft", "--output", "peft", checkpoint=checkpoint)[0] == 0
+    settings = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "encoder")  # not where the command was given
 
 
 def test_a_run_whose_backbone_moved(run, tmp_path):

@@ -103,6 +103,26 @@ def test_the_start_computes_what_peft_computes(home, name):
     torch.testing.assert_close(logits(task, batch), wanted, atol=1e-5, rtol=0)
 
 
+def test_an_adapter_in_half_precision_with_a_norm(home, tmp_path):
+    adapted = saved(
+        new_vit(home), LoraConfig(r=2, lora_alpha=3, target_modules=["qkv"], modules_to_save=["norm"]), tmp_path
+    )
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: value.bfloat16() for key, value in load_file(file).items()}, file)
+    adapted = PeftModel.from_pretrained(new_vit(home), tmp_path)
+    task = image_task(str(home / "vit"), PiSSA(rank=2), adapter=str(tmp_path))
+    batch = batch_for(task)
+    torch.manual_seed(7)
+    with torch.no_grad():  # this adapter has no head, so each network has a new one
+        task.net.head.load_state_dict(adapted.base_model.model.head.state_dict())
+    wanted = logits(adapted, batch)
+    torch.testing.assert_close(logits(task, batch), wanted, atol=1e-6 * float(wanted.abs().max().clamp(1)), rtol=0)
+    report = export_model(fit(task, steps=3), tmp_path / "peft", "peft")
+    assert report.difference < 1e-4
+    settings = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert settings["modules_to_save"] == ["head", "norm"]
+
+
 def test_lora_goes_on_with_the_pairs(home):
     task = image_start(home, LoRA(**SAME))
     tensors = load_file(home / "vit-lora/adapter_model.safetensors")
