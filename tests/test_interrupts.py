@@ -1,11 +1,15 @@
 """Runs that a signal ends or kills; they go on, by the command that they say or from their last file."""
 
 import contextlib
+import csv
 import errno
 import os
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from srlora_pl.checkpoints import AtomicCheckpointIO
 from srlora_pl.run import Run
-from tests.test_cli import SMALL_RUN, _no_trace, cli  # noqa: F401
+from tests.test_cli import ROOT, SMALL_RUN, _no_trace, cli  # noqa: F401
 
 RUN = f"""{SMALL_RUN}
   callbacks:
@@ -32,14 +36,15 @@ class SignalAt(Checkpoint):
     """Sends this process the signal that ``SIGNAL_AT`` says, once: 'HOOK STEP SIGNAL'; after all others have saved."""
 
     def __init__(self) -> None:
-        hook, self.step, self.signal = os.environ.get("SIGNAL_AT", "teardown -1 0").split()
+        hook, self.step, self.signal, *self.again = os.environ.get("SIGNAL_AT", "teardown -1 0").split()
         setattr(self, hook, self.send)
 
     def send(self, trainer, *args, **kwargs) -> None:
         if trainer.global_step == int(self.step):
             os.environ.pop("SIGNAL_AT", None)
             self.step = "-1"
-            os.kill(os.getpid(), int(self.signal))
+            for number in (self.signal, *self.again):
+                os.kill(os.getpid(), int(number))
 
 
 @contextlib.contextmanager
@@ -62,13 +67,13 @@ def begin(home: Path, *options: object, code: int = 0, says: str = "") -> Path:
     return home / "runs/small-srlora/version_0"
 
 
-def kill(home: Path, *arguments: object) -> None:
-    """The same in a process that a SIGKILL ends."""
+def kill(home: Path, *arguments: object, by: int = signal.SIGKILL) -> None:
+    """The same in a process that a signal kills."""
     if (child := os.fork()) == 0:
         with contextlib.suppress(BaseException):
             cli(*arguments, home=home)
         os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -by
     del os.environ["SIGNAL_AT"]
 
 
@@ -269,3 +274,91 @@ def test_a_users_way_of_writing_checkpoints_stays(tmp_path) -> None:
         users = Run("fit", ["small.yaml"], contents, ["--trainer.plugins+=TorchCheckpointIO"]).trainer.strategy
     assert type(ours) is AtomicCheckpointIO
     assert type(users.checkpoint_io) is TorchCheckpointIO
+
+
+def test_a_second_signal_kills(tmp_path) -> None:
+    (tmp_path / "small.yaml").write_text(RUN)
+    with signal_at("on_train_batch_start", 5, signal.SIGINT):
+        os.environ["SIGNAL_AT"] += " 2"
+        kill(tmp_path, "fit", "--config", "small.yaml", by=signal.SIGINT)
+    assert {path.name for path in tmp_path.rglob("*.ckpt")} == {"best-step4.ckpt", "last.ckpt", "epoch=0-step=5.ckpt"}
+
+
+QUICK = ["fit", "--config", ROOT / "configs/quickstart.yaml", "--data.num_workers", 2, "--trainer.max_steps", 60]
+QUICK += ["--trainer.val_check_interval", 20, "--trainer.limit_val_batches", 2, "--trainer.limit_test_batches", 1]
+QUICK += ["--trainer.log_every_n_steps", 1, "--model.method.target_rank", 16, "--trainer.enable_model_summary", "false"]
+
+
+def started(home: Path, **variables: str) -> subprocess.Popen:
+    """A process group that trains, after its first steps."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    command = [sys.executable, ROOT / "cli.py", *QUICK]
+    process = subprocess.Popen(
+        [str(each) for each in command],
+        cwd=home,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    metrics = home / "runs/quickstart-srlora/version_0/metrics.csv"
+    while process.poll() is None and not (metrics.is_file() and len(metrics.read_text().splitlines()) > 4):
+        time.sleep(0.02)
+    return process
+
+
+def test_a_signal_to_a_whole_process_group(tmp_path) -> None:
+    """As a terminal sends it, and SLURM: the processes that load data get it too."""
+    process = started(tmp_path)
+    os.killpg(process.pid, signal.SIGTERM)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 143, out
+    assert "interrupted by SIGTERM, step" in out.splitlines()[-1]
+    command = shlex.split(out.partition("go on with: python cli.py ")[2])
+    last = torch.load(tmp_path / command[-1], weights_only=True)["global_step"]
+    assert 1 < last < 60
+    go_on(tmp_path, *command)
+    with (tmp_path / "runs/quickstart-srlora/version_0/metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == list(range(60))
+
+
+SCONTROL = """#!/bin/sh
+echo "$@" >> {file}
+"""
+
+
+def test_slurm_takes_the_machine_away_and_starts_the_job_again(tmp_path) -> None:
+    """A job of another run in the same folders comes between."""
+    tool = tmp_path / "bin/scontrol"
+    tool.parent.mkdir()
+    tool.write_text(SCONTROL.format(file=tmp_path / "asked"))
+    tool.chmod(0o755)
+    slurm = {
+        "PATH": f"{tool.parent}:{os.environ['PATH']}",
+        **{"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "quick", "SLURM_NTASKS": "1"},
+        **{"SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+    }
+    process = started(tmp_path, **slurm)
+    os.killpg(process.pid, signal.SIGUSR1)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGUSR1, out
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    folder = tmp_path / "runs/quickstart-srlora/version_0"
+    step = torch.load(folder / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"]
+    assert f"step {step} is saved" in out.splitlines()[-1]
+
+    os.environ |= slurm
+    go_on(tmp_path, *QUICK, "--trainer.max_steps", 2, "--model.warmup_steps", 0)
+    os.environ |= {"SLURM_RESTART_COUNT": "1"}
+    go_on(
+        tmp_path,
+        *QUICK,
+        says=f"note: the requeued job takes {folder.relative_to(tmp_path)}/hpc_ckpt_1.ckpt, step {step}",
+    )
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["version_0", "version_1"]
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 60
+    with (folder / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == list(range(60))

@@ -5,6 +5,7 @@ a function of (run seed, epoch), a sample's augmentation one of (run seed, epoch
 has to start its sampler at ``divmod(processed, batches per epoch)``.
 """
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from multiprocessing.connection import wait
@@ -140,6 +141,7 @@ class DataModule(L.LightningDataModule):
             dataset,
             collate_fn=_as_is,
             num_workers=self.num_workers,
+            worker_init_fn=_outlive_a_signal,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             # Without a generator of its own a new iterator draws from the global stream, and a resumed run
@@ -327,6 +329,15 @@ def _raise_user_error(batch: Batch) -> Batch:
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+def _outlive_a_signal(worker: int) -> None:
+    """A signal to a whole process group is for the main process, which needs its workers to end in good order.
+
+    The second one kills, as the main process ends workers that do not end by themselves.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def _rank_and_world(data: DataModule) -> tuple[int, int]:
