@@ -240,8 +240,10 @@ class Run(LightningCLI):
         if self.folder:
             settings_text = self.parser.dump(self.config, skip_none=False)
             callbacks += [ContinuedCurves(), _KeepSettings(self.folder / "config.yaml", settings_text)]
-        if self.folder and settings.enable_checkpointing is not False and not _chooses_best(users):
-            callbacks.append(_best_and_last(self.folder))
+        if saves and not _chooses_best(users):
+            callbacks.append(_best(saves))
+        if saves and not any(getattr(each, "save_last", None) for each in users):
+            callbacks.append(_Last(saves))
         if self.folder and logs and not _has(users, LearningRateMonitor):
             callbacks.append(LearningRateMonitor("step"))
         if settings.enable_progress_bar is not False and not _has(users, ProgressBar):
@@ -423,17 +425,31 @@ def _plugins(settings: Any) -> list[Any]:
     return plugins if _has(theirs, CheckpointIO) else [*plugins, checkpoints.AtomicCheckpointIO()]
 
 
-def _best_and_last(folder: Path) -> ModelCheckpoint:
+def _best(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(
         folder / "checkpoints",
         filename="best-step{step}",
         auto_insert_metric_name=False,
         monitor="val/loss",
         mode="min",
-        save_last=True,
-        # A resumed run replaces its own last.ckpt instead of beginning a last-v1.ckpt beside it.
-        enable_version_counter=False,
+        enable_version_counter=False,  # what a resumed run writes once more takes the old one's place
     )
+
+
+class _Last(ModelCheckpoint):
+    """last.ckpt, renewed at every validation and with the last step of an epoch and of the run.
+
+    Lightning's own (``save_last``) is renewed only together with a new best one, which may be days ago.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / "checkpoints", filename="last", enable_version_counter=False)
+
+    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+        super().on_train_batch_end(trainer, *rest)
+        if trainer.fit_loop.epoch_loop._is_training_done and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            self._last_global_step_saved = 0  # the validation that may follow renews it
 
 
 class _KeepSettings(Callback):

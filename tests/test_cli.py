@@ -16,7 +16,9 @@ import torch
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
 
+from srlora_pl import ImageClassifier
 from srlora_pl.cli import main
 from srlora_pl.data.sources import Digits
 from srlora_pl.run import Run
@@ -236,6 +238,29 @@ def test_resume_goes_on_in_its_own_folder(small: Path) -> None:
     assert torch.load(last, weights_only=True)["global_step"] == 12
 
 
+def test_last_is_renewed_though_nothing_gets_better(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(self: ImageClassifier, batch: dict[str, Tensor]) -> Tensor:
+        if self.global_step == 10:
+            raise KeyError("a bug")
+        return original(self, batch)
+
+    original = ImageClassifier.training_loss
+    monkeypatch.setattr(ImageClassifier, "training_loss", loss)
+    worst = [f"--trainer.callbacks{each}" for each in ("+=ModelCheckpoint", ".monitor=val/loss", ".mode=max")]
+    with pytest.raises(KeyError):
+        cli("fit", "--config", "small.yaml", *worst, home=small)
+    folder = small / "runs/small-srlora/version_0/checkpoints"
+    steps = {file.stem: torch.load(file, weights_only=True)["global_step"] for file in folder.iterdir()}
+    assert steps.pop("last") == 8
+    assert list(steps.values()) == [4]
+
+
+def test_last_is_that_of_the_last_step(small: Path) -> None:
+    assert cli("fit", "--config", "small.yaml", "--trainer.max_steps=10", home=small)[0] == 0
+    last = small / "runs/small-srlora/version_0/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 10
+
+
 def test_resume_from_best_keeps_one_last(small: Path) -> None:
     # At its first save the best file does not know yet that there will be a last one.
     assert cli("fit", "--config", "small.yaml", "--config", LORA, "--trainer.max_steps", 4, home=small)[0] == 0
@@ -281,13 +306,14 @@ def test_default_callbacks_survive_the_users(small: Path) -> None:
     names = [type(callback).__name__ for callback in trainer.callbacks]
     assert {"EarlyStopping", "LearningRateMonitor", "ModelCheckpoint"} <= set(names)
     assert names.count("ModelCheckpoint") == 1
+    assert names.count("_Last") == 1
 
 
 def test_a_users_checkpoint_that_chooses_takes_the_place_of_ours(small: Path) -> None:
     options = [f"--trainer.callbacks{each}" for each in ("+=ModelCheckpoint", ".monitor=val/accuracy", ".mode=max")]
     with contextlib.chdir(small):
         trainer = Run("fit", ["small.yaml"], [yaml.safe_load(SMALL_RUN)], options).trainer
-    assert [callback.monitor for callback in trainer.checkpoint_callbacks] == ["val/accuracy"]
+    assert {callback.monitor for callback in trainer.checkpoint_callbacks} == {"val/accuracy", None}
 
 
 def test_a_users_checkpoint_that_only_saves_joins_ours(small: Path) -> None:
