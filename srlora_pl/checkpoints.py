@@ -107,11 +107,13 @@ def newest(files: Iterable[Path], pass_over: Callable[[Path], None] = lambda fil
         files: looked at all.
         pass_over: called for each that cannot be read.
     """
-    found = []
+    found: list[tuple[int, int, Path]] = []
     for file in files:
         try:
             found.append((read(file)["global_step"], file.stat().st_mtime_ns, file))
         except UserError:
             pass_over(file)
-    step, _, file = max(found, default=(0, 0, None))
-    return (file, step) if file else None
+    if not found:
+        return None
+    step, _, file = max(found)
+    return file, step

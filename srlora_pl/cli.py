@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except Interrupted as stop:
-        return _say(stop.message, int(stop.code)) if stop.message else 0
+        return _say(stop.message, stop.code) if stop.message else 0
     except SystemExit as stop:  # --help and --print_config
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:

@@ -15,6 +15,8 @@ class UserError(ValueError):
 class Interrupted(SystemExit):
     """A signal ended the run; the command line prints the message and exits with 128 + the signal's number."""
 
+    code: int
+
     def __init__(self, message: str, code: int) -> None:
         super().__init__(code)
         self.message = message

@@ -124,16 +124,17 @@ class ExactResume(_Module):
         self._half_done = state["gradients"] or None
         if self._half_done and self.trainer.world_size > 1:
             self._half_done = {name: each[self.global_rank] for name, each in self._half_done.items()}
+        trainer: Any = self.trainer
         # Without the callback a run that it has stopped goes on.
-        stops = state["should_stop"] and any(isinstance(c, EarlyStopping) for c in self.trainer.callbacks)
+        stops = state["should_stop"] and any(isinstance(each, EarlyStopping) for each in trainer.callbacks)
         self._to_take_up = {**{k: state[k] for k in ("owes_validation", "scores")}, "should_stop": stops}
         if state["batches_per_epoch"] == float("inf"):
             return
         loops, per_epoch = checkpoint["loops"]["fit_loop"], int(state["batches_per_epoch"])
         epochs = loops["epoch_progress"]["total"]["processed"]
         epoch_is_over = epochs * per_epoch >= state["processed"]
-        if epoch_is_over and (stops or checkpoint["global_step"] >= self.trainer.max_steps != -1):
-            self._to_take_up, self.trainer.should_stop = None, stops
+        if epoch_is_over and (stops or checkpoint["global_step"] >= trainer.max_steps != -1):
+            self._to_take_up, trainer.should_stop = None, stops
             _set_position(loops, epochs * per_epoch, per_epoch, epoch_is_over)
         else:
             _set_position(loops, state["processed"], per_epoch, epoch_is_over)
