@@ -144,6 +144,8 @@ def test_the_spectrum_is_taken_of_base_and_adapter(home, method):
     sigma = torch.linalg.svdvals(weight)[: method.directions(matrix)]
     torch.testing.assert_close(task.adaptation.states[matrix].spectrum.sigma, sigma, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(task.adaptation.pretrained_weights()[name], weight, atol=1e-6, rtol=0)
+    fit(task, steps=3)  # from here on the pretrained weights come from their files
+    torch.testing.assert_close(task.adaptation.pretrained_weights()[name], weight, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("classes", [CLASSES, 3])
