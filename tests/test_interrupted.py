@@ -341,12 +341,14 @@ def test_slurm_takes_the_machine_away_and_starts_the_job_again(tmp_path) -> None
         **{"SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
     }
     process = started(tmp_path, **slurm)
+    (tmp_path / "runs/quickstart-srlora/version_0/hpc_ckpt_1.ckpt").write_bytes(b"of the time before")
     os.killpg(process.pid, signal.SIGUSR1)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGUSR1, out
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
     folder = tmp_path / "runs/quickstart-srlora/version_0"
-    step = torch.load(folder / "hpc_ckpt_1.ckpt", weights_only=True)["global_step"]
+    assert [path.name for path in folder.glob("hpc_*")] == ["hpc_ckpt_2.ckpt"]
+    step = torch.load(folder / "hpc_ckpt_2.ckpt", weights_only=True)["global_step"]
     assert f"step {step} is saved" in out.splitlines()[-1]
 
     os.environ |= slurm
@@ -355,7 +357,7 @@ def test_slurm_takes_the_machine_away_and_starts_the_job_again(tmp_path) -> None
     go_on(
         tmp_path,
         *QUICK,
-        says=f"note: the requeued job takes {folder.relative_to(tmp_path)}/hpc_ckpt_1.ckpt, step {step}",
+        says=f"note: the requeued job takes {folder.relative_to(tmp_path)}/hpc_ckpt_2.ckpt, step {step}",
     )
     assert sorted(path.name for path in folder.parent.iterdir()) == ["version_0", "version_1"]
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 60

@@ -111,11 +111,14 @@ class Interrupts(Callback):
         if self.requeue:
             # Lightning's own answer saves at whatever line of the step the signal comes, where weights, optimizer and
             # counters may disagree; here it is asked between two steps.
+            older = [*self.folder.glob("hpc_ckpt_*.ckpt")]
             self.checkpoint = Path(trainer._checkpoint_connector.hpc_save_path(self.folder))
             trainer._signal_connector._slurm_sigusr_handler_fn(self.requeue, None)
+            for file in older if trainer.is_global_zero else ():
+                file.unlink()
         else:
             self.checkpoint = self.folder / "checkpoints/last.ckpt"
-            trainer.save_checkpoint(self.checkpoint)
+            trainer.save_checkpoint(self.checkpoint, weights_only=False)
         raise self._interrupted(f", step {trainer.global_step} is saved", trainer.global_rank)
 
     def _interrupted(self, what: str, rank: int = 0) -> Interrupted:

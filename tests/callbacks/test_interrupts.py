@@ -31,7 +31,7 @@ class Together:
             global_step=step,
             log_every_n_steps=5,
             strategy=strategy,
-            save_checkpoint=lambda path: self.saved.append((rank, step, path.name)),
+            save_checkpoint=lambda path, weights_only: self.saved.append((rank, step, path.name)),
         )
 
     def step(self, step: int) -> list[Interrupted]:
