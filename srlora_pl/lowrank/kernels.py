@@ -52,8 +52,8 @@ def low_rank_linear(
     Returns:
         (..., out), in autocast's type where autocast is on.
     """
-    halves = torch.is_autocast_enabled(x.device.type) or x.dtype.itemsize == 2
-    if not merging_pays(x.numel() // x.shape[-1], *weight.shape, halves):
+    rows, (out, in_) = x.numel() // x.shape[-1], weight.shape
+    if not merging_pays(rows, out, in_, torch.is_autocast_enabled(x.device.type) or x.dtype.itemsize == 2):
         return two_branches(x, weight, bias, A, B, scaling, adapted)
     with _outside_autocast(x, bias) as (x, bias):
         return _Merged.apply(x, weight, bias, A, B, scaling, adapted)
