@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from srlora_pl.errors import UserError
 from srlora_pl.lowrank.adaptation import Adaptation
-from srlora_pl.lowrank.layer import Matrix
+from srlora_pl.lowrank.layer import LowRankLinear, Matrix
 from srlora_pl.lowrank.matrix_state import MatrixState
 from srlora_pl.lowrank.recompose import full_precision
 
@@ -110,8 +110,7 @@ def change(
         matrices = groups.get(name, [])
         if any(adaptation.states[matrix].fused is None for matrix in matrices):
             pretrained = pretrained or adaptation.pretrained_weights()
-            difference = _double(adaptation.layers[name].merged_weight()) - _double(pretrained[name])
-            stacks.append((difference, torch.eye(difference.shape[1], dtype=torch.float64)))
+            stacks.append(_difference(adaptation.layers[name], pretrained[name]))
             limit += sum(2 * adaptation.states[matrix].next_direction for matrix in matrices)
         else:
             stacks += [_stack(matrix, adaptation.states[matrix]) for matrix in matrices]
@@ -126,6 +125,13 @@ def change(
 
 def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
+
+
+def _difference(layer: LowRankLinear, pretrained: Tensor) -> tuple[Tensor, Tensor]:
+    """W_eff - W0 where the fused pairs are not known any more, and the identity on its smaller side."""
+    difference = _double(layer.merged_weight()) - _double(pretrained)
+    identity = torch.eye(min(difference.shape), dtype=torch.float64)
+    return (difference, identity) if len(difference) > len(identity) else (identity, difference)
 
 
 def _stack(matrix: Matrix, state: MatrixState) -> tuple[Tensor, Tensor]:
