@@ -29,7 +29,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path.parent)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_SUFFIX}")
+    # Nothing of its name: Lightning looks for SLURM's checkpoints by a part of theirs.
+    unfinished = path.with_name(f".{secrets.token_hex(8)}{_SUFFIX}")
     try:
         with unfinished.open("xb") as file:
             _lock(file)

@@ -6,6 +6,7 @@ import resource
 import signal
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -65,6 +66,14 @@ def test_all_is_on_the_disk_before_the_name_is_and_then_the_name(tmp_path: Path,
     assert Path(unfinished).parent == tmp_path
     assert Path(unfinished).name.endswith(".unfinished")
     assert rest == ["replace", str(tmp_path)]
+
+
+def test_lightning_takes_no_leftover_for_a_checkpoint_of_slurms(tmp_path: Path) -> None:
+    with replacing(tmp_path / "hpc_ckpt_1.ckpt"):
+        connector = L.Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")._checkpoint_connector
+        assert len(names(tmp_path)) == 1
+        assert connector._hpc_resume_path is None
+        assert connector.hpc_save_path(str(tmp_path)).endswith("hpc_ckpt_1.ckpt")
 
 
 @pytest.mark.parametrize("place", ["fsync", "replace"])

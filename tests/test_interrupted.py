@@ -253,14 +253,14 @@ def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path, expected) -> None:
 
 
 def test_a_full_disk_ends_a_run_in_one_sentence(tmp_path, monkeypatch) -> None:
-    sync = os.fsync
+    original = os.replace
 
-    def fsync(descriptor: int) -> None:
-        if "best-step8" in os.readlink(f"/proc/self/fd/{descriptor}"):
+    def replace(source: Path, target: Path) -> None:
+        if "best-step8" in str(target):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(descriptor)
+        original(source, target)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
     folder = begin(tmp_path, code=2, says="best-step8.ckpt of step 8 could not be written (No space left on device)")
     assert {path.name for path in folder.rglob("*.ckpt")} == {"best-step4.ckpt", "last.ckpt", "epoch=0-step=5.ckpt"}
     assert not list(folder.rglob("*.unfinished"))

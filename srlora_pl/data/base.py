@@ -336,7 +336,8 @@ def _outlive_a_signal(worker: int) -> None:
 
     The second one kills, as the main process ends workers that do not end by themselves.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # not all of them on Windows
+    for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 

@@ -5,8 +5,9 @@ import os
 import signal
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
-from srlora_pl.callbacks import ContinuedCSVLogger
+from srlora_pl.callbacks import ContinuedCSVLogger, ContinuedCurves
 
 
 def write(folder: Path, *rows: dict[str, float]) -> None:
@@ -69,3 +70,16 @@ def test_the_rows_of_the_latest_step_are_known(tmp_path: Path) -> None:
     for step, row in ((0, {"a": 1.0}), (1, {"a": 2.0}), (1, {"b": 3.0})):
         logger.log_metrics(row, step)
     assert logger.latest == [{"a": 2.0, "step": 1}, {"b": 3.0, "step": 1}]
+
+
+def test_rows_are_on_the_disk_before_a_checkpoint_is(tmp_path: Path) -> None:
+    logger = ContinuedCSVLogger(tmp_path, "", "run")
+    logger.log_metrics({"a": 1.0}, 3)
+    loops = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=4))
+    checkpoint: dict = {}
+    trainer = SimpleNamespace(loggers=[logger], fit_loop=loops, training=False)
+    loops.epoch_loop.batch_progress = SimpleNamespace(total=SimpleNamespace(completed=4, processed=4))
+    trainer._logger_connector = None
+    ContinuedCurves().on_save_checkpoint(trainer, None, checkpoint)
+    assert rows_of(tmp_path) == [{"a": "1.0", "step": "3"}]
+    assert checkpoint["curves"] == {"step": 4, "rows": []}
