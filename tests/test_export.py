@@ -522,6 +522,21 @@ def test_a_run_whose_backbone_moved(run, tmp_path):
     assert "was made from other pretrained weights than this model's" in err
 
 
+def test_a_run_from_an_adapter(run, tmp_path):
+    home, start = tmp_path, ("fit", "--config", run / "small.yaml", "--model.backbone", run / "vit")
+    assert export(run, "--format", "peft", "--output", home / "adapter", "--rank", "3")[0] == 0
+    code, _, err = cli(*start, "--model.adapter", "nowhere", home=home)
+    assert code == 2
+    assert "model.adapter nowhere is no folder" in err
+    short = ("--model.method.target_rank", "4", "--trainer.max_steps", "2", "--trainer.val_check_interval", "1")
+    code, _, err = cli(*start, "--model.adapter", "adapter", *short, home=home)
+    assert code == 0, err
+    code, _, err = export(home, "--format", "peft", "--output", "out")
+    assert code == 0, err
+    ranks = json.loads((home / "out/adapter_config.json").read_text())
+    assert ranks["r"] == 3 + 2 * 3  # the adapter, and 3 directions that were walked
+
+
 REFUSED = {
     "no --format": ((), "the following arguments are required: --format"),
     "no --output": (("--format", "merged"), "the following arguments are required: --output"),
