@@ -240,6 +240,16 @@ def test_cut_texts_are_counted_and_said_once(root: str, tokenizer: str, caplog: 
     ]
 
 
+def test_validation_held_out_of_train_counts_the_cut_texts_of_train(
+    root: str, tokenizer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = with_model(small(root, max_length=24, val_fraction=0.2), tokenizer)
+    with caplog.at_level("INFO"):
+        data.setup("validate")
+    (said,) = [record.getMessage() for record in caplog.records if "cut" in record.getMessage()]
+    assert "of the 50 samples in 'train'" in said
+
+
 def test_another_model_has_its_own_tokenizer(root: str, tokenizer: str, tmp_path: Path) -> None:
     data = with_model(small(root), tokenizer)
     data.setup("fit")

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from srlora_pl.data import tokens as module
 from srlora_pl.data.tokens import Tokens, load_tokenizer, tokenize
@@ -129,6 +130,10 @@ def test_a_cache_of_other_contents_is_made_again(tokenizer: Any, tmp_path: Path,
     file.write_bytes(other.read_bytes())
     assert len(tokenize(tokenizer, FIRST, None, 8, cache)) == 3
     assert calls == [3, 2, 3]
+    parts = {name: part.clone() for name, part in load_file(file).items() if name != "token_type_ids"}
+    save_file(parts | {"input_ids": parts["input_ids"][:-1].clone()}, file)
+    tokenize(tokenizer, FIRST, None, 8, cache)
+    assert calls == [3, 2, 3, 3]
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_cache(tokenizer: Any, tmp_path: Path) -> None:
