@@ -43,6 +43,10 @@ def encoder(name: str) -> list[str]:
     return texts("reviews", f"--model.backbone={name}")
 
 
+def export(*options: str, checkpoint: str = "image.ckpt", output: str = "new") -> list[str]:
+    return ["export", "--config", "small.yaml", f"--ckpt_path={checkpoint}", f"--output={output}", *options]
+
+
 COMMAND_LINE: dict[str, Case] = {
     "unknown subcommand": (["fitt"], ["'fitt'", "'fit'"]),
     "options before the subcommand": (["--config", "small.yaml", "fit"], ["'--config'", "fit, validate"]),
@@ -320,7 +324,42 @@ TEXTS: dict[str, Case] = {
     "slow tokenizer": (encoder("bytes"), ["'bytes'", "no fast tokenizer", "tokenizer.json"]),
     "no vocabulary": (encoder("wordless"), ["'wordless'", "without words"]),
 }
-BAD_INPUT = COMMAND_LINE | TRAINER | MODEL | METHODS | CHECKPOINTS | IMAGES | TEXTS
+EXPORT: dict[str, Case] = {
+    "export without a checkpoint": (["export", "--format", "merged", "--output", "new"], ["--ckpt_path", "--help"]),
+    "export's format": (export("--format=onnx"), ["--format onnx", "merged, peft"]),
+    "export's option": (export("--format=merged", "--ranks=3"), ["--ranks=3", "--help"]),
+    "export's rank": (export("--format=peft", "--rank=few"), ["--rank", "'few'"]),
+    "export of rank 0": (export("--format=peft", "--rank=0", checkpoint="compact.ckpt"), ["rank 0", "between 1"]),
+    "rank of merged weights": (export("--format=merged", "--rank=2"), ["--rank 2", "--format peft"]),
+    "export of nothing": (export("--format=merged", checkpoint="imag.ckpt"), ["imag.ckpt does not exist", "'image."]),
+    "export of half a file": (export("--format=merged", checkpoint="truncated.ckpt"), ["truncated.ckpt", "truncated"]),
+    "export of another program's": (export("--format=merged", checkpoint="foreign.ckpt"), ["foreign.ckpt", "exported"]),
+    "export into a full folder": (export("--format=merged", output="reviews"), ["--output reviews", "--force"]),
+    "export into a file": (export("--format=merged", output="small.yaml"), ["--output small.yaml is a file"]),
+    "export below a file": (
+        export("--format=merged", output="small.yaml/new"),
+        ["small.yaml/new", "another place"],
+    ),
+    "export without settings": (
+        ["export", "--ckpt_path=image.ckpt", "--format=merged", "--output=new"],
+        ["config.yaml", "--config"],
+    ),
+    "LoRA on weights from nowhere": (export("--format=peft"), ["random weights", "--format merged"]),
+    "no adapter": ([*FIT, "--model.adapter=nowhere"], ["model.adapter nowhere", "folder"]),
+    "adapter without config": ([*FIT, "--model.adapter=reviews"], ["model.adapter reviews", "adapter_config.json"]),
+    "adapter of another kind": ([*FIT, "--model.adapter=adapters/ia3"], ["IA3", "LORA"]),
+    "adapter as a pickle": ([*FIT, "--model.adapter=adapters/pickle"], ["adapter_model.bin", "safe_serialization"]),
+    "adapter of another model": ([*FIT, "--model.adapter=adapters/other"], ["adapters/other", "blocks.7"]),
+    "kind of checkpoints": (
+        [*FIT, "--model.checkpoints=small"],
+        ["--model.checkpoints", "'compact', 'full'", "'small'"],
+    ),
+    "no last checkpoint": (
+        ["test", "--config", "small.yaml", "--name", "never", "--ckpt_path", "last"],
+        ["--ckpt_path last", "runs/never-srlora"],
+    ),
+}
+BAD_INPUT = COMMAND_LINE | TRAINER | MODEL | METHODS | CHECKPOINTS | IMAGES | TEXTS | EXPORT
 
 GOOD = "text,label\nw1 w2,no\nw3,yes\nw4,maybe\n"
 ROWS = "".join(f"{sentence(1 + i % 5, i)},{('no', 'yes', 'maybe')[i % 3]}\n" for i in range(24))
@@ -371,6 +410,11 @@ FILES: dict[str, str | bytes] = {
     "long/train.csv": f"text,label\n{ROWS}" + f"{sentence(9)},no\n" * 3,
     "long/val.csv": f"text,label\n{ROWS}",
     "long/test.csv": f"text,label\n{sentence(7)},no\n{sentence(6)},yes\n",
+    # adapters
+    "adapters/ia3/adapter_config.json": '{"peft_type": "IA3"}',
+    "adapters/pickle/adapter_config.json": '{"peft_type": "LORA", "r": 4, "lora_alpha": 4}',
+    "adapters/pickle/adapter_model.bin": b"",
+    "adapters/other/adapter_config.json": '{"peft_type": "LORA", "r": 4, "lora_alpha": 4}',
     # tokenizers
     "bytes/config.json": json.dumps(BERT),
     "bytes/tokenizer_config.json": '{"tokenizer_class": "ByT5Tokenizer"}',
@@ -445,6 +489,9 @@ def make_weights(home: Path) -> None:
     weights("deep.safetensors", depth=3)
     weights("zero.safetensors", 0.0)
     weights("nan.safetensors", float("nan"))
+    name = "base_model.model.blocks.7.mlp.fc1.lora_{}.weight"
+    pairs = {name.format("A"): torch.ones(4, 32), name.format("B"): torch.ones(128, 4)}
+    save_file(pairs, home / "adapters/other/adapter_model.safetensors")
     whole = (home / "other.safetensors").read_bytes()
     (home / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
 
