@@ -31,6 +31,8 @@ RUN = f"""{SMALL_RUN}
     - class_path: {__name__}.SignalAt
 """
 
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
 
 class SignalAt(Checkpoint):
     """Sends this process the signal that ``SIGNAL_AT`` says, once: 'HOOK STEP SIGNAL'; after all others have saved."""
@@ -91,6 +93,12 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+def logged(folder: Path, name: str) -> list[int]:
+    """The steps of the rows that hold ``name``."""
+    with (folder / "metrics.csv").open() as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row.get(name)]
+
+
 def contents(folder: Path) -> dict[Path, bytes]:
     """Of all files but TensorBoard's."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.suffix in (".ckpt", ".csv", ".yaml")}
@@ -127,26 +135,45 @@ def assert_equal(one, other) -> None:
 
 
 @pytest.mark.parametrize(
-    ("hook", "step", "number"),
+    ("hook", "step", "number", "validations"),
     [
-        ("on_train_batch_start", 5, signal.SIGINT),
-        ("on_before_optimizer_step", 5, signal.SIGTERM),
-        ("on_train_batch_end", 4, signal.SIGTERM),  # a validation is due
-        ("on_train_batch_end", 10, signal.SIGTERM),  # a row is due
-        ("on_validation_batch_start", 4, signal.SIGINT),
-        ("on_validation_end", 8, signal.SIGTERM),
-        ("on_train_batch_end", 12, signal.SIGTERM),  # nothing is left but a validation
-        ("on_validation_end", 12, signal.SIGTERM),
-        ("on_test_batch_start", 12, signal.SIGINT),
+        ("on_train_batch_start", 5, signal.SIGINT, 1),
+        ("on_before_optimizer_step", 5, signal.SIGTERM, 1),
+        ("on_train_batch_end", 4, signal.SIGTERM, 0),  # a validation is due
+        ("on_train_batch_end", 10, signal.SIGTERM, 2),  # a row is due
+        ("on_validation_batch_start", 4, signal.SIGINT, 0),
+        ("on_validation_end", 8, signal.SIGTERM, 2),
+        ("on_train_batch_end", 12, signal.SIGTERM, 2),  # nothing is left but a validation
+        ("on_validation_end", 12, signal.SIGTERM, 3),
+        ("on_test_batch_start", 12, signal.SIGINT, 3),
     ],
 )
-def test_a_signalled_run_goes_on_as_if_nothing_had_happened(hook, step, number, tmp_path, expected) -> None:
+def test_a_signalled_run_goes_on_as_if_nothing_had_happened(
+    hook, step, number, validations, tmp_path, expected
+) -> None:
     with signal_at(hook, step, number):
         (tmp_path / "small.yaml").write_text(RUN)
         command = go_on(tmp_path, "fit", "--config", "small.yaml", code=128 + number, says=f"by {number.name}")
     folder = tmp_path / "runs/small-srlora/version_0"
     assert command[:3] == ["fit", "--config", str(folder.relative_to(tmp_path) / "config.yaml")]
+    assert len(logged(folder, "val/loss")) == validations
     go_on(tmp_path, *command)
+    assert_same(folder, expected)
+
+
+def test_a_run_that_is_stopped_again_and_again(tmp_path, expected) -> None:
+    with signal_at("on_train_batch_start", 2, signal.SIGTERM):
+        folder = begin(tmp_path, code=143)
+    arguments = ["fit", "--config", "small.yaml", "--ckpt_path", "last"]
+    for hook, step, saved in (
+        ("on_train_batch_start", 5, 6),
+        ("on_validation_batch_end", 8, 8),
+        ("on_test_start", 12, 12),
+    ):
+        with signal_at(hook, step, signal.SIGTERM):
+            go_on(tmp_path, *arguments, code=143, says="interrupted by SIGTERM")
+        assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == saved
+    go_on(tmp_path, *arguments)
     assert_same(folder, expected)
 
 
@@ -181,8 +208,7 @@ def test_other_commands_stop_at_once(tmp_path, expected) -> None:
 
 
 def test_handlers_are_put_back(expected) -> None:
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert {number: signal.getsignal(number) for number in HANDLERS} == HANDLERS
 
 
 @pytest.mark.parametrize(
@@ -319,9 +345,7 @@ def test_a_signal_to_a_whole_process_group(tmp_path) -> None:
     last = torch.load(tmp_path / command[-1], weights_only=True)["global_step"]
     assert 1 < last < 60
     go_on(tmp_path, *command)
-    with (tmp_path / "runs/quickstart-srlora/version_0/metrics.csv").open() as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
-    assert steps == list(range(60))
+    assert logged(tmp_path / "runs/quickstart-srlora/version_0", "train/loss") == list(range(60))
 
 
 SCONTROL = """#!/bin/sh
@@ -361,6 +385,4 @@ def test_slurm_takes_the_machine_away_and_starts_the_job_again(tmp_path) -> None
     )
     assert sorted(path.name for path in folder.parent.iterdir()) == ["version_0", "version_1"]
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 60
-    with (folder / "metrics.csv").open() as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
-    assert steps == list(range(60))
+    assert logged(folder, "train/loss") == list(range(60))

@@ -52,6 +52,7 @@ def attach(data: DataModule, processed: int = 0, size: int = 16, limit: int | fl
     progress = SimpleNamespace(total=SimpleNamespace(processed=processed))
     defaults = {"global_rank": 0, "world_size": 1, "overfit_batches": 0, "state": SimpleNamespace(fn="fit")}
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
+        precision_plugin=SimpleNamespace(convert_input=lambda batch: batch),
         lightning_module=SimpleNamespace(data_config=data_config(size)),
         fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
         limit_train_batches=limit,

@@ -102,7 +102,7 @@ class Rows(KeyedDataset):
 class ShuffledData(DataModule):
     """``rows`` in batches of 4, in the package's own order, that resumes."""
 
-    num_classes = 2
+    num_classes, class_names = 2, ["0", "1"]
 
     def __init__(self, rows: list[dict[str, Tensor]]) -> None:
         super().__init__(batch_size=4, val_fraction=0.0, seed=0, num_workers=0)
