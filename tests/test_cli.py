@@ -125,7 +125,8 @@ def test_fit_logs_curves(run: Finished) -> None:
     assert {"train/loss", "val/loss", "val/accuracy", "lr-AdamW", "srlora/switches", "test/accuracy"} <= tags
     assert [event.step for event in events.Scalars("val/loss")] == [3, 7, 11]
     # (12 - 4) / (0.5 * 4) = 4 switches are planned; the one at the last step is left out.
-    assert events.Scalars("srlora/switches")[-1].value == 3
+    # They fall after steps 3, 6 and 9; every second step says how many are done once it is over.
+    assert [event.value for event in events.Scalars("srlora/switches")] == [0, 1, 2, 2, 3, 3]
     with (run.folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     losses = [float(row["val/loss"]) for row in rows if row["val/loss"]]
@@ -269,6 +270,16 @@ def test_resume_from_best_keeps_one_last(small: Path) -> None:
     code, _, err = cli("fit", "--config", "small.yaml", "--config", LORA, "--ckpt_path", best, home=small)
     assert code == 0, err
     assert [path.name for path in folder.glob("last*")] == ["last.ckpt"]
+
+
+def test_a_moved_run_goes_on_with_its_best(small: Path) -> None:
+    assert cli("fit", "--config", "small.yaml", "--trainer.max_steps", 8, home=small)[0] == 0
+    moved = (small / "runs").rename(small / "moved") / "small-srlora/version_0"
+    code, out, err = cli("fit", "--config", "small.yaml", "--ckpt_path", moved / "checkpoints/last.ckpt", home=small)
+    assert code == 0, err
+    assert "best checkpoint: moved/small-srlora/version_0/checkpoints/best-step" in out
+    assert len(list(moved.glob("checkpoints/*"))) == 2  # the loss has fallen, and the best of before is gone
+    assert not (small / "runs").exists()
 
 
 def test_a_second_run_takes_the_next_version(small: Path) -> None:
