@@ -32,19 +32,18 @@ class ExactResume(_Module):
     _half_done: dict[str, Tensor] | None = None  # gradients of an accumulation that the checkpoint fell into
     _to_take_up: dict[str, Any] | None = None  # what the checkpoint says of its position
     _has_scores = False  # of the validation at this position
+    _max_steps: int | None = None  # while another number is feigned
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self._feign_steps(1)
-
-    def _feign_steps(self, steps: int) -> None:
-        """Let a run in that has no step left, only a validation or the end of an epoch: Lightning would not start."""
         loop = self.trainer.fit_loop.epoch_loop
         if self._to_take_up and loop.max_steps != -1:
-            loop.max_steps += steps
+            # Lightning would not start a run that has no step left, only a validation or the end of an epoch.
+            self._max_steps, loop.max_steps = loop.max_steps, loop.max_steps + 1
 
     def on_train_start(self) -> None:
-        self._feign_steps(-1)
+        if self._max_steps is not None:
+            self.trainer.fit_loop.epoch_loop.max_steps, self._max_steps = self._max_steps, None
         super().on_train_start()
         if self._half_done is not None:
             for name, parameter in self.named_parameters():
@@ -131,13 +130,15 @@ class ExactResume(_Module):
         if state["batches_per_epoch"] == float("inf"):
             return
         loops, per_epoch = checkpoint["loops"]["fit_loop"], int(state["batches_per_epoch"])
-        epochs = loops["epoch_progress"]["total"]["processed"]
-        epoch_is_over = epochs * per_epoch >= state["processed"]
-        if epoch_is_over and (stops or checkpoint["global_step"] >= trainer.max_steps != -1):
+        epoch, batch = divmod(state["processed"], per_epoch)
+        ended = loops["epoch_progress"]["total"]["processed"]
+        epoch_is_over = ended * per_epoch >= state["processed"]
+        if epoch_is_over and (stops or checkpoint["global_step"] >= trainer.max_steps != -1):  # nothing is left
             self._to_take_up, trainer.should_stop = None, stops
-            _set_position(loops, epochs * per_epoch, per_epoch, epoch_is_over)
-        else:
-            _set_position(loops, state["processed"], per_epoch, epoch_is_over)
+            epoch, batch = ended, 0
+        elif batch == 0 and not epoch_is_over:
+            epoch, batch = epoch - 1, per_epoch
+        _set_position(loops, state["processed"], epoch, batch, per_epoch)
 
     def _require_same(self, state: dict[str, Any]) -> None:
         for value, saved, place in (
@@ -167,11 +168,12 @@ def _of_all_processes(tensor: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
-def _set_position(loops: dict[str, Any], processed: int, batches_per_epoch: int, epoch_is_over: bool) -> None:
-    """Make a saved fit loop say that exactly ``processed`` micro-batches, and nothing of the next, are over."""
-    epoch, batch = divmod(processed, batches_per_epoch)
-    if batch == 0 and not epoch_is_over:
-        epoch, batch = epoch - 1, batches_per_epoch
+def _set_position(loops: dict[str, Any], processed: int, epoch: int, batch: int, batches_per_epoch: int) -> None:
+    """Make a saved fit loop say that ``processed`` micro-batches, ``batch`` of them in ``epoch``, and no more are over.
+
+    Lightning saves inside a step, before its own counters say that the step is over, and would repeat that batch; or
+    after they began to count the next.
+    """
     begun = epoch + (batch > 0)
     for counters in (loops["epoch_progress"]["total"], loops["epoch_progress"]["current"]):
         counters |= {"ready": begun, "started": begun, "processed": epoch, "completed": epoch}
