@@ -310,7 +310,7 @@ def test_a_second_signal_kills(tmp_path) -> None:
     assert {path.name for path in tmp_path.rglob("*.ckpt")} == {"best-step4.ckpt", "last.ckpt", "epoch=0-step=5.ckpt"}
 
 
-QUICK = ["fit", "--config", ROOT / "configs/quickstart.yaml", "--data.num_workers", 2, "--trainer.max_steps", 60]
+QUICK = ["fit", "--config", ROOT / "configs/quickstart.yaml", "--data.num_workers", 2, "--trainer.max_steps", 40]
 QUICK += ["--trainer.val_check_interval", 20, "--trainer.limit_val_batches", 2, "--trainer.limit_test_batches", 1]
 QUICK += ["--trainer.log_every_n_steps", 1, "--model.method.target_rank", 16, "--trainer.enable_model_summary", "false"]
 
@@ -343,9 +343,9 @@ def test_a_signal_to_a_whole_process_group(tmp_path) -> None:
     assert "interrupted by SIGTERM, step" in out.splitlines()[-1]
     command = shlex.split(out.partition("go on with: python cli.py ")[2])
     last = torch.load(tmp_path / command[-1], weights_only=True)["global_step"]
-    assert 1 < last < 60
+    assert 1 < last < 40
     go_on(tmp_path, *command)
-    assert logged(tmp_path / "runs/quickstart-srlora/version_0", "train/loss") == list(range(60))
+    assert logged(tmp_path / "runs/quickstart-srlora/version_0", "train/loss") == list(range(40))
 
 
 SCONTROL = """#!/bin/sh
@@ -384,5 +384,5 @@ def test_slurm_takes_the_machine_away_and_starts_the_job_again(tmp_path) -> None
         says=f"note: the requeued job takes {folder.relative_to(tmp_path)}/hpc_ckpt_2.ckpt, step {step}",
     )
     assert sorted(path.name for path in folder.parent.iterdir()) == ["version_0", "version_1"]
-    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 60
-    assert logged(folder, "train/loss") == list(range(60))
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 40
+    assert logged(folder, "train/loss") == list(range(40))
