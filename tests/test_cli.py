@@ -262,6 +262,12 @@ def test_last_is_that_of_the_last_step(small: Path) -> None:
     assert torch.load(last, weights_only=True)["global_step"] == 10
 
 
+def test_last_is_renewed_after_the_last_validation(run: Finished) -> None:
+    last = torch.load(run.folder / "checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 12
+    assert not last["exact_resume"]["owes_validation"]
+
+
 def test_resume_from_best_keeps_one_last(small: Path) -> None:
     # At its first save the best file does not know yet that there will be a last one.
     assert cli("fit", "--config", "small.yaml", "--config", LORA, "--trainer.max_steps", 4, home=small)[0] == 0

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks.faults import SAVE_OFTEN, difference, outcome
-from srlora_pl import ImageClassifier
+from srlora_pl import ImageClassifier, UserError
 from srlora_pl.callbacks.csv_log import ContinuedCSVLogger
+from srlora_pl.data.base import _watch_workers
 from tests.test_bad_input import complaint
 from tests.test_cli import ROOT, SMALL_RUN, _no_trace, cli  # noqa: F401
 from tests.test_resume import SmallDigits, assert_equal, backbone, model, trainer  # noqa: F401
@@ -130,11 +132,17 @@ class Overflow(Callback):
             layers = module.adaptation.layers.items()
             merged = {name: layer.merged_weight().detach().clone() for name, layer in layers}
             head = module.net.head.weight.detach().clone()
-            self.seen.append({"merged": merged, "head": head, "switches": module.adaptation.switches_done})
+            adaptation = module.adaptation
+            scores = adaptation.importance.pair_scores(adaptation.matrices)
+            pairs = [state.directions.tolist() for state in adaptation.states.values()]
+            state = {"merged": merged, "head": head, "switches": adaptation.switches_done}
+            self.seen.append(state | {"lowest": [each.argmin().item() for each in scores], "directions": pairs})
 
     def on_after_backward(self, run: L.Trainer, module: ImageClassifier) -> None:
         if run.global_step == self.step - 1:
-            module.net.head.weight.grad.fill_(torch.inf)
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(torch.inf)
 
 
 def scaled_run(folder: Path, *callbacks: Callback, ckpt_path: Path | None = None) -> ImageClassifier:
@@ -154,6 +162,9 @@ def test_an_overflow_in_the_very_step_before_a_switch(tmp_path: Path) -> None:
     before, after = overflow.seen
     assert (before["switches"], after["switches"]) == (0, 1)
     assert torch.equal(before["head"], after["head"])
+    # The averages are those of the steps that counted: each matrix has re-drawn the pair that was lowest in them.
+    assert set(before["lowest"]) == {0, 1}
+    assert [pair.index(2) for pair in after["directions"]] == before["lowest"]
     for name, weight in before["merged"].items():
         torch.testing.assert_close(after["merged"][name], weight, rtol=1e-5, atol=1e-6)
     assert torch.isfinite(expected.adaptation.importance.smoothed).all()
@@ -176,10 +187,28 @@ def test_a_worker_that_is_killed(tmp_path: Path, whole: dict[str, Any], monkeypa
     with monkeypatch.context() as patch:
         in_step(patch, 7, kill)
         sentence = broken(home)
-    assert "a process that loads data died" in sentence
+    assert "a process that loads data died" in sentence.lower()  # said where it is noticed first
     assert "data.num_workers" in sentence
     assert step_of_last(home) in (6, 8)  # the batches that were ready may have been used up
     assert difference(finished(home), whole) is None
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError, EOFError, RuntimeError, FileNotFoundError])
+def test_what_a_dying_worker_raises_has_many_names(error: type[Exception]) -> None:
+    class Batches:
+        def __init__(self, seconds: int) -> None:
+            self._workers = [multiprocessing.Process(target=time.sleep, args=(seconds,), daemon=True)]
+            self._workers[0].start()
+
+        def __next__(self) -> Any:
+            raise error
+
+    with pytest.raises(UserError, match="process that loads data died"):
+        next(_watch_workers(Batches(0)))
+    alive = Batches(60)
+    with pytest.raises(error):
+        next(_watch_workers(alive))
+    alive._workers[0].kill()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
