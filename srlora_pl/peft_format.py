@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Adaptation, LoRA, Method
 from srlora_pl.lowrank.export import Factors
-from srlora_pl.lowrank.methods.base import name_matches
+from srlora_pl.lowrank.methods.base import is_below, name_matches
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -157,7 +157,7 @@ class PeftFolder:
         for key, value in self.others.items():
             if key in own and own[key].shape == value.shape:
                 own[key].copy_(value)
-            elif not key.startswith(tuple(f"{head}." for head in heads)):
+            elif not is_below(key, heads):
                 raise self._misfit(key, f"is {tuple(own[key].shape)} there" if key in own else "is not there", own)
         linears = {name: module for name, module in net.named_modules() if type(module) is nn.Linear}
         for name, pair in self.pairs.items():
@@ -210,7 +210,7 @@ class PeftFolder:
     def modules_beside(self, heads: Sequence[str]) -> list[str]:
         """The modules that were trained whole, but ``heads``, by dotted name."""
         names = dict.fromkeys(key.rpartition(".")[0] for key in self.others)
-        return [name for name in names if not f"{name}.".startswith(tuple(f"{head}." for head in heads))]
+        return [name for name in names if not is_below(name, heads)]
 
     def _disagreement(self, name: str) -> UserError:
         keys = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora", "target_modules": "target_modules"}

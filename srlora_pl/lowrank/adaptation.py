@@ -1,6 +1,5 @@
 """A network under adaptation: its pairs, their spectra and scores, and the switches done and to come."""
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from srlora_pl.lowrank.importance import Importance, all_finite
 from srlora_pl.lowrank.layer import LowRankLinear, Matrix
 from srlora_pl.lowrank.matrix_state import MatrixState
 from srlora_pl.lowrank.methods import Method, SRLoRA
+from srlora_pl.lowrank.methods.base import is_below
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.spectrum import Spectrum, SpectrumCache, fingerprint
 from srlora_pl.lowrank.targets import inject
@@ -59,7 +59,7 @@ class Adaptation:
         self._freeze(trainable)
         # All that a pretrained state holds and training leaves alone, with torch's counts of writes to it.
         frozen = {name: p for name, p in net.named_parameters() if not p.requires_grad}
-        self._base = {name: p._version for name, p in frozen.items() if not _is_below(name, new)}
+        self._base = {name: p._version for name, p in frozen.items() if not is_below(name, new)}
         self._changed: set[str] = set()  # of these, what somebody else has trained
         self.importance: Importance | None = None
         if isinstance(method, SRLoRA):
@@ -80,12 +80,12 @@ class Adaptation:
         pairs = {id(p) for layer in self.layers.values() for p in (layer.lora_A, layer.lora_B)}
         names = [name for name, _ in self.net.named_parameters()]
         for entry in trainable:
-            if not any(_is_below(name, [entry]) for name in names):
+            if not any(is_below(name, [entry]) for name in names):
                 near = did_you_mean(entry, {name.rpartition(".")[0] for name in names})
                 raise UserError(f"trainable names {entry!r}, which matches no parameter of the model{near}")
         adapted = {id(p) for layer in self.layers.values() for p in layer.parameters()}
         for name, parameter in self.net.named_parameters():
-            chosen = _is_below(name, trainable)
+            chosen = is_below(name, trainable)
             parameter.requires_grad_(id(parameter) in pairs or (chosen and id(parameter) not in adapted))
 
     # --- before training -----------------------------------------------------------------------------------------
@@ -107,8 +107,7 @@ class Adaptation:
             cache: a folder that keeps the spectra for the next start on these weights.
         """
         if not self.started or self.base_fingerprint is None:
-            parameters = dict(self.net.named_parameters())
-            if any(parameters[name]._version != count for name, count in self._base.items()):
+            if any(p._version != self._base[name] for name, p in self._base_parameters().items()):
                 self.pretrained = None  # other weights were loaded after it was given
             self.base_fingerprint = self._fingerprint()
         if not self.method.needs_spectrum:
@@ -171,8 +170,11 @@ class Adaptation:
         self._kept = kept, base_fingerprint
 
     def _fingerprint(self) -> str:
+        return fingerprint(self._base_parameters())
+
+    def _base_parameters(self) -> dict[str, Tensor]:
         parameters = dict(self.net.named_parameters())
-        return fingerprint({name: parameters[name] for name in self._base})
+        return {name: parameters[name] for name in self._base}
 
     def plan(self, last_step: int, first_step: int = 0) -> None:
         """Spread the switches that remain over the optimizer steps ``first_step`` to ``last_step`` (Eq. 13, 14).
@@ -320,7 +322,7 @@ class Adaptation:
                         optimizer, matrix, recycled, fused, method.optimizer_state
                     )
                 state.record(recycled.cpu(), fused, step)
-                if self.pretrained is not None and state.ledger_size(matrix.shape) > math.prod(matrix.shape):
+                if self.pretrained is not None and state.outgrows(matrix.shape):
                     state.fused = None
             importance.reset(None if method.reset_scores == "all" else recycled_pairs)
         if unknown:
@@ -407,12 +409,13 @@ class Adaptation:
         """``weights`` after all that the start and the switches did to them is undone, in place."""
         with recompose.full_precision():
             for matrix, state in self.states.items():
-                assert state.drawn is not None
+                drawn = state.drawn
+                assert drawn is not None
                 assert state.fused is not None
                 W0, s = matrix.of_weight(weights[matrix.layer_name]), matrix.scaling
                 for B, A in state.fused:
                     W0.addmm_(B.to(W0.device), A.to(W0.device), alpha=-s)
-                W0.addmm_(*state.drawn.pairs(0, state.next_direction, s, like=W0), alpha=s)
+                W0.addmm_(*drawn.pairs(0, state.next_direction, s, like=W0), alpha=s)
         return weights
 
     # --- state ---------------------------------------------------------------------------------------------------
@@ -439,7 +442,7 @@ class Adaptation:
 
     def _matrix_state(self, matrix: Matrix, compact: bool) -> dict[str, Any]:
         state = self.states[matrix]
-        dense = state.fused is None or (compact and state.ledger_size(matrix.shape) > math.prod(matrix.shape))
+        dense = state.fused is None or (compact and state.outgrows(matrix.shape))
         drawn = None if dense or not self.started else state.drawn
         return {
             "directions": state.directions,
@@ -458,8 +461,7 @@ class Adaptation:
         if self.pretrained is None or self.base_fingerprint is None:
             return []
         trained_ids = {id(parameter) for parameter in trained}
-        parameters = dict(self.net.named_parameters())
-        base = {name: parameters[name] for name in self._base}
+        base = self._base_parameters()
         self._changed |= {name for name, p in base.items() if p.requires_grad or id(p) in trained_ids}
         return [parameter for name, parameter in base.items() if name not in self._changed]
 
@@ -540,8 +542,3 @@ class Adaptation:
 
 def _in_the_only_process(compute: Callable[[], Any]) -> Any:
     return compute()
-
-
-def _is_below(name: str, entries: Iterable[str]) -> bool:
-    """Whether the parameter ``name`` is one of the dotted ``entries`` or lies in one."""
-    return any(f"{name}.".startswith(f"{entry}.") for entry in entries)

@@ -138,8 +138,8 @@ def _stack(matrix: Matrix, state: MatrixState) -> tuple[Tensor, Tensor]:
     """s [current | fused | -initial], (out of the layer, k) in the matrix's own rows, and the A of these pairs."""
     assert state.fused is not None
     pairs = [(matrix.B, matrix.A), *state.fused]
-    if state.drawn is not None:
-        B, A = state.drawn.pairs(0, len(state.drawn), matrix.scaling, like=state.drawn.U)
+    if (drawn := state.drawn) is not None:
+        B, A = drawn.pairs(0, len(drawn), matrix.scaling, like=drawn.U)
         pairs.append((-B, A))
     B = matrix.scaling * torch.cat([_double(B) for B, _ in pairs], 1)
     rows = B.new_zeros(matrix.layer.parts, *B.shape)

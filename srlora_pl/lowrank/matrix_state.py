@@ -1,5 +1,7 @@
 """What training has done to one adapted matrix: its directions and the ledger of its pairs."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -50,7 +52,7 @@ class MatrixState:
         if self.fused is not None:
             self.fused.append((fused[0].cpu(), fused[1].cpu()))
 
-    def ledger_size(self, shape: tuple[int, int]) -> int:
-        """How many numbers it takes to rebuild W (out, in) from W0."""
+    def outgrows(self, shape: tuple[int, int]) -> bool:
+        """Whether it takes more numbers to rebuild W (out, in) from W0 than W has."""
         pairs = self.next_direction + sum(B.shape[1] for B, _ in self.fused or [])
-        return pairs * sum(shape) + self.next_direction
+        return pairs * sum(shape) + self.next_direction > math.prod(shape)

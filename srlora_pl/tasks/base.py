@@ -87,8 +87,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         ``heads``: dotted names in ``net`` of what trains besides the adapters. ``scores``: makes the metrics of
         one split; ``main_score`` names the one that is also logged as ``score``. ``arguments``: the subclass's
         constructor arguments, kept in every checkpoint, as plain containers because checkpoints are read with
-        ``weights_only=True``. ``make``: makes ``net`` once more, ``new`` being what is
-        new in it although it does not train.
+        ``weights_only=True``. ``make``: makes ``net`` once more. ``new``: what is new in it,
+        if that is more than ``heads``.
         """
         require("checkpoints", arguments["checkpoints"], "compact or full", arguments["checkpoints"] in CHECKPOINTS)
         self.whole_checkpoints = arguments["checkpoints"] == "full"

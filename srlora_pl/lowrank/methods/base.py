@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from srlora_pl.errors import UserError
@@ -15,6 +16,11 @@ ALL_LINEAR = "all-linear"
 def name_matches(pattern: str, name: str) -> bool:
     """Whether ``pattern`` (a name or a regular expression) is all of a dotted ``name`` or its last components."""
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
+
+
+def is_below(name: str, entries: Iterable[str]) -> bool:
+    """Whether a dotted ``name`` is one of ``entries`` or lies in one."""
+    return any(f"{name}.".startswith(f"{entry}.") for entry in entries)
 
 
 class Method:
