@@ -25,18 +25,13 @@ def seconds(merge: bool, operands: dict[str, Any], upstream: torch.Tensor, autoc
     if upstream.is_cuda:
         torch.cuda.synchronize()
     begin = time.perf_counter()
+    x, weight, bias, A, B = (operands[name] for name in ("x", "weight", "bias", "A", "B"))
     with autocast():
-        x, bias = operands["x"], operands["bias"]
-        if torch.is_autocast_enabled(x.device.type):
-            x, bias = x.to(upstream.dtype), bias.to(upstream.dtype)
-        rest = [operands[name] for name in ("weight", "bias", "A", "B")]
-        rest[1] = bias
-        with torch.autocast(x.device.type, enabled=False):
-            y = (
-                kernels._Merged.apply(x, *rest, 1.0, None)
-                if merge
-                else kernels._TwoBranches.apply(x, None, *rest, 1.0, None)
-            )
+        if merge:
+            with kernels._outside_autocast(x, bias) as (low_x, low_bias):
+                y = kernels._Merged.apply(low_x, weight, low_bias, A, B, 1.0, None)
+        else:
+            y = kernels.two_branches(x, weight, bias, A, B, 1.0, None)
     torch.autograd.grad(y, [operands["x"], operands["A"], operands["B"]], upstream)
     if upstream.is_cuda:
         torch.cuda.synchronize()

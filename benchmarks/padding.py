@@ -13,28 +13,8 @@ from typing import Any
 import torch
 
 from benchmarks.report import device_name, report
-from srlora_pl import GLUEData, SRLoRA, TextClassifier
-
-
-class Trainer:
-    """As much of a trainer as the data ask for."""
-
-    world_size, global_rank, limit_train_batches, overfit_batches = 1, 0, 1.0, 0
-
-    def __init__(self, module: TextClassifier) -> None:
-        self.lightning_module = module
-        self.state = type("State", (), {"fn": "fit"})
-
-
-def batches(task: str, root: str, module: TextClassifier, size: int, padded: bool, steps: int) -> list[dict[str, Any]]:
-    data = GLUEData(task, root, batch_size=size, pad_to_max_length=padded)
-    data.trainer = Trainer(module)  # type: ignore[assignment]
-    data.load("fit")
-    assert data.train_set is not None
-    order = data.train_order(0).split(size)
-    # Evenly through the epoch: a few batches in a row would be of any length.
-    chosen = [order[i * len(order) // steps] for i in range(steps)]
-    return [data.train_set.__getitems__([(int(i), 0) for i in each]) for each in chosen]
+from benchmarks.texts import glue_batches
+from srlora_pl import SRLoRA, TextClassifier
 
 
 def step(module: TextClassifier, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> float:
@@ -57,7 +37,7 @@ def measure(task: str, arguments: argparse.Namespace, device: torch.device) -> d
     module.adaptation.start()
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)
     ways = {
-        way: batches(task, arguments.root, module, arguments.batch, way == "padded", arguments.steps)
+        way: glue_batches(task, arguments.root, module.backbone_name, arguments.batch, arguments.steps, way == "padded")
         for way in ("buckets", "padded")
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}

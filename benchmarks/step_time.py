@@ -18,7 +18,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import timm
@@ -29,7 +28,7 @@ from transformers import AutoModelForSequenceClassification, DebertaV2Config
 
 from benchmarks.models import DEBERTA_V3_BASE
 from benchmarks.report import device_name, report
-from srlora_pl import GLUEData
+from benchmarks.texts import glue_batches
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
 from srlora_pl.tasks.deberta import use_fast_attention
 
@@ -85,7 +84,7 @@ class Variant:
         self.adaptation.plan(round(30 * INTERVAL[self.kind]))
 
     def loss(self, batch: Batch) -> Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "label"}
+        inputs = {name: value for name, value in batch.items() if name not in ("label", "index")}
         logits = self.net(**inputs).logits if self.kind == "text" else self.net(inputs["image"])
         return nn.functional.cross_entropy(logits.float(), batch["label"])
 
@@ -188,18 +187,7 @@ def random_texts(size: int, length: int) -> Iterator[tuple[Batch, Batch]]:
 
 def real_texts(task: str, root: str, tokenizer: str, size: int, rounds: int) -> Iterator[tuple[Batch, Batch]]:
     """Pairs of batches, one in length buckets and one padded to 128, evenly through an epoch of the task."""
-    ways = []
-    for padded in (False, True):
-        data = GLUEData(task, root, batch_size=size, pad_to_max_length=padded)
-        module = SimpleNamespace(backbone_name=tokenizer, num_classes=data.num_classes)
-        data.trainer = SimpleNamespace(lightning_module=module, world_size=1, global_rank=0, state=None)  # type: ignore
-        data._load_train_and_val("fit")
-        assert data.train_set is not None
-        order = [piece for piece in data.train_order(0).split(size) if len(piece) == size]
-        chosen = [order[i * len(order) // rounds] for i in range(rounds)]
-        keys = ("input_ids", "attention_mask", "label")
-        sets = [data.train_set.__getitems__([(int(i), 0) for i in piece]) for piece in chosen]
-        ways.append([{key: batch[key] for key in keys} for batch in sets])
+    ways = [glue_batches(task, root, tokenizer, size, rounds, padded) for padded in (False, True)]
     while True:
         yield from zip(*ways, strict=True)
 

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Checkpoint
 
-from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.errors import UserError, causes, did_you_mean
 from srlora_pl.files import replacing
 
 
@@ -30,7 +30,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with replacing(path) as file:
                 torch.save(checkpoint, file)
         except Exception as error:
-            if (cause := _os_error(error)) is None:
+            # torch wraps the refusal of the disk in an error of its own
+            cause = next((each for each in causes(error) if isinstance(each, OSError)), None)
+            if cause is None:
                 raise
             last = newest(path.parent.glob("*.ckpt"))
             where = f"the last whole checkpoint is {last[0]} of step {last[1]}" if last else "there is no earlier one"
@@ -38,13 +40,6 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"The checkpoint {path} of step {checkpoint.get('global_step')} could not be written "
                 f"({cause.strerror}), {where}: make room, and go on with --ckpt_path last."
             ) from error
-
-
-def _os_error(error: BaseException | None) -> OSError | None:
-    """The refusal of the disk behind ``error``, which torch wraps in its own."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -94,6 +89,11 @@ _REMEMBERED = ("best_model_path", "kth_best_model_path", "last_model_path")
 def files_of(folder: Path) -> list[Path]:
     """The checkpoints in a run's ``folder``, those that were written for SLURM too."""
     return [*folder.glob("checkpoints/*.ckpt"), *folder.glob("hpc_ckpt_*.ckpt")]
+
+
+def run_folders(checkpoint: Path) -> list[Path]:
+    """The folders around ``checkpoint`` that hold a run's ``config.yaml``, the nearest first."""
+    return [folder for folder in checkpoint.resolve().parents[:2] if (folder / "config.yaml").is_file()]
 
 
 def newest(files: Iterable[Path], pass_over: Callable[[Path], None] = lambda file: None) -> tuple[Path, int] | None:

@@ -8,12 +8,11 @@ import argparse
 import errno
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
 from srlora_pl import config
-from srlora_pl.errors import Interrupted, UserError, did_you_mean
+from srlora_pl.errors import START_AGAIN, WORKER_DIED, Interrupted, UserError, causes, did_you_mean
 
 COMMANDS = {
     "fit": "train, then test the best checkpoint where the test data have labels",
@@ -56,7 +55,6 @@ examples:
 
 # Of an OSError these mean the disk and not a bug: full, over quota, broken, read-only.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
-_AGAIN = "and start again, fit with --ckpt_path last"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,23 +144,14 @@ def _for_the_user(error: BaseException) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if disk := next((each for each in _causes(error) if isinstance(each, OSError) and each.errno in _DISK), None):
-        return f"{disk.filename or 'a file'} could not be written ({disk.strerror}): see to the disk, {_AGAIN}"
+    if disk := next((each for each in causes(error) if isinstance(each, OSError) and each.errno in _DISK), None):
+        return f"{disk.filename or 'a file'} could not be written ({disk.strerror}): see to the disk, {START_AGAIN}"
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):  # raised at any line, by a signal
-        return (
-            "a process that loads data died, killed perhaps for want of memory: lower data.num_workers or "
-            f"data.batch_size, {_AGAIN}"
-        )
+        return WORKER_DIED
     misconfigured = type(error).__name__ == "MisconfigurationException"
     if misconfigured or (type(error) in (ValueError, RuntimeError) and _comes_from_lightning(error)):
         return f"Lightning refuses these settings: {error}"
     return _for_the_user(error.__cause__) if error.__cause__ else None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _comes_from_lightning(error: BaseException) -> bool:

@@ -1,6 +1,6 @@
 """Errors that a user can cause, and the helper that finds the nearest right name."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 
@@ -20,6 +20,21 @@ class Interrupted(SystemExit):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(code)
         self.message = message
+
+
+START_AGAIN = "and start again, fit with --ckpt_path last"
+# A worker's death reaches the main process in several ways.
+WORKER_DIED = (
+    "a process that loads data died, killed perhaps for want of memory: lower data.num_workers or data.batch_size, "
+    + START_AGAIN
+)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """``error`` and, one after the other, what brought it about."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -446,10 +446,10 @@ def load_task(checkpoint: Path, config_file: str | None) -> tuple[Task, list[str
 
 def _task_class(checkpoint: Path, config_file: str | None) -> tuple[config.Node, type[Task]]:
     """The run's settings, and the class that they name as its model's."""
-    own = checkpoint.resolve().parent.parent / "config.yaml"
-    if not (config_file or own.is_file()):
-        raise UserError(f"the run's config.yaml is not in {own.parent}, give it with --config")
-    file = config_file or str(own)
+    folders = checkpoints.run_folders(checkpoint)
+    if not (config_file or folders):
+        raise UserError(f"the run's config.yaml is not in {checkpoint.resolve().parent.parent}, give it with --config")
+    file = config_file or str(folders[0] / "config.yaml")
     settings = config.read(file)
     model = settings.get("model")
     path = str(model.get("class_path")) if isinstance(model, dict) else ""

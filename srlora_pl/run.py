@@ -381,9 +381,8 @@ def _require_writable(folder: Path) -> None:
 
 def _folder_of(checkpoint: Path) -> Path | None:
     """The folder of the run that wrote ``checkpoint``, or None for a file that lies elsewhere."""
-    path = checkpoint.resolve()
-    runs = (folder for folder in path.parents[:2] if (folder / "config.yaml").is_file())
-    return next((folder for folder in runs if path in checkpoints.files_of(folder)), None)
+    folders = checkpoints.run_folders(checkpoint)
+    return next((folder for folder in folders if checkpoint.resolve() in checkpoints.files_of(folder)), None)
 
 
 def _versions(root: Path) -> list[Path]:

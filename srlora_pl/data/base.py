@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from srlora_pl.errors import UserError
+from srlora_pl.errors import WORKER_DIED, UserError
 from srlora_pl.randomness import derive, run_seed
 
 # Streams keep the uses of one seed apart; large numbers, so that no step or epoch is mistaken for one.
@@ -304,10 +304,7 @@ def _watch_workers(batches: Any) -> Iterator[Any]:
             # The pipe of a dying process closes a little before the process is gone.
             workers = getattr(batches, "_workers", ())
             if workers and wait([worker.sentinel for worker in workers], timeout=1):
-                raise UserError(
-                    "A process that loads data died, killed perhaps for want of memory: lower data.num_workers or "
-                    "data.batch_size, and go on with --ckpt_path last."
-                ) from error
+                raise UserError(WORKER_DIED) from error
             raise
         yield batch
 

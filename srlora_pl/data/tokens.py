@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from srlora_pl.cache import keep
 from srlora_pl.errors import UserError
 
 _FORMAT = "1"  # of the files in the cache; a change makes all of them stale
@@ -169,14 +169,10 @@ def _load(file: Path, samples: int) -> Tokens | None:
 
 
 def _save(tokens: Tokens, file: Path) -> None:
-    """Write ``file`` whole or not at all: several processes may do so at once, and any may be killed."""
     parts = {"input_ids": tokens.input_ids, "offsets": tokens.offsets, "truncated": torch.tensor(tokens.truncated)}
     if tokens.token_type_ids is not None:
         parts["token_type_ids"] = tokens.token_type_ids
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            save_file(parts, Path(folder, file.name))
-            os.replace(Path(folder, file.name), file)
+        keep(parts, file)
     except OSError as error:
         rank_zero_warn(f"The tokens could not be kept in '{file.parent}' ({error.strerror}); set data.cache_dir.")

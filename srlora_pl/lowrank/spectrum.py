@@ -2,18 +2,16 @@
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from srlora_pl.cache import keep
 from srlora_pl.errors import UserError
 
 # Below this share of the largest singular value a direction is rounding noise of the stored weight.
@@ -141,14 +139,9 @@ class SpectrumCache:
         parts = {f"{name}/{part}": getattr(spectrum, part) for name, spectrum in spectra.items() for part in _PARTS}
         tensors = dict(sorted(parts.items()))
         header = {"weights": self.weights, "content": fingerprint(tensors), "asked": json.dumps(dict(directions))}
-        unfinished = self.file.with_suffix(f".{os.getpid()}.tmp")
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, unfinished, header)
-            unfinished.replace(self.file)
-        except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                unfinished.unlink()
+            keep(tensors, self.file, header)
+        except OSError as error:
             warnings.warn(f"the singular directions cannot be kept in {self.file.parent}: {error}", stacklevel=2)
 
 
