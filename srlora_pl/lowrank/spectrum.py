@@ -46,10 +46,12 @@ class Spectrum:
             raise UserError(
                 f"the weight of {name} is zero and has no singular directions, leave it out with exclude_modules"
             )
-        U, sigma, Vh = _gram_svd(W)
-        if sigma[: min(directions, len(sigma))][-1] < _GRAM_LIMIT * sigma[0]:
+        k = min(directions, *W.shape)
+        U, sigma, Vh = _gram_svd(W, k)
+        if sigma[-1] < _GRAM_LIMIT * sigma[0]:
             U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
-        k = min(directions, int((sigma >= _RANK_TOLERANCE * sigma[0]).sum()))
+        k = int((sigma[:k] >= _RANK_TOLERANCE * sigma[0]).sum())
+        U, sigma, Vh = U[:, :k], sigma[:k], Vh[:k]
         # A pair of vectors is defined up to a common sign: take the one where the largest entry of u is positive, so
         # that a run does not depend on the LAPACK at hand.
         sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
@@ -81,13 +83,13 @@ class Spectrum:
         return B.to(like.device, like.dtype), A.to(like.device, like.dtype)
 
 
-def _gram_svd(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All singular triplets of W by the eigenvectors of its smaller Gram matrix, several times faster than svd."""
+def _gram_svd(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first k singular triplets of W by the eigenvectors of its smaller Gram matrix, much faster than svd."""
     if W.shape[0] < W.shape[1]:
-        V, sigma, Uh = _gram_svd(W.T)
+        V, sigma, Uh = _gram_svd(W.T, k)
         return Uh.T, sigma, V.T
     values, V = torch.linalg.eigh(W.T @ W)
-    sigma, V = values.flip(0).clamp(min=0).sqrt(), V.flip(1)
+    sigma, V = values[-k:].flip(0).clamp(min=0).sqrt(), V[:, -k:].flip(1)
     return (W @ V) / sigma.clamp(min=torch.finfo(W.dtype).tiny), sigma, V.T
 
 
