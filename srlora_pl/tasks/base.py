@@ -29,10 +29,11 @@ Batch = dict[str, Tensor]
 SPLITS = {"val": ("val", "val_mm"), "test": ("test", "test_mm")}
 # What a checkpoint holds: only what changed since the pretrained weights, or the whole network.
 CHECKPOINTS = ("compact", "full")
+MATMUL_PRECISIONS = ("highest", "high", "medium")
 # What a checkpoint and the run that only uses its weights must agree in, and what even one that goes on may change
 # (the mixin compares the method, and the weights themselves come from the checkpoint).
 IDENTITY = ("num_classes", "backbone", "backbone_kwargs", "problem", "train_pooler")
-FREE = {"method", "backbone_checkpoint", "checkpoints", "compile"}
+FREE = {"method", "backbone_checkpoint", "checkpoints", "compile", "matmul_precision"}
 
 
 class Task(ExactResume, SRLoRAMixin, L.LightningModule):
@@ -91,6 +92,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         if that is more than ``heads``.
         """
         require("checkpoints", arguments["checkpoints"], "compact or full", arguments["checkpoints"] in CHECKPOINTS)
+        precision = arguments["matmul_precision"]
+        require("matmul_precision", precision, "highest, high or medium", precision in MATMUL_PRECISIONS)
         self.whole_checkpoints = arguments["checkpoints"] == "full"
         method = as_method(method)
         self.save_hyperparameters({**arguments, "method": method.spec()})
@@ -135,6 +138,17 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def training_loss(self, batch: Batch) -> Tensor:
         """The mean loss that training minimises."""
         return self.losses(self.logits(batch), batch["label"]).mean()
+
+    # A run
+
+    def setup(self, stage: str) -> None:
+        self._precision_before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.hparams["matmul_precision"])
+        super().setup(stage)
+
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        torch.set_float32_matmul_precision(self._precision_before)
 
     # Training
 

@@ -43,6 +43,8 @@ class ImageClassifier(Task):
         mixup: alpha of mixup (Zhang et al. 2018); 0 is off. With cutmix too, each batch takes one at random.
         cutmix: alpha of cutmix (Yun et al. 2019); 0 is off.
         compile: run each repeated block through ``torch.compile``.
+        matmul_precision: of fp32 products during a run, see ``torch.set_float32_matmul_precision``: ``high`` is TF32
+            on NVIDIA's GPUs from Ampere on. Starts and switches are always computed in full fp32.
         checkpoints: ``compact`` files hold what changed since the pretrained weights; ``full`` ones the whole network.
 
     Raises:
@@ -68,6 +70,7 @@ class ImageClassifier(Task):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         compile: bool = False,
+        matmul_precision: Literal["highest", "high", "medium"] = "highest",
         checkpoints: Literal["compact", "full"] = "compact",
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}

@@ -51,6 +51,8 @@ class TextClassifier(Task):
         warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
         label_smoothing: in the training loss of a single-label problem only, from 0 up to 1.
         compile: run each repeated block through ``torch.compile``.
+        matmul_precision: of fp32 products during a run, see ``torch.set_float32_matmul_precision``: ``high`` is TF32
+            on NVIDIA's GPUs from Ampere on. Starts and switches are always computed in full fp32.
         checkpoints: ``compact`` files hold what changed since the pretrained weights; ``full`` ones the whole network.
         fast_attention: DeBERTa's attention without its repeated work, equal to rounding.
 
@@ -81,6 +83,7 @@ class TextClassifier(Task):
         warmup_steps: int = 0,
         label_smoothing: float = 0.0,
         compile: bool = False,
+        matmul_precision: Literal["highest", "high", "medium"] = "highest",
         checkpoints: Literal["compact", "full"] = "compact",
         fast_attention: bool = False,
     ) -> None:

@@ -337,6 +337,14 @@ def test_compile_takes_each_block_that_holds_adapters(classifier, monkeypatch):
     assert compiled == [model.net.blocks[1]]
 
 
+def test_matmul_precision_holds_during_a_run(classifier, trainer, loader):
+    seen = Record(lambda trainer, module: torch.get_float32_matmul_precision())
+    trainer(callbacks=[seen], max_steps=1).fit(classifier(matmul_precision="high"), loader)
+    assert (seen.seen, torch.get_float32_matmul_precision()) == (["high"], "highest")
+    with pytest.raises(UserError, match=r"model\.matmul_precision is tf32: it must be highest, high or medium"):
+        classifier(matmul_precision="tf32")
+
+
 def test_a_resume_with_another_learning_rate_is_refused_and_a_test_is_not(classifier, trainer, loader, tmp_path):
     """The optimizer's state holds the old rate, and would bring it back without a word."""
     run = trainer(max_steps=2)
