@@ -171,7 +171,7 @@ def test_glue_configs_switch_as_often_as_planned(task: str) -> None:
 @pytest.mark.parametrize("task", GLUE_TASKS)
 def test_what_the_paper_does_not_say_about_glue_is_marked(task: str) -> None:
     marked, others = marked_lines(f"deberta_{task}_srlora.yaml")
-    assert marked == {"seed_everything", "train_pooler", "fast_attention", "schedule"}
+    assert marked == {"seed_everything", "train_pooler", "fast_attention", "schedule", "matmul_precision"}
     papers = "backbone rank alpha target_modules target_rank fusion_ratio beta1 beta2 optimizer lr weight_decay"
     papers += " warmup_steps task batch_size val_fraction max_length precision max_epochs val_check_interval"
     assert others - {"class_path", "root", "check_val_every_n_epoch", "log_every_n_steps"} == set(papers.split())
@@ -181,6 +181,7 @@ def test_what_the_paper_does_not_say_about_glue_is_marked(task: str) -> None:
 def test_what_the_paper_does_not_say_is_marked(dataset: str) -> None:
     marked, _ = marked_lines(f"vit_{dataset}_srlora.yaml")
     ours = "target_rank fusion_ratio beta1 beta2 lr momentum batch_size val_fraction hflip crop_scale test_crop_pct"
+    ours += " matmul_precision"
     assert set(ours.split()) <= marked
     papers = "backbone rank alpha optimizer schedule warmup_steps precision max_steps val_check_interval"
     assert not set(papers.split()) & marked

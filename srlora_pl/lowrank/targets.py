@@ -59,7 +59,7 @@ def select(net: nn.Module, method: Method) -> list[Target]:
         target
         for target in wanted
         if not any(name_matches(pattern, target.name) for pattern in method.exclude_modules)
-        and method.takes_layer(_block_index(target.name))
+        and method.takes_layer(block_and_kind(target.name)[0])
     ]
     if not chosen:
         raise UserError(
@@ -217,7 +217,10 @@ def _tied_weights(net: nn.Module) -> dict[str, str]:
     return {name: other for names in owners.values() for name in names for other in names if other != name}
 
 
-def _block_index(name: str) -> int | None:
-    """The number of the block that a layer lies in: the first number in its name."""
+def block_and_kind(name: str) -> tuple[int | None, str]:
+    """The number of the block that a layer or a matrix lies in, the first number in its name, and the rest of it.
+
+    ``blocks.3.attn.qkv[q]`` is ``attn.qkv[q]`` of block 3; without a number it is of no block.
+    """
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(found.group(1)) if found else None
+    return (int(found[1]), name[found.end() :]) if found else (None, name)

@@ -253,3 +253,17 @@ def test_spec_rebuilds_the_method():
         "rank", "alpha", "target_modules", "exclude_modules", "layers", "rank_pattern", "alpha_pattern", "dropout",
         "use_rslora", "target_rank", "fusion_ratio", "beta1", "beta2", "reset_scores", "optimizer_state",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("blocks.3.attn.qkv[q]", (3, "attn.qkv[q]")),
+        ("deberta.encoder.layer.11.output.dense", (11, "output.dense")),
+        ("stages.1.blocks.2.mlp.fc1", (1, "blocks.2.mlp.fc1")),
+        ("fc1", (None, "fc1")),
+        ("norm1.proj", (None, "norm1.proj")),
+    ],
+)
+def test_block_and_kind(name, place):
+    assert block_and_kind(name) == place
