@@ -7,6 +7,7 @@ from torch import nn
 
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, SRLoRA
+from srlora_pl.lowrank.targets import block_and_kind
 from tests.toys import toy_net
 
 
