@@ -27,11 +27,7 @@ def seconds(merge: bool, operands: dict[str, Any], upstream: torch.Tensor, autoc
     begin = time.perf_counter()
     x, weight, bias, A, B = (operands[name] for name in ("x", "weight", "bias", "A", "B"))
     with autocast():
-        if merge:
-            with kernels._outside_autocast(x, bias) as (low_x, low_bias):
-                y = kernels._Merged.apply(low_x, weight, low_bias, A, B, 1.0, None)
-        else:
-            y = kernels.two_branches(x, weight, bias, A, B, 1.0, None)
+        y = (kernels.merge_on_the_fly if merge else kernels.two_branches)(x, weight, bias, A, B, 1.0, None)
     torch.autograd.grad(y, [operands["x"], operands["A"], operands["B"]], upstream)
     if upstream.is_cuda:
         torch.cuda.synchronize()
@@ -69,11 +65,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     found = {f"{out}x{in_}": {n: ratio(out, in_, n, arguments) for n in ROWS} for out, in_ in SHAPES}
+    halves = arguments.precision != "32"
     rows = [
         [
             shape,
             *(
-                f"{value:.2f}{'*' * kernels.merging_pays(n, *map(int, shape.split('x')), arguments.precision != '32')}"
+                f"{value:.2f}{'*' * kernels.merging_pays(n, *map(int, shape.split('x')), halves)}"
                 for n, value in each.items()
             ),
         ]

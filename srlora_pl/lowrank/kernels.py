@@ -4,8 +4,8 @@ Merged: W_eff = W + s B A is built in the weight's precision, used for one produ
 builds it again. That costs a pass over (out, in) values each way and saves passes over (rows, in) and (rows, out). In
 half precision it is also nearer to the exact result, since W_eff is rounded once instead of two products and their sum.
 
-When it pays, in seconds of forward and backward over those of two branches, in fp32 on one core (AMD EPYC without
-AVX-512, MKL, rank 8; ``benchmarks/kernels.py``):
+Seconds of forward and backward over those of two branches, in fp32 on one core (AMD EPYC without AVX-512, MKL, rank 8;
+``benchmarks/kernels.py``):
 
 | out x in | 128 rows | 256 | 512 | 1,024 | 2,048 |
 |---|---|---|---|---|---|
@@ -14,9 +14,13 @@ AVX-512, MKL, rank 8; ``benchmarks/kernels.py``):
 | 768 x 3072 | 1.29 | 1.11 | 1.07 | 1.01 | 1.05 |
 | 1536 x 384 | 1.05 | 1.02 | 1.05 | 0.96 | 0.97 |
 
-So in fp32 it is even once rows * (in + out) exceeds about four times in * out. In half precision, where the branches
-cost a rounding and the passes more against the products, the rule is the count of passes, rows * (in + out) >= in *
-out; that one is not measured.
+On two cores, at the 1,576 rows of eight images of ViT-B/16, it is 1.03 for a fused qkv, 1.01, 1.05 and 1.00. So in
+single and double precision merging never pays. In half precision, where the branches cost a rounding and the passes
+weigh more against the products, the rule is the count of passes, rows * (in + out) >= in * out; it is not measured.
+
+Not done: appending A's rows to W (so that one product gives x A^T too) or B's columns (dY B with dX). Copying W and an
+output that is not contiguous cost more than the thin product: 1.01 to 1.04 times the seconds of two branches, forward
+and backward, for these shapes at 1,576 rows in fp32 on one core.
 """
 
 from collections.abc import Iterator
@@ -53,8 +57,21 @@ def low_rank_linear(
         (..., out), in autocast's type where autocast is on.
     """
     rows, (out, in_) = x.numel() // x.shape[-1], weight.shape
-    if not merging_pays(rows, out, in_, torch.is_autocast_enabled(x.device.type) or x.dtype.itemsize == 2):
-        return two_branches(x, weight, bias, A, B, scaling, adapted)
+    halves = torch.is_autocast_enabled(x.device.type) or x.dtype.itemsize == 2
+    compute = merge_on_the_fly if merging_pays(rows, out, in_, halves) else two_branches
+    return compute(x, weight, bias, A, B, scaling, adapted)
+
+
+def merge_on_the_fly(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    adapted: tuple[int, ...] | None,
+) -> Tensor:
+    """x (W + s B A)^T + bias as one product; shapes as in `low_rank_linear`."""
     with _outside_autocast(x, bias) as (x, bias):
         return _Merged.apply(x, weight, bias, A, B, scaling, adapted)
 
@@ -77,7 +94,7 @@ def two_branches(
 
 def merging_pays(rows: int, out: int, in_: int, halves: bool) -> bool:
     """Whether W_eff is worth building for ``rows`` tokens in half precision, or else; see the top of this file."""
-    return rows * (in_ + out) >= in_ * out * (1 if halves else 4)
+    return halves and rows * (in_ + out) >= in_ * out
 
 
 @contextmanager

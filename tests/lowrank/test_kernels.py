@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from srlora_pl.lowrank import kernels
-from srlora_pl.lowrank.kernels import low_rank_linear, two_branches
+from srlora_pl.lowrank.kernels import low_rank_linear, merge_on_the_fly, two_branches
 
 KINDS = {"plain": (1, None), "fused": (3, None), "fused, part of it": (3, (0, 2)), "fused, one part": (3, (1,))}
 SHAPES = {"2d": (40,), "3d": (5, 8), "4d": (2, 4, 5)}
@@ -45,7 +46,7 @@ def gradients(function, given, upstream):
     return torch.autograd.grad((function(**given) * upstream).sum(), leaves)
 
 
-@pytest.mark.parametrize("function", [low_rank_linear, two_branches])
+@pytest.mark.parametrize("function", [merge_on_the_fly, two_branches])
 @pytest.mark.parametrize("batch", SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients_equal_the_formula(kind, batch, function):
@@ -57,7 +58,7 @@ def test_values_and_gradients_equal_the_formula(kind, batch, function):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("function", [low_rank_linear, two_branches])
+@pytest.mark.parametrize("function", [merge_on_the_fly, two_branches])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(kind, function):
     given = operands(kind)
@@ -83,7 +84,7 @@ def test_the_pairs_may_see_another_input(kind):
         torch.testing.assert_close(one, other_one, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("function", [low_rank_linear, two_branches])
+@pytest.mark.parametrize("function", [merge_on_the_fly, two_branches])
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=4)))
 def test_only_what_is_asked_for_gets_a_gradient(needed, function):
     given = operands("fused")
@@ -97,7 +98,7 @@ def test_only_what_is_asked_for_gets_a_gradient(needed, function):
     assert [given[name].grad is not None for name in names] == list(needed)
 
 
-@pytest.mark.parametrize("function", [low_rank_linear, two_branches])
+@pytest.mark.parametrize("function", [merge_on_the_fly, two_branches])
 def test_a_non_contiguous_input_and_no_bias(function):
     given = operands("plain") | {"bias": None}
     given["x"] = given["x"].detach().transpose(0, 1).requires_grad_()
@@ -120,7 +121,7 @@ def test_under_autocast_it_is_nearer_to_the_exact_result_than_two_branches(kind,
         formula, {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in given.items()}, upstream
     )
     errors = {}
-    for function in (low_rank_linear, two_branches):
+    for function in (merge_on_the_fly, two_branches):
         with torch.autocast("cpu", dtype=dtype):
             y = function(**given)
         assert y.dtype == dtype
@@ -129,29 +130,28 @@ def test_under_autocast_it_is_nearer_to_the_exact_result_than_two_branches(kind,
         for grad, theirs in zip(torch.autograd.grad((y * upstream).sum(), leaves), exact_grads, strict=True):
             assert grad.dtype == torch.float32
             assert (grad.double() - theirs).norm() / theirs.norm() < 4 * torch.finfo(dtype).eps
-    assert errors[low_rank_linear] <= errors[two_branches]
-    assert errors[low_rank_linear] < torch.finfo(dtype).eps
+    assert errors[merge_on_the_fly] <= errors[two_branches]
+    assert errors[merge_on_the_fly] < torch.finfo(dtype).eps
 
 
 def test_the_merged_weight_is_not_kept_for_the_backward_pass():
     given = operands("plain", (64,), torch.float32, in_=32, out=32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        low_rank_linear(**given)
+        merge_on_the_fly(**given)
     assert {t.data_ptr() for t in kept} == {given[name].data_ptr() for name in ("x", "weight", "A", "B")}
 
 
 @pytest.mark.parametrize(
     ("rows", "dtype", "way"),
     [
-        (9, None, "two_branches"),
-        (10, None, "merged"),
+        (999, None, "two_branches"),
         (2, torch.bfloat16, "two_branches"),
         (3, torch.bfloat16, "merged"),
     ],
 )
 def test_few_rows_take_two_branches(rows, dtype, way, monkeypatch):
-    """in = 6, out = 4: merging pays from 4 * 24 / 10 rows on, in half precision from 24 / 10."""
+    """in = 6, out = 4: merging pays from 24 / 10 rows on, and in half precision only."""
     called = []
     for name in ("two_branches", "merged"):
         original = getattr(kernels, name)
@@ -161,24 +161,36 @@ def test_few_rows_take_two_branches(rows, dtype, way, monkeypatch):
     assert called == [way]
 
 
-def test_inference_mode():
+@pytest.mark.parametrize("function", [merge_on_the_fly, two_branches])
+def test_inference_mode(function):
     given = operands("fused")
     with torch.inference_mode():
-        torch.testing.assert_close(low_rank_linear(**given), formula(**given), rtol=0, atol=1e-13)
+        torch.testing.assert_close(function(**given), formula(**given), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("function", [merge_on_the_fly, two_branches])
+def test_activation_checkpointing(function):
+    given = operands("fused")
+
+    def again(**given):
+        return checkpoint(lambda *leaves: function(**given), *given.values(), use_reentrant=False)
+
+    upstream = torch.randn(5, 8, 12, dtype=torch.float64)
+    for mine, theirs in zip(gradients(again, given, upstream), gradients(function, given, upstream), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("rows", [2, 60])
-def test_torch_compile_takes_it_without_a_graph_break(rows, autocast):
-    """Few rows take two branches, many the merged weight."""
-    given = operands("fused", (rows,), torch.float32)
-    upstream = torch.randn(rows, 12)
+@pytest.mark.parametrize("function", [merge_on_the_fly, two_branches, low_rank_linear])
+def test_torch_compile_takes_it_without_a_graph_break(function, autocast):
+    given = operands("fused", (60,), torch.float32)
+    upstream = torch.randn(60, 12)
 
     def values(function):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = function(**given)
         return [y, *torch.autograd.grad((y * upstream).sum(), [given["A"], given["B"], given["bias"]])]
 
-    compiled = torch.compile(low_rank_linear, fullgraph=True, backend="aot_eager")
-    for one, other in zip(values(compiled), values(low_rank_linear), strict=True):
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for one, other in zip(values(compiled), values(function), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
