@@ -20,6 +20,7 @@ COMMANDS = {
     "test": "score a checkpoint on the test data",
     "predict": "write what the model says of every sample of data.predict_root, or of the test data",
     "export": "write a checkpoint's model as plain weights, or as a LoRA for PEFT, that load without this package",
+    "compare": "train several methods with several seeds, and tell whether they differ",
 }
 EXPORT_HELP = """usage: python cli.py export --ckpt_path FILE --format merged|peft --output FOLDER
                             [--rank R] [--force] [--config FILE]
@@ -33,13 +34,27 @@ options:
   --force              one that holds files; those of other names stay
   --config FILE        names the model's class and the places of its pretrained weights; by default the run's own"""
 
+COMPARE_HELP = """usage: python cli.py compare --config FILE --output FOLDER [--methods M,M,...] [--seeds N]
+                             [--grid KEY=VALUE,VALUE,... ...] [--dry-run] [--KEY VALUE ...]
+       python cli.py compare --table 3|4 --output FOLDER [...]
+
+options:
+  -c, --config FILE    the task; several files are laid on top of each other
+  --table 3|4          the tasks and methods of the paper's table instead
+  --output FOLDER      where runs and results go; finished runs in it are not repeated, others go on
+  --methods M,M,...    files of configs/methods/ by name, or paths of overlays; by default lora,pissa,srlora
+  --seeds N            runs of each method, by default 5, with the seeds from the config's own on
+  --grid KEY=V,V,...   settings to choose among for each method, by validation of the first seed; may be repeated
+  --dry-run            list the runs, estimate the time, and stop
+  --KEY VALUE          any setting, for all runs, such as --data.root glue/"""
+
 HELP = f"""usage: python cli.py SUBCOMMAND --config configs/NAME.yaml [--config configs/methods/METHOD.yaml]
                      [--ckpt_path FILE] [--KEY VALUE ...]
 
 subcommands:
 {chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
 
-options of every subcommand (but export, see export --help):
+options of every subcommand (but export and compare, see export --help and compare --help):
   -c, --config FILE    settings; several files are laid on top of each other
   --ckpt_path FILE     fit: go on from here; validate, test, predict: the weights to use;
                        last: the newest file of the config's newest run
@@ -88,6 +103,8 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError(f"unknown subcommand {command!r}{near}: it is one of {', '.join(COMMANDS)}")
     if command == "export":
         return _export(options)
+    if command == "compare":
+        return _compare(options)
     files, options = _split_configs(options)
     contents = [config.read(file) for file in files]
 
@@ -123,6 +140,34 @@ def _export(options: list[str]) -> int:
     report = export_checkpoint(given.ckpt_path, given.format, given.output, given.rank, given.force, given.config)
     print("\n".join(report.lines()))
     return 0
+
+
+class _CompareOptions(argparse.ArgumentParser):
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        self.add_argument("-c", "--config", action="append", default=[])
+        self.add_argument("--output", required=True)
+        self.add_argument("--grid", action="append", default=[])
+        self.add_argument("--seeds", type=int, default=5)
+        self.add_argument("--methods")
+        self.add_argument("--table")
+        self.add_argument("--dry-run", action="store_true")
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"compare: {message}, see python cli.py compare --help")
+
+
+def _compare(options: list[str]) -> int:
+    if {"-h", "--help"} & set(options):
+        print(COMPARE_HELP)
+        return 0
+    given, settings = _CompareOptions().parse_known_args(options)
+    for file in given.config:
+        config.read(file)
+
+    from srlora_pl.comparison.command import compare
+
+    return compare(given, settings)
 
 
 def _split_configs(options: list[str]) -> tuple[list[str], list[str]]:

@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     unfinished = path.with_name(f".{secrets.token_hex(8)}{_SUFFIX}")
     try:
         with unfinished.open("xb") as file:
-            _lock(file)
+            lock(file)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -50,7 +50,7 @@ def relative(path: str | Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _lock(file: BinaryIO) -> bool:
+def lock(file: BinaryIO) -> bool:
     """Whether no living process holds ``file``, which then is held until it is closed or its process dies.
 
     Unlike the number of a process, a lock means the same on every machine that shares the disk.
@@ -69,7 +69,7 @@ def _remove_leftovers(folder: Path) -> None:
         with contextlib.suppress(OSError), leftover.open("rb") as file:
             status = leftover.stat()
             # An empty one may have been made this very moment, and not be locked yet.
-            if (status.st_size or time.time() - status.st_mtime > 60) and _lock(file):
+            if (status.st_size or time.time() - status.st_mtime > 60) and lock(file):
                 leftover.unlink()
 
 

@@ -32,6 +32,7 @@ from srlora_pl.callbacks import (
     GLUEWriter,
     Interrupts,
     PredictionWriter,
+    Summary,
 )
 from srlora_pl.data.base import DataModule
 from srlora_pl.data.glue import GLUEData
@@ -239,7 +240,8 @@ class Run(LightningCLI):
         callbacks: list[Callback] = [self.interrupts]
         if self.folder:
             settings_text = self.parser.dump(self.config, skip_none=False)
-            callbacks += [ContinuedCurves(), _KeepSettings(self.folder / "config.yaml", settings_text)]
+            self.summary = Summary(self.folder)
+            callbacks += [ContinuedCurves(), _KeepSettings(self.folder / "config.yaml", settings_text), self.summary]
         if saves and not _chooses_best(users):
             callbacks.append(_best(saves))
         if saves and not any(getattr(each, "save_last", None) for each in users):
@@ -312,8 +314,13 @@ class Run(LightningCLI):
         if best:
             chosen: Any = choosing[0]
             which = f"best checkpoint: {relative(best)} ({chosen.monitor} {float(chosen.best_model_score):.4f})"
+            found = {"monitor": chosen.monitor, "mode": chosen.mode, "value": float(chosen.best_model_score)}
+            found["checkpoint"] = str(relative(best))
         else:
+            found = {}
             which = "no checkpoint was chosen by validation, the scores are those of the last weights"
+        if self.folder and self.trainer.is_global_zero:
+            self.summary.write(self.trainer, self.model, scores, found)
         where = f"run written to {relative(self.folder)}" if self.folder else "fast_dev_run: nothing written"
         self._close(scores, [which, where])
 

@@ -4,6 +4,7 @@ from srlora_pl.callbacks.csv_log import ContinuedCSVLogger
 from srlora_pl.callbacks.curves import ContinuedCurves, ContinuedTensorBoardLogger
 from srlora_pl.callbacks.interrupts import Interrupts
 from srlora_pl.callbacks.predictions import GLUEWriter, PredictionWriter
+from srlora_pl.callbacks.summary import Summary
 
 __all__ = [
     "ContinuedCSVLogger",
@@ -12,4 +13,5 @@ __all__ = [
     "GLUEWriter",
     "Interrupts",
     "PredictionWriter",
+    "Summary",
 ]

@@ -1,0 +1,73 @@
+"""summary.json: what became of a run, for programs to read."""
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from srlora_pl import system
+from srlora_pl.files import replacing
+
+FILE = "summary.json"
+
+
+class Summary(Callback):
+    """Counts the seconds of a run over all the processes that it took, and writes its ``summary.json``.
+
+    Attributes:
+        seconds: from the start of training to now or its end, validations included.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self._earlier, self._begin = 0.0, 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self._earlier + (time.perf_counter() - self._begin if self._begin else 0.0)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin = time.perf_counter()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._earlier, self._begin = self.seconds, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._earlier = state_dict["seconds"]
+
+    def write(self, trainer: Trainer, module: Any, scores: Mapping[str, float], best: Mapping[str, Any]) -> None:
+        """Say that the run has ended, and how.
+
+        Args:
+            scores: the last ones, of the test data where they have labels.
+            best: ``monitor``, ``value`` and ``step`` of the checkpoint that validation chose; empty if none was.
+        """
+        adaptation, device = module.adaptation, trainer.strategy.root_device
+        pairs = [p for layer in adaptation.layers.values() for p in (layer.lora_A, layer.lora_B)]
+        content = {
+            "command": shlex.join(sys.argv),
+            "method": adaptation.method.spec(),
+            "steps": trainer.global_step,
+            "switches": adaptation.switches_done,
+            "scores": dict(scores),
+            "best": dict(best),
+            "seconds": self.seconds,
+            "peak_memory": system.peak_memory_bytes(device),
+            "parameters": {
+                "adapters": sum(p.numel() for p in pairs),
+                "trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
+                "all": sum(p.numel() for p in module.parameters()),
+            },
+            "device": system.device_name(device),
+            "versions": system.versions(),
+        }
+        with replacing(self.path) as file:
+            file.write(json.dumps(content, indent=1).encode())

@@ -1,0 +1,189 @@
+"""What the runs of a comparison reached: rows, tables, and tests of whether methods differ."""
+
+import csv
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import ttest_rel
+
+from srlora_pl.comparison.cells import Cell
+
+QUARTERS = (0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run.
+
+    Attributes:
+        cell: which one.
+        summary: its ``summary.json``.
+        metrics: the rows of its ``metrics.csv``, without empty values.
+    """
+
+    cell: Cell
+    summary: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, float]]
+
+    @classmethod
+    def read(cls, cell: Cell, summary: Mapping[str, Any]) -> "Outcome":
+        with Path(summary["folder"], "metrics.csv").open(newline="") as file:
+            rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+        return cls(cell, summary, rows)
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The final scores, ``test/score`` or ``val/score`` among them."""
+        return dict(self.summary["scores"])
+
+    @property
+    def score(self) -> float:
+        """The task's main one."""
+        return next(value for name, value in self.scores.items() if name.endswith("/score"))
+
+    def curve(self, name: str) -> tuple[list[float], list[float]]:
+        """Optimizer steps, and the values that ``name`` had at them."""
+        points = [(row["step"] + 1, row[name]) for row in self.metrics if name in row]
+        return [step for step, _ in points], [value for _, value in points]
+
+    def at_quarters(self, name: str) -> list[float | None]:
+        """The last value of ``name`` after 25, 50, 75 and 100 % of the steps; None before the first."""
+        steps, values = self.curve(name)
+        until = (sum(step <= quarter * self.summary["steps"] for step in steps) for quarter in QUARTERS)
+        return [values[count - 1] if count else None for count in until]
+
+    def row(self) -> dict[str, Any]:
+        """For results.csv."""
+        quarters = zip(QUARTERS, self.at_quarters("val/loss"), strict=True)
+        return {
+            "cell": self.cell.name,
+            "method": self.cell.method,
+            **dict(self.cell.point),
+            "seed": self.cell.seed,
+            **{f"best {self.summary['best'].get('monitor', '')}": self.summary["best"].get("value")},
+            **{f"val/loss at {quarter:.0%}": value for quarter, value in quarters},
+            **self.scores,
+            **{key: self.summary[key] for key in ("steps", "switches", "seconds", "peak_memory")},
+            **{f"{kind} parameters": count for kind, count in self.summary["parameters"].items()},
+        }
+
+
+def best_point(outcomes: Iterable[Outcome]) -> Cell:
+    """The cell whose best checkpoint was the best of all by what validation monitored; of equals the first."""
+
+    def distance(outcome: Outcome) -> float:
+        best = outcome.summary["best"]
+        value = best["value"] if best["mode"] == "min" else -best["value"]
+        return math.inf if math.isnan(value) else value
+
+    return min(outcomes, key=distance).cell
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one method's scores lie above another's, over the seeds that both have.
+
+    Attributes:
+        mean: of the differences, seed by seed.
+        low, high: the ends of its 95 % confidence interval.
+        p: of the paired, two-sided t-test.
+        n: seeds.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+    @classmethod
+    def between(cls, first: Mapping[int, float], second: Mapping[int, float]) -> "Difference | None":
+        """From scores by seed; None with fewer than two seeds in common, or differences that are all the same."""
+        seeds = sorted(first.keys() & second.keys())
+        differences = [first[seed] - second[seed] for seed in seeds]
+        if len(seeds) < 2 or max(differences) == min(differences):
+            return None
+        test = ttest_rel([first[seed] for seed in seeds], [second[seed] for seed in seeds])
+        interval = test.confidence_interval(0.95)
+        mean = statistics.fmean(differences)
+        return cls(mean, float(interval.low), float(interval.high), float(test.pvalue), len(seeds))
+
+
+def by_seed(outcomes: Iterable[Outcome]) -> dict[int, float]:
+    """The main scores."""
+    return {outcome.cell.seed: outcome.score for outcome in outcomes}
+
+
+def table(outcomes: Mapping[str, Sequence[Outcome]], paper: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: a row per method with mean, standard deviation and n, the paper's numbers, and the differences.
+
+    Args:
+        outcomes: of each method's chosen point, one per seed.
+        paper: by method, its numbers in percent, by the names that `Outcome.scores` has without the split.
+    """
+    names = list(dict.fromkeys(name for all_ in outcomes.values() for each in all_ for name in _shown(each.scores)))
+    header = ["method", "chosen", "n"]
+    for name in names:
+        header += [_title(name)] + (["paper"] if any(_kind(name) in row for row in paper.values()) else [])
+    header += [f"val loss at {quarter:.0%}" for quarter in QUARTERS]
+    rows = [_row(method, each, names, header, paper.get(method, {})) for method, each in outcomes.items() if each]
+    return "\n".join([*markdown(header, rows), "", *_differences(outcomes), ""])
+
+
+def _row(
+    method: str, outcomes: Sequence[Outcome], names: Sequence[str], header: Sequence[str], paper: Mapping[str, float]
+) -> list[str]:
+    point = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in outcomes[0].cell.point)
+    cells = [method, point or "-", str(len(outcomes))]
+    for name in names:
+        scale = 1 if _kind(name) == "loss" else 100
+        cells.append(_spread([scale * each.scores[name] for each in outcomes if name in each.scores], scale))
+        if len(cells) < len(header) and header[len(cells)] == "paper":
+            cells.append(f"{paper[_kind(name)]:g}" if _kind(name) in paper else "-")
+    losses = zip(*(each.at_quarters("val/loss") for each in outcomes), strict=True)
+    return cells + [_spread([loss for loss in quarter if loss is not None]) for quarter in losses]
+
+
+def _differences(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
+    lines = []
+    for (first, mine), (second, theirs) in combinations(outcomes.items(), 2):
+        found = Difference.between(by_seed(mine), by_seed(theirs))
+        if found is None:
+            lines.append(f"* {first} against {second}: too few seeds in common to tell a difference.")
+            continue
+        verdict = "significant at 5 %" if found.p < 0.05 else "not significant at 5 %"
+        lines.append(
+            f"* {first} - {second}: {100 * found.mean:+.2f} points (95 % interval {100 * found.low:+.2f} to "
+            f"{100 * found.high:+.2f}; paired t-test over {found.n} seeds, p = {found.p:.3f}): {verdict}."
+        )
+    return lines
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _shown(scores: Mapping[str, float]) -> list[str]:
+    """All but the main score's second name."""
+    return [name for name in scores if _kind(name) != "score"]
+
+
+def _kind(name: str) -> str:
+    return name.partition("/")[2]
+
+
+def _title(name: str) -> str:
+    return name.replace("/", " ") + ("" if _kind(name) == "loss" else ", %")
+
+
+def _spread(values: Sequence[float], scale: int = 1) -> str:
+    if not values:
+        return "-"
+    digits = 2 if scale == 100 else 3
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"

@@ -1,0 +1,95 @@
+"""What is said of finished runs, from made-up runs whose means, deviations and tests are known."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from srlora_pl.comparison.cells import Cell
+from srlora_pl.comparison.results import Difference, Outcome, best_point, table
+
+POINT = (("model.lr", "0.1"),)
+
+
+def outcome(method="lora", seed=0, score=0.5, losses=(4.0, 3.0, 2.0, 1.0), point=POINT, best=1.0, mode="min"):
+    """A run of 40 steps that was validated after every tenth."""
+    metrics = [{"step": 10.0 * i + 9, "val/loss": loss} for i, loss in enumerate(losses)]
+    metrics += [{"step": 4.0, "train/loss": 9.0}]
+    summary = {
+        "scores": {"test/accuracy": score, "test/score": score, "test/loss": 2 * score},
+        "best": {"monitor": "val/loss", "mode": mode, "value": best},
+        "steps": 40,
+        "switches": 3,
+        "seconds": 7.0,
+        "peak_memory": 100,
+        "parameters": {"adapters": 5, "trained": 6, "all": 7},
+    }
+    return Outcome(Cell(method, point, seed), summary, metrics)
+
+
+def test_losses_are_those_of_the_last_validation_until_then():
+    assert outcome().at_quarters("val/loss") == [4.0, 3.0, 2.0, 1.0]
+    early = outcome(losses=(4.0, 3.0))
+    assert early.at_quarters("val/loss") == [4.0, 3.0, 3.0, 3.0]
+    assert outcome(losses=()).at_quarters("val/loss") == [None] * 4
+    assert outcome().curve("train/loss") == ([5.0], [9.0])
+
+
+def test_a_run_is_read_from_its_folder(tmp_path: Path):
+    (tmp_path / "metrics.csv").write_text("epoch,step,val/loss\n0,3,\n0,9,0.25\n")
+    made = Outcome.read(Cell("lora", (), 0), {"folder": str(tmp_path), "steps": 10})
+    assert made.at_quarters("val/loss") == [None, None, None, 0.25]
+
+
+@pytest.mark.parametrize(("mode", "chosen"), [("min", "0.1"), ("max", "0.3")])
+def test_the_best_point_is_that_of_the_best_checkpoint(mode, chosen):
+    values = {"0.1": 1.0, "0.2": math.nan, "0.3": 2.0}
+    runs = [outcome(point=(("model.lr", lr),), best=value, mode=mode) for lr, value in values.items()]
+    assert best_point(runs).point == (("model.lr", chosen),)
+
+
+def test_the_difference_of_two_methods_is_paired_by_seed():
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 2 sqrt(3) with 2 degrees of freedom."""
+    found = Difference.between({0: 11.0, 1: 22.0, 2: 33.0, 7: 99.0}, {2: 30.0, 1: 20.0, 0: 10.0})
+    assert found is not None
+    t = 2 * math.sqrt(3)
+    assert (found.mean, found.n) == (2.0, 3)
+    # With two degrees of freedom the distribution of t is 1/2 + t / (2 sqrt(2 + t^2)), its 97.5 % quantile 4.30265.
+    assert found.p == pytest.approx(1 - t / math.sqrt(2 + t**2), rel=1e-9)
+    assert (found.low, found.high) == pytest.approx((2 - 4.30265 / math.sqrt(3), 2 + 4.30265 / math.sqrt(3)), rel=1e-5)
+
+
+def test_nothing_is_said_of_a_difference_that_cannot_be_told():
+    assert Difference.between({0: 1.0}, {0: 2.0}) is None
+    assert Difference.between({0: 1.0, 1: 2.0}, {2: 1.0, 3: 2.0}) is None
+    assert Difference.between({0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.0}) is None
+
+
+def test_the_table():
+    runs = {
+        "lora": [outcome(seed=seed, score=score) for seed, score in enumerate([0.5, 0.6, 0.7])],
+        "srlora": [outcome("srlora", seed=seed, score=score, point=()) for seed, score in enumerate([0.6, 0.8, 1.0])],
+    }
+    lines = table(runs, {"srlora": {"accuracy": 92.5}}).splitlines()
+    assert lines[:4] == [
+        "| method | chosen | n | test accuracy, % | paper | test loss | val loss at 25% | val loss at 50% | "
+        "val loss at 75% | val loss at 100% |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| lora | lr 0.1 | 3 | 60.00 ± 10.00 | - | 1.200 ± 0.200 | 4.000 ± 0.000 | 3.000 ± 0.000 | 2.000 ± 0.000 | "
+        "1.000 ± 0.000 |",
+        "| srlora | - | 3 | 80.00 ± 20.00 | 92.5 | 1.600 ± 0.400 | 4.000 ± 0.000 | 3.000 ± 0.000 | 2.000 ± 0.000 | "
+        "1.000 ± 0.000 |",
+    ]
+    # Differences -10, -20, -30 points: t = 2 sqrt(3), as above.
+    p = 1 - 2 * math.sqrt(3) / math.sqrt(2 + 12)
+    assert lines[5] == (
+        f"* lora - srlora: -20.00 points (95 % interval -44.84 to +4.84; paired t-test over 3 seeds, p = {p:.3f}): "
+        "not significant at 5 %."
+    )
+
+
+def test_a_row_is_plain_data():
+    row = json.loads(json.dumps(outcome().row()))
+    assert (row["model.lr"], row["seed"], row["best val/loss"], row["val/loss at 50%"]) == ("0.1", 0, 1.0, 3.0)
+    assert (row["seconds"], row["trained parameters"], row["test/score"]) == (7.0, 6, 0.5)
