@@ -54,8 +54,8 @@ def test_a_plan_is_the_grid_with_one_seed_and_the_best_points_with_the_others(ta
     ]
     assert plan.size == 8
     arguments = plan.arguments(plan.trials[1])
-    overlay = str(ROOT / "configs/methods/lora.yaml")
-    assert arguments[:5] == ["fit", "--config", str(task), "--config", overlay]
+    assert arguments[:5] == ["fit", "--config", str(task), "--config", str(plan.methods["lora"])]
+    assert plan.methods["lora"].resolve() == ROOT / "configs/methods/lora.yaml"
     pairs = dict(zip(arguments[5::2], arguments[6::2], strict=True))
     assert pairs == {
         "--data.num_workers": "0",
