@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, DebertaV2Config
 
 from benchmarks.models import DEBERTA_V3_BASE
-from benchmarks.report import device_name, report
+from benchmarks.report import report
 from srlora_pl import ImageClassifier, SRLoRA, TextClassifier
 from srlora_pl.checkpoints import AtomicCheckpointIO
+from srlora_pl.system import device_name
 from srlora_pl.tasks.base import Task
 
 

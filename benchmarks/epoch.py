@@ -32,9 +32,10 @@ from transformers import (
 )
 
 from benchmarks.clock import CLOCK, TheirClock
-from benchmarks.report import device_name, report
+from benchmarks.report import report
 from srlora_pl import GLUEData
 from srlora_pl.cli import main as srlora
+from srlora_pl.system import device_name
 from srlora_pl.tasks.backbones import ASSETS
 from srlora_pl.tasks.encoders import resolve
 

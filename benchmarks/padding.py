@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import device_name, report
+from benchmarks.report import report
 from benchmarks.texts import glue_batches
 from srlora_pl import SRLoRA, TextClassifier
+from srlora_pl.system import device_name
 
 
 def step(module: TextClassifier, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> float:

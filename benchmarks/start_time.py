@@ -15,8 +15,9 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from benchmarks.report import device_name, report
+from benchmarks.report import report
 from srlora_pl.lowrank import Adaptation, SRLoRA
+from srlora_pl.system import device_name
 
 
 def seconds(work: Callable[[], object]) -> float:

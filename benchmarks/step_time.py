@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DebertaV2Config
 
 from benchmarks.models import DEBERTA_V3_BASE
-from benchmarks.report import device_name, report
+from benchmarks.report import report
 from benchmarks.texts import glue_batches
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
+from srlora_pl.system import device_name
 from srlora_pl.tasks.deberta import use_fast_attention
 
 # Optimizer steps between two switches in the paper's runs: 5,000 steps and 30 switches; CoLA's 10,700 and 62.

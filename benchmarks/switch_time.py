@@ -9,8 +9,9 @@ from contextlib import nullcontext
 
 import torch
 
-from benchmarks.report import device_name, report
+from benchmarks.report import report
 from benchmarks.step_time import INTERVAL, Variant, image_batches, network, random_texts
+from srlora_pl.system import device_name
 
 
 def main() -> None:

@@ -1,0 +1,41 @@
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from srlora_pl import system
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_versions_are_those_of_what_is_installed(monkeypatch):
+    monkeypatch.setattr(system, "_LIBRARIES", ("torch", "surely-not-installed"))
+    assert system.versions().keys() == {"python", "torch"}
+    assert system.versions()["torch"] == version("torch")
+
+
+def test_the_name_of_a_processor_says_how_many_threads_are_used():
+    assert system.device_name(CPU).endswith(f", {torch.get_num_threads()} thread")  # conftest.py leaves one
+
+
+@pytest.mark.parametrize(
+    ("hip", "expected"), [(None, "Some GPU, CUDA 13.0"), ("7.0.51831", "Some GPU, HIP 7.0.51831, gfx942")]
+)
+def test_the_name_of_a_gpu_says_what_drives_it(hip, expected, monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "cuda", None if hip else "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName="gfx942"))
+    assert system.device_name(GPU) == expected
+
+
+def test_peak_memory_grows_with_what_is_held():
+    before = system.peak_memory_bytes(CPU)
+    held = torch.ones(before // 4 + 2**24)  # as many bytes as the process has ever held, and 64 MiB more
+    assert system.peak_memory_bytes(CPU) >= held.nbytes
+
+
+def test_peak_memory_of_a_gpu_is_what_torch_counts(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 123 if device == GPU else 0)
+    assert system.peak_memory_bytes(GPU) == 123
