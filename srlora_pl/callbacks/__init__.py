@@ -3,7 +3,9 @@
 from srlora_pl.callbacks.csv_log import ContinuedCSVLogger
 from srlora_pl.callbacks.curves import ContinuedCurves, ContinuedTensorBoardLogger
 from srlora_pl.callbacks.interrupts import Interrupts
+from srlora_pl.callbacks.monitor import Monitor
 from srlora_pl.callbacks.predictions import GLUEWriter, PredictionWriter
+from srlora_pl.callbacks.progress import MatrixTable, Progress
 
 __all__ = [
     "ContinuedCSVLogger",
@@ -11,5 +13,8 @@ __all__ = [
     "ContinuedTensorBoardLogger",
     "GLUEWriter",
     "Interrupts",
+    "MatrixTable",
+    "Monitor",
     "PredictionWriter",
+    "Progress",
 ]
