@@ -271,7 +271,9 @@ def outcome(home: Path) -> dict[str, Any]:
         "best": (best.name, torch.load(best, weights_only=True)["state_dict"]),
         "metrics": rows,
         "curves": {
-            tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+            tag: [(event.step, event.value) for event in events.Scalars(tag)]
+            for tag in events.Tags()["scalars"]
+            if not tag.startswith(("time/", "memory/"))
         },
     }
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -31,9 +31,13 @@ from srlora_pl.callbacks import (
     ContinuedTensorBoardLogger,
     GLUEWriter,
     Interrupts,
+    MatrixTable,
+    Monitor,
     PredictionWriter,
+    Progress,
     Summary,
 )
+from srlora_pl.callbacks.progress import closing_line
 from srlora_pl.data.base import DataModule
 from srlora_pl.data.glue import GLUEData
 from srlora_pl.errors import Interrupted, UserError
@@ -223,6 +227,8 @@ class Run(LightningCLI):
         if loggers in (None, True):
             loggers = _loggers(self.folder) if self.folder else False
         callbacks = self._default_callbacks(settings, callbacks, bool(loggers)) + callbacks
+        if _has(callbacks, MatrixTable):
+            kwargs["enable_model_summary"] = False  # it says the same, layer by layer
         try:
             trainer = super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
             refuse_copies(trainer.strategy)
@@ -248,8 +254,12 @@ class Run(LightningCLI):
             callbacks.append(_Last(saves))
         if self.folder and logs and not _has(users, LearningRateMonitor):
             callbacks.append(LearningRateMonitor("step"))
+        if self.folder and logs and not _has(users, Monitor):
+            callbacks.append(Monitor())
+        if self.command == "fit" and settings.enable_model_summary is not False and not _has(users, ModelSummary):
+            callbacks.append(MatrixTable())
         if settings.enable_progress_bar is not False and not _has(users, ProgressBar):
-            callbacks.append(_Progress())
+            callbacks.append(Progress())
         if self.command == "predict":
             self.writer = self._prediction_writer()
             callbacks.append(self.writer)
@@ -300,12 +310,14 @@ class Run(LightningCLI):
             raise
 
     def fit(self) -> None:
+        begin = time.monotonic()
         try:
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
         except (Exception, Interrupted):
             if not self.trainer.global_step:
                 self._discard_folder()
             raise
+        took = closing_line(self.trainer, self.model.adaptation, time.monotonic() - begin)
         choosing = [each for each in self.trainer.checkpoint_callbacks if getattr(each, "monitor", None)]
         best = getattr(choosing[0], "best_model_path", "") if choosing else ""
         scores = self._scores("val")
@@ -322,7 +334,7 @@ class Run(LightningCLI):
         if self.folder and self.trainer.is_global_zero:
             self.summary.write(self.trainer, self.model, scores, found)
         where = f"run written to {relative(self.folder)}" if self.folder else "fast_dev_run: nothing written"
-        self._close(scores, [which, where])
+        self._close(scores, [took, which, where])
 
     def validate(self) -> None:
         self._close(self._evaluate("validate", self.ckpt_path), [f"weights: {self.ckpt_path or 'untrained'}"])
@@ -468,16 +480,6 @@ class _KeepSettings(Callback):
         if trainer.is_global_zero:
             with replacing(self.path) as file:
                 file.write(self.text.encode())
-
-
-class _Progress(RichProgressBar):
-    """Lightning's bar without the last letters of the version's name, and without a last epoch where steps count."""
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return super()._get_train_description(current_epoch).replace("/-2", "")
-
-    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
 
 
 def _chooses_best(callbacks: Sequence[Callback]) -> bool:

@@ -146,6 +146,7 @@ def test_fit_ends_with_scores_and_place(run: Finished) -> None:
     printed = scores(run.out)
     assert {name: printed[name] for name in logged} == pytest.approx(logged, abs=5.1e-5)
     assert run.out.rstrip().endswith("run written to runs/small-srlora/version_0")
+    assert "attn.qkv[k]" not in run.out  # enable_model_summary is false
     assert "Traceback" not in run.err
 
 

@@ -3,7 +3,9 @@
 from srlora_pl.callbacks.csv_log import ContinuedCSVLogger
 from srlora_pl.callbacks.curves import ContinuedCurves, ContinuedTensorBoardLogger
 from srlora_pl.callbacks.interrupts import Interrupts
+from srlora_pl.callbacks.monitor import Monitor
 from srlora_pl.callbacks.predictions import GLUEWriter, PredictionWriter
+from srlora_pl.callbacks.progress import MatrixTable, Progress
 from srlora_pl.callbacks.summary import Summary
 
 __all__ = [
@@ -12,6 +14,9 @@ __all__ = [
     "ContinuedTensorBoardLogger",
     "GLUEWriter",
     "Interrupts",
+    "MatrixTable",
+    "Monitor",
     "PredictionWriter",
+    "Progress",
     "Summary",
 ]

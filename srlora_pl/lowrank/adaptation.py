@@ -225,8 +225,8 @@ class Adaptation:
             recycled = self.method.recycled_rank(matrix.rank)
             if (reach - state.next_direction) % recycled:
                 uneven.add((matrix.rank, recycled))
-            if self._available(matrix) < reach:
-                short.append(f"{matrix.name} ({self._available(matrix)})")
+            if self.available(matrix) < reach:
+                short.append(f"{matrix.name} ({self.available(matrix)})")
         if self.method.target_rank > reach:
             warnings.warn(
                 f"target_rank {self.method.target_rank} is above min(out, in) of every adapted matrix; switches are "
@@ -246,7 +246,8 @@ class Adaptation:
                 stacklevel=3,
             )
 
-    def _available(self, matrix: Matrix) -> int:
+    def available(self, matrix: Matrix) -> int:
+        """How many singular directions the pairs of ``matrix`` may walk through; 0 for methods without a spectrum."""
         spectrum = self.states[matrix].spectrum
         return self.method.directions(matrix) if spectrum is None else len(spectrum)
 
@@ -335,7 +336,7 @@ class Adaptation:
     def _choose(self, matrices: list[Matrix], method: SRLoRA, importance: Importance) -> dict[Matrix, Tensor]:
         """The pairs to recycle, (r',) of each matrix whose spectrum is not used up; one process decides for all."""
         counts = {matrix: method.recycled_rank(matrix.rank) for matrix in matrices}
-        counts = {m: n for m, n in counts.items() if self.states[m].next_direction + n <= self._available(m)}
+        counts = {m: n for m, n in counts.items() if self.states[m].next_direction + n <= self.available(m)}
         if not counts:
             return {}
 
@@ -355,6 +356,12 @@ class Adaptation:
     def switches_missed(self) -> int:
         """How many of the plan's switches have not been done."""
         return max((schedule.to_do - self._done[rank] for rank, schedule in self.schedules.items()), default=0)
+
+    @property
+    def next_switch(self) -> int | None:
+        """The optimizer step after which the plan's next switch falls; None where there is none to come."""
+        plans = [(schedule, self._done[rank]) for rank, schedule in self.schedules.items()]
+        return min((plan.step_of(done + 1) for plan, done in plans if done < plan.to_do), default=None)
 
     @property
     def switches_planned(self) -> int:

@@ -134,17 +134,26 @@ def _difference(layer: LowRankLinear, pretrained: Tensor) -> tuple[Tensor, Tenso
     return (difference, identity) if len(difference) > len(identity) else (identity, difference)
 
 
-def _stack(matrix: Matrix, state: MatrixState) -> tuple[Tensor, Tensor]:
-    """s [current | fused | -initial], (out of the layer, k) in the matrix's own rows, and the A of these pairs."""
+def all_pairs(matrix: Matrix, state: MatrixState) -> tuple[Tensor, Tensor]:
+    """W_eff - W0 of one matrix as s [current | fused | -initial], B (out, k) and A (k, in), float64 on the CPU.
+
+    The fused pairs must still be known, see `MatrixState.fused`.
+    """
     assert state.fused is not None
     pairs = [(matrix.B, matrix.A), *state.fused]
     if (drawn := state.drawn) is not None:
         B, A = drawn.pairs(0, len(drawn), matrix.scaling, like=drawn.U)
         pairs.append((-B, A))
     B = matrix.scaling * torch.cat([_double(B) for B, _ in pairs], 1)
+    return B, torch.cat([_double(A) for _, A in pairs])
+
+
+def _stack(matrix: Matrix, state: MatrixState) -> tuple[Tensor, Tensor]:
+    """`all_pairs`, with B (out of the layer, k) in the matrix's own rows."""
+    B, A = all_pairs(matrix, state)
     rows = B.new_zeros(matrix.layer.parts, *B.shape)
     rows[matrix.layer.adapted[matrix.index]] = B
-    return rows.flatten(0, 1), torch.cat([_double(A) for _, A in pairs])
+    return rows.flatten(0, 1), A
 
 
 def _factorize(B: Tensor, A: Tensor, limit: int, rank: int | None) -> Factors:

@@ -1,0 +1,89 @@
+"""What training does, in numbers: how the pairs score, how old they are, and how far the weights have moved."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from srlora_pl.lowrank.adaptation import Adaptation
+from srlora_pl.lowrank.export import all_pairs
+from srlora_pl.lowrank.layer import Matrix
+from srlora_pl.lowrank.matrix_state import MatrixState
+from srlora_pl.lowrank.recompose import full_precision
+from srlora_pl.lowrank.targets import block_and_kind
+
+
+def by_kind(matrices: Iterable[Matrix]) -> dict[str, list[Matrix]]:
+    """The matrices of the same place in their blocks, such as ``attn.qkv[q]``, in the order of the network."""
+    kinds = defaultdict(list)
+    for matrix in matrices:
+        kinds[block_and_kind(matrix.name)[1]].append(matrix)
+    return dict(kinds)
+
+
+def scores_by_kind(adaptation: Adaptation) -> dict[str, Tensor]:
+    """S_k (Eq. 7) of all pairs by kind of matrix, on the CPU; waits for the device once. Empty without scores."""
+    if adaptation.importance is None:
+        return {}
+    kinds = by_kind(adaptation.matrices)
+    scores = adaptation.importance.pair_scores([matrix for group in kinds.values() for matrix in group])
+    sizes = [sum(matrix.rank for matrix in group) for group in kinds.values()]
+    return dict(zip(kinds, torch.cat(scores).cpu().split(sizes), strict=True))
+
+
+def drawn_after(adaptation: Adaptation) -> Tensor:
+    """After which optimizer step each active pair was drawn, (pairs,), int64; 0: at the start."""
+    return torch.cat([state.intervals[state.directions, 0] for state in adaptation.states.values()])
+
+
+def switches_survived(adaptation: Adaptation) -> Tensor:
+    """How many switches there were since each active pair was drawn, (pairs,), int64.
+
+    Counted over the whole network: where each rank walks at its own pace, or a spectrum is used up, the switches of
+    other matrices count too.
+    """
+    switches = torch.cat([state.intervals[:, 0] for state in adaptation.states.values()]).unique()
+    return len(switches) - torch.searchsorted(switches, drawn_after(adaptation), right=True)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a matrix is, and along how many directions.
+
+    Attributes:
+        norm: Frobenius norm.
+        stable_rank: squared Frobenius norm over squared spectral norm (Rudelson and Vershynin 2007).
+        effective_rank: exp of the entropy of sigma / sum(sigma) (Roy and Vetterli 2007). All are 0 for a zero matrix.
+    """
+
+    norm: float
+    stable_rank: float
+    effective_rank: float
+
+    @classmethod
+    def of(cls, sigma: Tensor) -> "Size":
+        """From the singular values (k,) of the matrix, the largest first."""
+        norm = float(sigma.norm())
+        if norm == 0:
+            return cls(0.0, 0.0, 0.0)
+        entropy = torch.special.entr(sigma / sigma.sum()).sum()
+        return cls(norm, float((norm / sigma[0]) ** 2), float(entropy.exp()))
+
+
+@full_precision()
+def size_of_change(matrix: Matrix, state: MatrixState) -> Size | None:
+    """W_eff - W0, from all its pairs in float64; None where the fused ones are not kept any more.
+
+    Takes some k^2 (out + in) operations for k pairs, and never the pretrained weights.
+    """
+    if state.fused is None:
+        return None
+    B, A = all_pairs(matrix, state)
+    # The singular values of a product are those of its small core.
+    return Size.of(torch.linalg.svdvals(_triangle(B) @ _triangle(A.T).T))
+
+
+def _triangle(tall: Tensor) -> Tensor:
+    return torch.linalg.qr(tall, mode="r").R
