@@ -21,6 +21,7 @@ COMMANDS = {
     "predict": "write what the model says of every sample of data.predict_root, or of the test data",
     "export": "write a checkpoint's model as plain weights, or as a LoRA for PEFT, that load without this package",
     "compare": "train several methods with several seeds, and tell whether they differ",
+    "figures": "draw a run's training loss, and which singular directions were active when",
 }
 EXPORT_HELP = """usage: python cli.py export --ckpt_path FILE --format merged|peft --output FOLDER
                             [--rank R] [--force] [--config FILE]
@@ -48,13 +49,23 @@ options:
   --dry-run            list the runs, estimate the time, and stop
   --KEY VALUE          any setting, for all runs, such as --data.root glue/"""
 
+FIGURES_HELP = """usage: python cli.py figures --run FOLDER [--run FOLDER ...] [--layer N] [--output FOLDER]
+
+options:
+  --run FOLDER         a run's own folder, such as runs/quickstart-srlora/version_0; the training losses of several
+                       are drawn into one figure
+  --layer N            the layer whose directions are drawn, counted from 0; by default the middle one
+  --output FOLDER      where to write, files of the same names are replaced; by default figures/ in the run's folder
+
+Each figure is written as PNG and SVG, and the data behind it as CSV."""
+
 HELP = f"""usage: python cli.py SUBCOMMAND --config configs/NAME.yaml [--config configs/methods/METHOD.yaml]
                      [--ckpt_path FILE] [--KEY VALUE ...]
 
 subcommands:
 {chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
 
-options of every subcommand (but export and compare, see export --help and compare --help):
+options of every subcommand (but export, compare and figures, see their --help):
   -c, --config FILE    settings; several files are laid on top of each other
   --ckpt_path FILE     fit: go on from here; validate, test, predict: the weights to use;
                        last: the newest file of the config's newest run
@@ -105,6 +116,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _export(options)
     if command == "compare":
         return _compare(options)
+    if command == "figures":
+        return _figures(options)
     files, options = _split_configs(options)
     contents = [config.read(file) for file in files]
 
@@ -114,24 +127,27 @@ def _dispatch(arguments: list[str]) -> int:
     return 0
 
 
-class _ExportOptions(argparse.ArgumentParser):
-    def __init__(self) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
-        for name in ("--ckpt_path", "--format", "--output"):
-            self.add_argument(name, required=True)
-        self.add_argument("-c", "--config")
-        self.add_argument("--rank", type=int)
-        self.add_argument("--force", action="store_true")
+class _Options(argparse.ArgumentParser):
+    """Those of a subcommand that starts no run."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=command, add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"export: {message}, see python cli.py export --help")
+        raise UserError(f"{self.prog}: {message}, see python cli.py {self.prog} --help")
 
 
 def _export(options: list[str]) -> int:
     if {"-h", "--help"} & set(options):
         print(EXPORT_HELP)
         return 0
-    given = _ExportOptions().parse_args(options)
+    parser = _Options("export")
+    for name in ("--ckpt_path", "--format", "--output"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("-c", "--config")
+    parser.add_argument("--rank", type=int)
+    parser.add_argument("--force", action="store_true")
+    given = parser.parse_args(options)
     if given.config:
         config.read(given.config)
 
@@ -142,32 +158,41 @@ def _export(options: list[str]) -> int:
     return 0
 
 
-class _CompareOptions(argparse.ArgumentParser):
-    def __init__(self) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
-        self.add_argument("-c", "--config", action="append", default=[])
-        self.add_argument("--output", required=True)
-        self.add_argument("--grid", action="append", default=[])
-        self.add_argument("--seeds", type=int, default=5)
-        self.add_argument("--methods")
-        self.add_argument("--table")
-        self.add_argument("--dry-run", action="store_true")
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"compare: {message}, see python cli.py compare --help")
-
-
 def _compare(options: list[str]) -> int:
     if {"-h", "--help"} & set(options):
         print(COMPARE_HELP)
         return 0
-    given, settings = _CompareOptions().parse_known_args(options)
+    parser = _Options("compare")
+    parser.add_argument("-c", "--config", action="append", default=[])
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--grid", action="append", default=[])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods")
+    parser.add_argument("--table")
+    parser.add_argument("--dry-run", action="store_true")
+    given, settings = parser.parse_known_args(options)
     for file in given.config:
         config.read(file)
 
     from srlora_pl.comparison.command import compare
 
     return compare(given, settings)
+
+
+def _figures(options: list[str]) -> int:
+    if {"-h", "--help"} & set(options):
+        print(FIGURES_HELP)
+        return 0
+    parser = _Options("figures")
+    parser.add_argument("--run", required=True, action="append")
+    parser.add_argument("--layer", type=int)
+    parser.add_argument("--output")
+    given = parser.parse_args(options)
+
+    from srlora_pl.figures import draw_runs
+
+    print("\n".join(draw_runs(given.run, given.output, given.layer)))
+    return 0
 
 
 def _split_configs(options: list[str]) -> tuple[list[str], list[str]]:

@@ -4,12 +4,17 @@ The drawings are matplotlib's `Figure` objects and touch no global state; they c
 optimizer steps, directions count from 1, the largest singular value, and layers from 0, as in the names of modules.
 """
 
+import csv
+import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count, cycle
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,7 +27,10 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 from torch import Tensor
 
-from srlora_pl.errors import UserError
+from srlora_pl import checkpoints
+from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.files import relative, replacing
+from srlora_pl.lowrank import methods
 from srlora_pl.lowrank.methods.base import name_matches
 from srlora_pl.lowrank.targets import ALIASES, block_and_kind
 
@@ -160,8 +168,9 @@ def length_variance(histories: Histories, last_step: int) -> Figure:
         curves[kind][1].append(variance)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for kind, colour, line, marker in zip(labels, cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False):
-        axes.plot(*curves[kind], color=colour, linestyle=line, marker=marker, label=labels[kind])
+    for i, (kind, style) in enumerate(zip(labels, _line_styles(), strict=False)):
+        aside = 0.6 * ((i + 0.5) / len(labels) - 0.5)  # equal variances shall not hide each other
+        axes.plot(np.array(curves[kind][0]) + aside, curves[kind][1], markersize=5, label=labels[kind], **style)
     ticks = _some(len(blocks), 24)
     axes.set_xticks(ticks, ["none" if blocks[i] is None else str(blocks[i]) for i in ticks])
     axes.set_ylim(bottom=0)
@@ -178,20 +187,10 @@ def training_loss(curves: Mapping[str, Curve]) -> Figure:
     """Figure 3: the training loss of each run against optimizer steps, smoothed, with the raw curve behind."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    styles = zip(count(), cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False)
-    for (name, (steps, losses)), (i, colour, line, marker) in zip(curves.items(), styles, strict=False):
-        axes.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.3)
+    for i, ((name, (steps, losses)), style) in enumerate(zip(curves.items(), _line_styles(), strict=False)):
+        axes.plot(steps, losses, color=style["color"], linewidth=0.7, alpha=0.3)
         every = (0.04 + 0.03 * (i % 4), 0.15)  # parts of the diagonal: runs with the same losses keep their markers
-        axes.plot(
-            steps,
-            smoothed(losses),
-            color=colour,
-            linestyle=line,
-            marker=marker,
-            markersize=5,
-            markevery=every,
-            label=name,
-        )
+        axes.plot(steps, smoothed(losses), markersize=5, markevery=every, label=name, **style)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss")
     _tidy(axes)
@@ -221,7 +220,7 @@ def directions_overview(histories: Histories, last_step: int) -> Figure:
         begun = int((intervals[:, 0] == 0).sum()) + 0.5
         axes.plot([begun, begun], [row - 0.5, row + 0.5], color="black", linewidth=1.5)
     shortest = min(float(each[each > 0].min(initial=last_step)) for each in lengths.values())
-    scale = LogNorm(max(min(shortest, last_step / 10), 0.1), max(last_step, 1))
+    scale = LogNorm(shortest if 0 < shortest < last_step else max(last_step, 1) / 10, max(last_step, 1))
     for kind, axes in by_kind.items():
         axes.set_title(labels[kind])
         axes.patch.set(**NEVER)
@@ -258,6 +257,13 @@ def _held(directions: int) -> Style:
 # -- their parts
 
 
+def _line_styles() -> Iterator[Style]:
+    return (
+        {"color": colour, "linestyle": line, "marker": marker}
+        for colour, line, marker in zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False)
+    )
+
+
 def _panels(number: int, upwards: str, height: float = 2.4) -> tuple[Figure, list[Axes]]:
     """A figure of ``number`` panels of directions with the same scales, at most three in a row."""
     columns = min(3, number)
@@ -288,3 +294,187 @@ def _tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
+
+
+# -- of runs
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a run's folder tells about its training.
+
+    Attributes:
+        histories: as far as ``last_step``; empty for a method that draws no singular directions.
+        curve: optimizer steps, counted from 1, and the training losses logged there.
+    """
+
+    folder: Path
+    method: str
+    last_step: int
+    histories: dict[str, Tensor]
+    curve: tuple[list[int], list[float]]
+
+
+def read_run(folder: Path) -> TrainedRun:
+    """The run in ``folder``, as far as its furthest checkpoint.
+
+    Raises:
+        UserError: the folder is no run's, or its checkpoints or its metrics.csv cannot be used.
+    """
+    if not folder.is_dir():
+        near = did_you_mean(str(folder), map(str, folder.parent.glob("*/")))
+        raise UserError(f"--run {folder} is no folder{near}, give a run's own, such as runs/NAME-METHOD/version_0")
+    found = checkpoints.newest(checkpoints.files_of(folder))
+    if found is None:
+        versions = ", ".join(map(str, sorted(folder.glob("version_*/"))))
+        other = versions or "the folder of a run that has written one"
+        raise UserError(f"--run {folder} holds no readable checkpoint, give {other}")
+    file, last_step = found
+    state = checkpoints.read(file).get("srlora")
+    if state is None:
+        raise UserError(f"--run {folder}: {file} holds no model that this package adapted, give another run")
+    method = state["method"]["class_path"].rpartition(".")[2]
+    walks = getattr(methods, method, methods.Method).needs_spectrum or state["switches_done"] > 0
+    matrices = state["matrices"].items() if walks else ()
+    histories = {name: each["intervals"].clone() for name, each in matrices}
+    return TrainedRun(folder, method, last_step, histories, loss_curve(folder / "metrics.csv"))
+
+
+def loss_curve(file: Path) -> tuple[list[int], list[float]]:
+    """Optimizer steps, counted from 1 (a run's metrics.csv counts from 0), and the training losses logged there.
+
+    Raises:
+        UserError: the file is missing, or holds no training loss.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = [row for row in csv.DictReader(lines) if row.get("train/loss")]
+        steps, losses = [int(row["step"]) + 1 for row in rows], [float(row["train/loss"]) for row in rows]
+    except FileNotFoundError:
+        raise UserError(f"{file} does not exist, and the training loss is drawn from it: give another run") from None
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{file} is not a run's table of steps and losses ({error}), give another run") from error
+    if not steps:
+        raise UserError(f"{file} has no value of train/loss: lower trainer.log_every_n_steps, or give another run")
+    return steps, losses
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure with the data behind it, and the path of its files without their suffix."""
+
+    path: Path
+    figure: Figure
+    rows: list[dict[str, Any]]
+
+    def files(self) -> dict[Path, bytes]:
+        """What to write: PNG, SVG and CSV."""
+        png, svg = io.BytesIO(), io.BytesIO()
+        self.figure.savefig(png, format="png", dpi=200)
+        with matplotlib.rc_context({"svg.hashsalt": "srlora_pl"}):  # the same data give the same file
+            self.figure.savefig(svg, format="svg", metadata={"Date": None})
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(self.rows[0]))
+        writer.writeheader()
+        writer.writerows(self.rows)
+        contents = {".png": png.getvalue(), ".svg": svg.getvalue(), ".csv": table.getvalue().encode()}
+        return {self.path.with_name(self.path.name + suffix): content for suffix, content in contents.items()}
+
+
+def draw_runs(folders: Sequence[str], output: str | None = None, layer: int | None = None) -> list[str]:
+    """Draw the training losses of the runs in ``folders`` in one figure, and the directions of each in its own.
+
+    Args:
+        output: the folder to write to; by default that of one run, ``figures`` in it. Of several runs each gets a
+            folder there.
+        layer: what Figure 5 shows, by default the middle one.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        UserError: before anything is written, see `read_run` and `in_block`; or ``output`` cannot be written to.
+    """
+    paths = list(dict.fromkeys(Path(folder).expanduser().resolve() for folder in folders))
+    if output is None and len(paths) > 1:
+        raise UserError("several runs are drawn into one folder, name it with --output")
+    target = Path(output).expanduser().resolve() if output else paths[0] / "figures"
+    runs = dict(zip(_names(paths), (read_run(relative(path)) for path in paths), strict=True))
+    notes = [
+        f"{run.folder}: {run.method} draws no singular directions, so only the training loss is drawn"
+        for run in runs.values()
+        if not run.histories
+    ]
+    drawings = [_of_losses(runs, target)]
+    for name, run in runs.items():
+        if run.histories:
+            drawings += _of_directions(run, target / name.replace("/", "-") if len(runs) > 1 else target, layer)
+    files = {path: content for drawing in drawings for path, content in drawing.files().items()}
+    try:
+        for path, content in files.items():
+            with replacing(path) as file:
+                file.write(content)
+    except OSError as error:
+        raise UserError(f"--output {target} cannot be written to ({error.strerror}): name another folder") from error
+    return notes + [f"{relative(drawing.path)}.png, .svg and .csv" for drawing in drawings]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart and at least two."""
+    for depth in count(2):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(paths):
+            break
+    return names
+
+
+def _of_losses(runs: Mapping[str, TrainedRun], folder: Path) -> Drawing:
+    rows = [
+        {"run": name, "step": step, "train/loss": loss, "smoothed": average}
+        for name, run in runs.items()
+        for step, loss, average in zip(*run.curve, smoothed(run.curve[1]), strict=True)
+    ]
+    return Drawing(folder / "training_loss", training_loss({name: run.curve for name, run in runs.items()}), rows)
+
+
+def _of_directions(run: TrainedRun, folder: Path, layer: int | None) -> Iterator[Drawing]:
+    histories, last = run.histories, run.last_step
+    blocks = blocks_of(histories)
+    block = blocks[len(blocks) // 2] if layer is None else layer
+    try:
+        chosen = in_block(histories, block)
+    except UserError as error:
+        raise UserError(f"--layer {layer}: in {run.folder} {error}") from error
+    all_rows = list(_interval_rows(histories, last))
+    yield Drawing(
+        folder / f"direction_intervals_{'outside_layers' if block is None else f'layer_{block}'}",
+        direction_intervals(histories, last, block),
+        [row for row in all_rows if row["matrix"] in chosen],
+    )
+    yield Drawing(folder / "length_variance", length_variance(histories, last), list(_variance_rows(histories, last)))
+    yield Drawing(folder / "directions_overview", directions_overview(histories, last), all_rows)
+
+
+def _matrix_columns(histories: Histories) -> dict[str, dict[str, Any]]:
+    labels = kind_labels(histories)
+    places = {name: block_and_kind(name) for name in histories}
+    return {name: {"matrix": name, "layer": block, "kind": labels[kind]} for name, (block, kind) in places.items()}
+
+
+def _interval_rows(histories: Histories, last_step: int) -> Iterator[dict[str, Any]]:
+    """A direction each; one that is still active has no step that it was fused after."""
+    for name, columns in _matrix_columns(histories).items():
+        lengths = active_lengths(histories[name], last_step).tolist()
+        for k, ((drawn, fused), length) in enumerate(zip(histories[name].tolist(), lengths, strict=True), start=1):
+            yield columns | {
+                "direction": k,
+                "drawn after step": drawn,
+                "fused after step": None if fused < 0 else fused,
+                "active steps": length,
+            }
+
+
+def _variance_rows(histories: Histories, last_step: int) -> Iterator[dict[str, Any]]:
+    variances = length_variances(histories, last_step)
+    for name, columns in _matrix_columns(histories).items():
+        yield columns | {"directions": len(histories[name]), "variance of active steps": variances[name]}
