@@ -239,7 +239,7 @@ def test_a_run_of_two_processes_is_written_once(home, ranks):
     for each in ranks:
         assert each["command"] == {"codes": [0, 0], "folder": run.name}
     kinds = {path.name.split(".")[0] for path in run.iterdir()}
-    assert kinds == {"config", "metrics", "hparams", "predictions", "checkpoints", "events"}
+    assert kinds == {"config", "metrics", "hparams", "predictions", "checkpoints", "events", "summary"}
     assert len({path.name.split(".")[-2] for path in run.glob("events*")}) == 1  # written by one process
     assert {path.name for path in (run / "checkpoints").iterdir()} >= {"last.ckpt"}
     with (run / "metrics.csv").open() as file:

@@ -90,7 +90,8 @@ def go_on(home: Path, *arguments: object, code: int = 0, says: str = "") -> list
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder)).Reload()
-    return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    tags = (tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "memory/")))
+    return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in tags}
 
 
 def logged(folder: Path, name: str) -> list[int]:
