@@ -57,11 +57,12 @@ VARIANCES = {
 
 
 def deberta(layers: int, directions: int, pace: int = 1) -> dict[str, Tensor]:
-    """All six matrices of some layers; one direction is won and lost every ``pace`` steps."""
+    """All six matrices of some layers; one direction is won every ``pace`` steps, and every fifth is held longer."""
     kinds = [f"attention.self.{part}_proj" for part in ("query", "key", "value")]
     kinds += ["attention.output.dense", "intermediate.dense", "output.dense"]
     walk = pace * torch.tensor([[k, k + 1] for k in range(directions)])
-    walk[-1, 1] = -1
+    walk[::5, 1] += 4 * pace
+    walk[walk[:, 1] >= pace * directions, 1] = -1
     return {f"deberta.encoder.layer.{layer}.{kind}": walk for layer in range(layers) for kind in kinds}
 
 
