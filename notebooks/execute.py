@@ -14,8 +14,10 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-# tqdm would like a package for its bars, which are off.
-ENVIRONMENT = {"PYTHONWARNINGS": "ignore:IProgress not found"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # to networks this small threads give nothing, and on a busy machine they take much
+    "PYTHONWARNINGS": "ignore:IProgress not found",  # tqdm's, of bars that are off
+}
 
 
 def execute(notebook: Path, folder: Path) -> NotebookNode:
