@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from srlora_pl import system
 from srlora_pl.files import replacing
+from srlora_pl.lowrank import Adaptation
 
 FILE = "summary.json"
 
@@ -26,6 +27,7 @@ class Summary(Callback):
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         self._earlier, self._begin = 0.0, 0.0
+        self._switches = 0  # at the end of training: the test that follows loads an earlier checkpoint
 
     @property
     def seconds(self) -> float:
@@ -36,6 +38,7 @@ class Summary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._earlier, self._begin = self.seconds, 0.0
+        self._switches = cast(Adaptation, pl_module.adaptation).switches_done
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -56,7 +59,7 @@ class Summary(Callback):
             "command": shlex.join(sys.argv),
             "method": adaptation.method.spec(),
             "steps": trainer.global_step,
-            "switches": adaptation.switches_done,
+            "switches": self._switches,
             "scores": dict(scores),
             "best": dict(best),
             "seconds": self.seconds,
