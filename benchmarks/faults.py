@@ -263,19 +263,21 @@ def outcome(home: Path) -> dict[str, Any]:
     # A kill between writing a better one and deleting the old one leaves both; the run knows which is the best.
     states = [state for state in last["callbacks"].values() if state.get("monitor") == "val/loss"]
     best = Path(states[0]["best_model_path"])
-    events = EventAccumulator(str(folder), {"scalars": 0}).Reload()
     with (folder / "metrics.csv").open() as metrics:
         rows = [{key: value for key, value in row.items() if value} for row in csv.DictReader(metrics)]
     return {
         "last": {key: value for key, value in last.items() if key not in ("callbacks", "loops")},
         "best": (best.name, torch.load(best, weights_only=True)["state_dict"]),
         "metrics": rows,
-        "curves": {
-            tag: [(event.step, event.value) for event in events.Scalars(tag)]
-            for tag in events.Tags()["scalars"]
-            if not tag.startswith(("time/", "memory/"))
-        },
+        "curves": curves(folder),
     }
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Of TensorBoard, by tag steps and values; those of time and memory differ between any two runs."""
+    events = EventAccumulator(str(folder), {"scalars": 0}).Reload()
+    tags = (tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "memory/")))
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 
 def difference(one: Any, other: Any, where: str = "") -> str | None:

@@ -95,6 +95,12 @@ def blocks_of(names: Iterable[str]) -> list[int | None]:
     return sorted({block_and_kind(name)[0] for name in names}, key=lambda block: (block is None, block))
 
 
+def middle_block(histories: Histories) -> int | None:
+    """The one to show of all blocks."""
+    blocks = blocks_of(histories)
+    return blocks[len(blocks) // 2]
+
+
 def in_block(histories: Histories, block: int | None) -> dict[str, Tensor]:
     """The matrices in ``block``.
 
@@ -381,6 +387,18 @@ class Drawing:
         return {self.path.with_name(self.path.name + suffix): content for suffix, content in contents.items()}
 
 
+def write(drawings: Iterable[Drawing]) -> None:
+    """Write the files of all ``drawings``, once all of them are drawn.
+
+    Raises:
+        OSError: their folder takes no files.
+    """
+    files = {path: content for drawing in drawings for path, content in drawing.files().items()}
+    for path, content in files.items():
+        with replacing(path) as file:
+            file.write(content)
+
+
 def draw_runs(folders: Sequence[str], output: str | None = None, layer: int | None = None) -> list[str]:
     """Draw the training losses of the runs in ``folders`` in one figure, and the directions of each in its own.
 
@@ -405,15 +423,12 @@ def draw_runs(folders: Sequence[str], output: str | None = None, layer: int | No
         for run in runs.values()
         if not run.histories
     ]
-    drawings = [_of_losses(runs, target)]
+    drawings = [drawing_of_losses({name: run.curve for name, run in runs.items()}, target)]
     for name, run in runs.items():
         if run.histories:
             drawings += _of_directions(run, target / name.replace("/", "-") if len(runs) > 1 else target, layer)
-    files = {path: content for drawing in drawings for path, content in drawing.files().items()}
     try:
-        for path, content in files.items():
-            with replacing(path) as file:
-                file.write(content)
+        write(drawings)
     except OSError as error:
         raise UserError(f"--output {target} cannot be written to ({error.strerror}): name another folder") from error
     return notes + [f"{relative(drawing.path)}.png, .svg and .csv" for drawing in drawings]
@@ -428,19 +443,19 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-def _of_losses(runs: Mapping[str, TrainedRun], folder: Path) -> Drawing:
+def drawing_of_losses(curves: Mapping[str, Curve], folder: Path) -> Drawing:
+    """`training_loss`, to be written as ``training_loss`` in ``folder``."""
     rows = [
         {"run": name, "step": step, "train/loss": loss, "smoothed": average}
-        for name, run in runs.items()
-        for step, loss, average in zip(*run.curve, smoothed(run.curve[1]), strict=True)
+        for name, (steps, losses) in curves.items()
+        for step, loss, average in zip(steps, losses, smoothed(losses), strict=True)
     ]
-    return Drawing(folder / "training_loss", training_loss({name: run.curve for name, run in runs.items()}), rows)
+    return Drawing(folder / "training_loss", training_loss(curves), rows)
 
 
 def _of_directions(run: TrainedRun, folder: Path, layer: int | None) -> Iterator[Drawing]:
     histories, last = run.histories, run.last_step
-    blocks = blocks_of(histories)
-    block = blocks[len(blocks) // 2] if layer is None else layer
+    block = middle_block(histories) if layer is None else layer
     try:
         chosen = in_block(histories, block)
     except UserError as error:

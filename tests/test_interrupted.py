@@ -18,8 +18,8 @@ import torch
 import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmarks.faults import curves
 from srlora_pl.checkpoints import AtomicCheckpointIO
 from srlora_pl.run import Run
 from tests.test_cli import ROOT, SMALL_RUN, _no_trace, cli  # noqa: F401
@@ -86,12 +86,6 @@ def go_on(home: Path, *arguments: object, code: int = 0, says: str = "") -> list
     assert says in ((out + err) if code == 0 else err.splitlines()[-1])
     assert "Traceback" not in err
     return shlex.split(err.partition("go on with: python cli.py ")[2])
-
-
-def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(folder)).Reload()
-    tags = (tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "memory/")))
-    return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in tags}
 
 
 def logged(folder: Path, name: str) -> list[int]:

@@ -19,7 +19,7 @@ from srlora_pl.callbacks.curves import ContinuedTensorBoardLogger
 from srlora_pl.callbacks.progress import MATRICES, adaptation_of, matrix_rows, parameter_line
 from srlora_pl.lowrank import Adaptation, SRLoRA
 from srlora_pl.lowrank.measures import by_kind, drawn_after, scores_by_kind, size_of_change, switches_survived
-from srlora_pl.lowrank.targets import block_and_kind
+from srlora_pl.markdown import markdown
 from srlora_pl.system import device_name, peak_memory_bytes, versions
 
 _KEY = "monitor"
@@ -218,8 +218,7 @@ def _figures(adaptation: Adaptation, last_step: int) -> Iterator[Event]:
     from srlora_pl import figures  # with matplotlib, which takes its time
 
     histories = {matrix.name: state.intervals for matrix, state in adaptation.states.items()}
-    blocks = list(dict.fromkeys(block_and_kind(name)[0] for name in histories))
-    middle = blocks[len(blocks) // 2]
+    middle = figures.middle_block(histories)
     for tag, figure in (
         (f"figures/directions_block_{middle}", figures.direction_intervals(histories, last_step, middle)),
         ("figures/length_variance", figures.length_variance(histories, last_step)),
@@ -242,12 +241,8 @@ def _card(trainer: Trainer, pl_module: LightningModule) -> str:
         "method": f"{_name(method)}: " + ", ".join(f"{name} {value}" for name, value in given.items()),
         "parameters": parameter_line(pl_module),
     }
-    about = _markdown(["", ""], [[f"**{name}**", text] for name, text in rows.items()])
-    return f"{about}\n\n{_markdown(MATRICES, matrix_rows(adaptation_of(pl_module)))}"
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+    about = markdown(["", ""], [[f"**{name}**", text] for name, text in rows.items()])
+    return f"{about}\n\n{markdown(MATRICES, matrix_rows(adaptation_of(pl_module)))}"
 
 
 def hyperparameters(trainer: Any, pl_module: LightningModule) -> dict[str, int | float | str | bool]:

@@ -108,14 +108,21 @@ def _span(numbers: list[int]) -> str:
 
 def parameter_line(pl_module: LightningModule) -> str:
     """How many parameters train, and how many there are."""
-    adaptation = adaptation_of(pl_module)
-    pairs = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in adaptation.layers.values())
-    trained = sum(p.numel() for p in pl_module.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in pl_module.parameters())
+    pairs, trained, everything = parameter_counts(pl_module).values()
     return (
         f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%}): {pairs:,} in pairs of "
-        f"{len(adaptation.matrices)} matrices, {trained - pairs:,} beside them"
+        f"{len(adaptation_of(pl_module).matrices)} matrices, {trained - pairs:,} beside them"
     )
+
+
+def parameter_counts(pl_module: LightningModule) -> dict[str, int]:
+    """Numbers in the ``adapters``, ``trained`` with them, and in ``all`` parameters."""
+    layers = adaptation_of(pl_module).layers.values()
+    return {
+        "adapters": sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers),
+        "trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+        "all": sum(p.numel() for p in pl_module.parameters()),
+    }
 
 
 def closing_line(trainer: Trainer, adaptation: Adaptation, seconds: float) -> str:

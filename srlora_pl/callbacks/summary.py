@@ -6,13 +6,13 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from srlora_pl import system
+from srlora_pl.callbacks.progress import adaptation_of, parameter_counts
 from srlora_pl.files import replacing
-from srlora_pl.lowrank import Adaptation
 
 FILE = "summary.json"
 
@@ -38,7 +38,7 @@ class Summary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._earlier, self._begin = self.seconds, 0.0
-        self._switches = cast(Adaptation, pl_module.adaptation).switches_done
+        self._switches = adaptation_of(pl_module).switches_done
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -46,29 +46,26 @@ class Summary(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._earlier = state_dict["seconds"]
 
-    def write(self, trainer: Trainer, module: Any, scores: Mapping[str, float], best: Mapping[str, Any]) -> None:
+    def write(
+        self, trainer: Trainer, module: LightningModule, scores: Mapping[str, float], best: Mapping[str, Any]
+    ) -> None:
         """Say that the run has ended, and how.
 
         Args:
             scores: the last ones, of the test data where they have labels.
-            best: ``monitor``, ``value`` and ``step`` of the checkpoint that validation chose; empty if none was.
+            best: ``monitor``, ``mode`` and ``value`` of the ``checkpoint`` that validation chose; empty if none was.
         """
-        adaptation, device = module.adaptation, trainer.strategy.root_device
-        pairs = [p for layer in adaptation.layers.values() for p in (layer.lora_A, layer.lora_B)]
+        device = trainer.strategy.root_device
         content = {
             "command": shlex.join(sys.argv),
-            "method": adaptation.method.spec(),
+            "method": adaptation_of(module).method.spec(),
             "steps": trainer.global_step,
             "switches": self._switches,
             "scores": dict(scores),
             "best": dict(best),
             "seconds": self.seconds,
             "peak_memory": system.peak_memory_bytes(device),
-            "parameters": {
-                "adapters": sum(p.numel() for p in pairs),
-                "trained": sum(p.numel() for p in module.parameters() if p.requires_grad),
-                "all": sum(p.numel() for p in module.parameters()),
-            },
+            "parameters": parameter_counts(module),
             "device": system.device_name(device),
             "versions": system.versions(),
         }

@@ -12,11 +12,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from srlora_pl.callbacks.summary import FILE as SUMMARY
 from srlora_pl.errors import Interrupted, UserError
 from srlora_pl.files import lock
 
 _CLI = "from srlora_pl.cli import main; raise SystemExit(main())"
-_SUMMARY = "summary.json"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Plan:
 
     def summary(self, cell: Cell) -> dict[str, Any] | None:
         """What a finished run says of itself; None for one that has not finished."""
-        file = next((self.folder / cell.name).glob(f"*/version_*/{_SUMMARY}"), None)
+        file = next((self.folder / cell.name).glob(f"*/version_*/{SUMMARY}"), None)
         return None if file is None else json.loads(file.read_text()) | {"folder": str(file.parent)}
 
 

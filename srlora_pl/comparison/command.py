@@ -193,11 +193,9 @@ def _write(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) ->
     _write_text(plan.folder / "results.json", json.dumps(about | {"runs": rows}, indent=1))
     text = table(chosen, NUMBERS.get(Path(plan.configs[0]).stem, {}))
     _write_text(plan.folder / "results.md", text)
-    curves = {f"{method}": each[0].curve("train/loss") for method, each in chosen.items() if each}
+    curves = {method: each[0].curve("train/loss") for method, each in chosen.items() if each}
     if curves:
-        figure = figures.training_loss(curves)
-        for kind in ("png", "svg"):
-            figure.savefig(plan.folder / f"training_loss.{kind}")
+        figures.write([figures.drawing_of_losses(curves, plan.folder)])
     return text
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from scipy.stats import ttest_rel
 
 from srlora_pl.comparison.cells import Cell
+from srlora_pl.markdown import markdown
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
@@ -132,7 +133,7 @@ def table(outcomes: Mapping[str, Sequence[Outcome]], paper: Mapping[str, Mapping
         header += [_title(name)] + (["paper"] if any(_kind(name) in row for row in paper.values()) else [])
     header += [f"val loss at {quarter:.0%}" for quarter in QUARTERS]
     rows = [_row(method, each, names, header, paper.get(method, {})) for method, each in outcomes.items() if each]
-    return "\n".join([*markdown(header, rows), "", *_differences(outcomes), ""])
+    return "\n".join([markdown(header, rows), "", *_differences(outcomes), ""])
 
 
 def _row(
@@ -162,10 +163,6 @@ def _differences(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
             f"{100 * found.high:+.2f}; paired t-test over {found.n} seeds, p = {found.p:.3f}): {verdict}."
         )
     return lines
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def _shown(scores: Mapping[str, float]) -> list[str]:
