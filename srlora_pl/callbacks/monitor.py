@@ -203,7 +203,7 @@ def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
         return
     yield "scalar", "srlora/directions", float(max(state.next_direction for state in adaptation.states.values()))
     drawn = drawn_after(adaptation)
-    ages = switches_survived(adaptation).where(drawn > 0, -1)
+    ages = switches_survived(adaptation, drawn).where(drawn > 0, -1)
     for name, (low, high) in _AGES.items():
         yield "scalar", f"age/{name}", ((low <= ages) & (ages <= high)).double().mean().item()
     if (recycled := drawn[drawn > 0]).numel():

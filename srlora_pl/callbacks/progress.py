@@ -12,7 +12,7 @@ from srlora_pl.lowrank import Adaptation
 from srlora_pl.lowrank.measures import by_kind
 from srlora_pl.system import peak_memory_bytes
 
-_REPAINTS = 10  # of the bar, a second; every one takes a few milliseconds
+_REPAINTS = 2  # of the bar, a second: more would take more than 0.5 % of a small network's steps
 MATRICES = ("matrix", "count", "shape", "rank", "directions", "parameters")
 
 

@@ -38,14 +38,14 @@ def drawn_after(adaptation: Adaptation) -> Tensor:
     return torch.cat([state.intervals[state.directions, 0] for state in adaptation.states.values()])
 
 
-def switches_survived(adaptation: Adaptation) -> Tensor:
-    """How many switches there were since each active pair was drawn, (pairs,), int64.
+def switches_survived(adaptation: Adaptation, drawn: Tensor) -> Tensor:
+    """How many switches there were since each active pair was ``drawn`` (see `drawn_after`), (pairs,), int64.
 
     Counted over the whole network: where each rank walks at its own pace, or a spectrum is used up, the switches of
     other matrices count too.
     """
     switches = torch.cat([state.intervals[:, 0] for state in adaptation.states.values()]).unique()
-    return len(switches) - torch.searchsorted(switches, drawn_after(adaptation), right=True)
+    return len(switches) - torch.searchsorted(switches, drawn, right=True)
 
 
 @dataclass(frozen=True)
