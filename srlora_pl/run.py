@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from srlora_pl import checkpoints, config
+from srlora_pl import checkpoints, config, system
 from srlora_pl.callbacks import (
     ContinuedCSVLogger,
     ContinuedCurves,
@@ -235,6 +235,8 @@ class Run(LightningCLI):
         except Exception:
             self._discard_folder()
             raise
+        if trainer.strategy.root_device.type == "cpu":
+            system.keep_freed_memory()
         if str(settings.precision) in ("16", "16-mixed") and trainer.precision == "bf16-mixed":
             _note("16-mixed needs a GPU, on this CPU the run uses bf16-mixed")
         return trainer
