@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -117,22 +118,34 @@ def table_and_scores(output: Path) -> tuple[str, list[dict[str, str]]]:
     return (output / "results.md").read_text(), rows
 
 
+def signalled(task: Path, output: Path, number: int, cell: str) -> tuple[int, str]:
+    """Exit code and words of a comparison that gets signal ``number`` once ``cell`` has a checkpoint."""
+    process = start(*compare(task, output))
+    while not list(output.glob(f"{cell}/*/version_0/checkpoints/*")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(number)
+    said = process.communicate()[0]
+    return process.returncode, said
+
+
 def test_a_comparison_that_is_killed_and_started_again_ends_with_the_same_table(task, tmp_path, capsys):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert cli.main(compare(task, undisturbed)) == 0
     assert "paired t-test over 2 seeds" in capsys.readouterr().out
-    process = start(*compare(task, killed))
     first = killed / "lora-seed0"
-    while not list(killed.glob("srlora-seed0/*/version_0/checkpoints/*")):
-        assert process.poll() is None, process.communicate()[0]
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate()[0]
-    assert process.returncode == 143
+    code, said = signalled(task, killed, signal.SIGTERM, "srlora-seed0")
+    assert code == 143
     assert "interrupted by SIGTERM; the same command goes on from here" in said
     before = {file: file.stat().st_mtime_ns for file in first.rglob("*")}
-    assert cli.main(compare(task, killed)) == 0
+    assert signalled(task, killed, signal.SIGKILL, "lora-seed1")[0] == -signal.SIGKILL
+    while (code := cli.main(compare(task, killed))) == 2:  # while the run that it left behind goes on
+        assert "is at work in" in capsys.readouterr().err
+        time.sleep(0.1)
+    assert code == 0
     assert {file: file.stat().st_mtime_ns for file in first.rglob("*")} == before  # not run again
-    assert len(list(killed.glob("srlora-seed0/*/version_*"))) == 1  # gone on with
+    for cell in ("srlora-seed0", "lora-seed1"):
+        assert len(list(killed.glob(f"{cell}/*/version_*"))) == 1  # gone on with
     assert table_and_scores(killed) == table_and_scores(undisturbed)
     about = json.loads((killed / "results.json").read_text())
     assert about["seeds"] == [0, 1]
