@@ -129,8 +129,9 @@ def _keep_plan(plan: Plan) -> None:
 
 
 def _digests(plan: Plan) -> dict[str, str]:
-    """Of the content of every config file."""
-    files = {str(Path(file).resolve()): Path(file) for file in (*plan.configs, *map(str, plan.methods.values()))}
+    """Of the content of every config file; not by its path, which differs where the project is copied to."""
+    files = {f"config {i}": Path(file) for i, file in enumerate(plan.configs, 1)}
+    files |= {f"method {name}": file for name, file in plan.methods.items()}
     return {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
 
 

@@ -60,14 +60,18 @@ class Outcome:
 
     def row(self) -> dict[str, Any]:
         """For results.csv."""
-        quarters = zip(QUARTERS, self.at_quarters("val/loss"), strict=True)
+        quarters = [
+            (f"{name} at {quarter:.0%}", value)
+            for name in ("val/score", "val/loss")
+            for quarter, value in zip(QUARTERS, self.at_quarters(name), strict=True)
+        ]
         return {
             "cell": self.cell.name,
             "method": self.cell.method,
             **dict(self.cell.point),
             "seed": self.cell.seed,
             **{f"best {self.summary['best'].get('monitor', '')}": self.summary["best"].get("value")},
-            **{f"val/loss at {quarter:.0%}": value for quarter, value in quarters},
+            **dict(quarters),
             **self.scores,
             **{key: self.summary[key] for key in ("steps", "switches", "seconds", "peak_memory")},
             **{f"{kind} parameters": count for kind, count in self.summary["parameters"].items()},
@@ -121,7 +125,8 @@ def by_seed(outcomes: Iterable[Outcome]) -> dict[int, float]:
 
 
 def table(outcomes: Mapping[str, Sequence[Outcome]], paper: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: a row per method with mean, standard deviation and n, the paper's numbers, and the differences.
+    """Markdown: a row per method with mean, standard deviation and n beside the paper's numbers; validation's scores
+    and losses on the way there; and the differences.
 
     Args:
         outcomes: of each method's chosen point, one per seed.
@@ -131,9 +136,15 @@ def table(outcomes: Mapping[str, Sequence[Outcome]], paper: Mapping[str, Mapping
     header = ["method", "chosen", "n"]
     for name in names:
         header += [_title(name)] + (["paper"] if any(_kind(name) in row for row in paper.values()) else [])
-    header += [f"val loss at {quarter:.0%}" for quarter in QUARTERS]
-    rows = [_row(method, each, names, header, paper.get(method, {})) for method, each in outcomes.items() if each]
-    return "\n".join([markdown(header, rows), "", *_differences(outcomes), ""])
+    finished = {method: each for method, each in outcomes.items() if each}
+    rows = [_row(method, each, names, header, paper.get(method, {})) for method, each in finished.items()]
+    on_the_way = [f"{name} at {quarter:.0%}" for name in ("val score, %,", "val loss") for quarter in QUARTERS]
+    curves = [
+        [method, *_at_quarters(each, "val/score", 100), *_at_quarters(each, "val/loss", 1)]
+        for method, each in finished.items()
+    ]
+    tables = [markdown(header, rows), "", markdown(["method", *on_the_way], curves)]
+    return "\n".join([*tables, "", *_differences(outcomes), ""])
 
 
 def _row(
@@ -146,8 +157,12 @@ def _row(
         cells.append(_spread([scale * each.scores[name] for each in outcomes if name in each.scores], scale))
         if len(cells) < len(header) and header[len(cells)] == "paper":
             cells.append(f"{paper[_kind(name)]:g}" if _kind(name) in paper else "-")
-    losses = zip(*(each.at_quarters("val/loss") for each in outcomes), strict=True)
-    return cells + [_spread([loss for loss in quarter if loss is not None]) for quarter in losses]
+    return cells
+
+
+def _at_quarters(outcomes: Sequence[Outcome], name: str, scale: int) -> list[str]:
+    quarters = zip(*(each.at_quarters(name) for each in outcomes), strict=True)
+    return [_spread([scale * value for value in values if value is not None], scale) for values in quarters]
 
 
 def _differences(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:

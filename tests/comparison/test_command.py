@@ -174,7 +174,7 @@ def test_runs_of_other_settings_are_not_mixed(task, tmp_path, capsys):
     output = tmp_path / "out"
     output.mkdir()
     arguments = ["compare", "--config", str(task), "--seeds", "1", "--output", str(output)]
-    (output / "plan.json").write_text(json.dumps({"files": {str(task.resolve()): "other"}, "options": []}))
+    (output / "plan.json").write_text(json.dumps({"files": {"config 1": "other"}, "options": []}))
     assert cli.main(arguments) == 2
     assert "holds runs with other config files or options" in capsys.readouterr().err
     (output / "plan.json").write_text(json.dumps({"files": {}, "options": ["--model.lr", "1"]}))

@@ -14,7 +14,7 @@ POINT = (("model.lr", "0.1"),)
 
 def outcome(method="lora", seed=0, score=0.5, losses=(4.0, 3.0, 2.0, 1.0), point=POINT, best=1.0, mode="min"):
     """A run of 40 steps that was validated after every tenth."""
-    metrics = [{"step": 10.0 * i + 9, "val/loss": loss} for i, loss in enumerate(losses)]
+    metrics = [{"step": 10.0 * i + 9, "val/loss": loss, "val/score": 1 - loss / 10} for i, loss in enumerate(losses)]
     metrics += [{"step": 4.0, "train/loss": 9.0}]
     summary = {
         "scores": {"test/accuracy": score, "test/score": score, "test/loss": 2 * score},
@@ -73,17 +73,19 @@ def test_the_table():
     }
     lines = table(runs, {"srlora": {"accuracy": 92.5}}).splitlines()
     assert lines[:4] == [
-        "| method | chosen | n | test accuracy, % | paper | test loss | val loss at 25% | val loss at 50% | "
-        "val loss at 75% | val loss at 100% |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-        "| lora | lr 0.1 | 3 | 60.00 ± 10.00 | - | 1.200 ± 0.200 | 4.000 ± 0.000 | 3.000 ± 0.000 | 2.000 ± 0.000 | "
-        "1.000 ± 0.000 |",
-        "| srlora | - | 3 | 80.00 ± 20.00 | 92.5 | 1.600 ± 0.400 | 4.000 ± 0.000 | 3.000 ± 0.000 | 2.000 ± 0.000 | "
-        "1.000 ± 0.000 |",
+        "| method | chosen | n | test accuracy, % | paper | test loss |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| lora | lr 0.1 | 3 | 60.00 ± 10.00 | - | 1.200 ± 0.200 |",
+        "| srlora | - | 3 | 80.00 ± 20.00 | 92.5 | 1.600 ± 0.400 |",
     ]
+    parts = ("25%", "50%", "75%", "100%")
+    names = " | ".join(f"{name} at {part}" for name in ("val score, %,", "val loss") for part in parts)
+    scores, losses = "60.00 ± 0.00 | 70.00 ± 0.00 | 80.00 ± 0.00 | 90.00 ± 0.00", "4.000 ± 0.000 | 3.000 ± 0.000"
+    assert lines[5] == f"| method | {names} |"
+    assert lines[7] == f"| lora | {scores} | {losses} | 2.000 ± 0.000 | 1.000 ± 0.000 |"
     # Differences -10, -20, -30 points: t = 2 sqrt(3), as above.
     p = 1 - 2 * math.sqrt(3) / math.sqrt(2 + 12)
-    assert lines[5] == (
+    assert lines[10] == (
         f"* lora - srlora: -20.00 points (95 % interval -44.84 to +4.84; paired t-test over 3 seeds, p = {p:.3f}): "
         "not significant at 5 %."
     )
@@ -92,4 +94,5 @@ def test_the_table():
 def test_a_row_is_plain_data():
     row = json.loads(json.dumps(outcome().row()))
     assert (row["model.lr"], row["seed"], row["best val/loss"], row["val/loss at 50%"]) == ("0.1", 0, 1.0, 3.0)
+    assert row["val/score at 100%"] == 0.9
     assert (row["seconds"], row["trained parameters"], row["test/score"]) == (7.0, 6, 0.5)
