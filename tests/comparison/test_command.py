@@ -139,10 +139,12 @@ def test_a_comparison_that_is_killed_and_started_again_ends_with_the_same_table(
     assert "interrupted by SIGTERM; the same command goes on from here" in said
     before = {file: file.stat().st_mtime_ns for file in first.rglob("*")}
     assert signalled(task, killed, signal.SIGKILL, "lora-seed1")[0] == -signal.SIGKILL
-    while (code := cli.main(compare(task, killed))) == 2:  # while the run that it left behind goes on
-        assert "is at work in" in capsys.readouterr().err
+    said = ""
+    while (code := cli.main(compare(task, killed))) == 2:
+        said = capsys.readouterr().err
         time.sleep(0.1)
     assert code == 0
+    assert "a run that one has left behind, is at work in" in said  # lora-seed1, until it had finished
     assert {file: file.stat().st_mtime_ns for file in first.rglob("*")} == before  # not run again
     for cell in ("srlora-seed0", "lora-seed1"):
         assert len(list(killed.glob(f"{cell}/*/version_*"))) == 1  # gone on with
