@@ -150,8 +150,10 @@ def test_the_merged_weight_is_not_kept_for_the_backward_pass():
         (3, torch.bfloat16, "merged"),
     ],
 )
-def test_few_rows_take_two_branches(rows, dtype, way, monkeypatch):
+def test_few_rows_take_two_branches(rows, dtype, way, monkeypatch, request):
     """in = 6, out = 4: merging pays from 24 / 10 rows on, and in half precision only."""
+    if request.config.getoption("kernel"):
+        pytest.skip("--kernel overrules it")
     called = []
     for name in ("two_branches", "merged"):
         original = getattr(kernels, name)
