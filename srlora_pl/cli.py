@@ -68,7 +68,9 @@ subcommands:
 options of every subcommand (but export, compare and figures, see their --help):
   -c, --config FILE    settings; several files are laid on top of each other
   --ckpt_path FILE     fit: go on from here; validate, test, predict: the weights to use;
-                       last: the newest file of the config's newest run
+                       last: the furthest readable file of the config's newest run
+  --name NAME          fit: the run's folder is runs/NAME-METHOD, by default named after the config
+  --output PLACE       predict: where the predictions go, by default the checkpoint's run
   --KEY VALUE          any setting, such as --model.lr 0.01 --model.method.rank 4 --data.batch_size 32
   --print_config       print all settings, and stop
   --help               every setting of the trainer, and how to list a class's own

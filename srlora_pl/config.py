@@ -16,6 +16,9 @@ import yaml
 from srlora_pl.errors import UserError, did_you_mean
 
 Node = dict[str, Any]
+_TASK_FIRST = (
+    "put a task's file before an overlay, as in --config configs/quickstart.yaml --config configs/methods/lora.yaml"
+)
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,22 +66,20 @@ def combine(contents: Sequence[Node]) -> tuple[Node, Node | None]:
     arguments stand apart, so that laying a second overlay on top leaves nothing of the first.
 
     Raises:
-        UserError: the files hold arguments of a model, but no model.
+        UserError: the files hold arguments of a model, but no model; or a task's file after an overlay.
     """
     settings: Node = {}
     overlay: Node | None = None
     for content in contents:
         method = _method(content)
+        if _names_model(content) and isinstance(settings.get("model"), dict) and not _names_model(settings):
+            raise UserError(f"a config file's settings of a model come before model.class_path: {_TASK_FIRST}")
         if method and "class_path" in method and _method(settings):
             overlay = method
             content = _without_method(content)
         settings = _merge(settings, content)
-    model = settings.get("model")
-    if isinstance(model, dict) and "class_path" not in model:
-        raise UserError(
-            "the config files give no model.class_path: put a task's file before an overlay, "
-            "as in --config configs/quickstart.yaml --config configs/methods/lora.yaml"
-        )
+    if isinstance(settings.get("model"), dict) and not _names_model(settings):
+        raise UserError(f"the config files give no model.class_path: {_TASK_FIRST}")
     return settings, overlay
 
 
@@ -86,6 +87,11 @@ def method_arguments(settings: Node, overlay: Node | None) -> set[str]:
     """The names of all arguments that the files give a method, its own or not."""
     nodes = (_method(settings), overlay)
     return {name for node in nodes if node for name in node.get("init_args") or {}}
+
+
+def _names_model(content: Node) -> bool:
+    model = content.get("model")
+    return isinstance(model, dict) and "class_path" in model
 
 
 def _method(content: Node) -> Node | None:

@@ -332,7 +332,7 @@ def read_run(folder: Path) -> TrainedRun:
         raise UserError(f"--run {folder} is no folder{near}, give a run's own, such as runs/NAME-METHOD/version_0")
     found = checkpoints.newest(checkpoints.files_of(folder))
     if found is None:
-        versions = ", ".join(map(str, sorted(folder.glob("version_*/"))))
+        versions = ", ".join(map(str, sorted([*folder.glob("version_*/"), *folder.glob("*/version_*/")])))
         other = versions or "the folder of a run that has written one"
         raise UserError(f"--run {folder} holds no readable checkpoint, give {other}")
     file, last_step = found

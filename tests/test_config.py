@@ -63,5 +63,10 @@ def test_an_overlay_alone_is_refused() -> None:
         combine([overlay("LoRA")])
 
 
+def test_a_task_after_its_overlay_is_refused() -> None:
+    with pytest.raises(UserError, match="put a task's file before an overlay"):
+        combine([overlay("LoRA"), task(rank=4)])
+
+
 def test_an_unknown_form_of_message_stays_on_one_line() -> None:
     assert explain("something\n  new", [], [], []) == "something new"

@@ -150,8 +150,8 @@ def runner(folder: Path) -> Iterator[Runner]:
         with (folder / ".lock").open("ab") as file:
             if not lock(file):
                 raise UserError(
-                    f"another comparison, or a run that one has left behind, is at work in {folder}: wait for it or "
-                    "stop it, or give another --output"
+                    f"another comparison, or a run that one has left behind, is at work in {folder} (or its file "
+                    "system has no locks): wait for it or stop it, or give another --output"
                 )
             os.set_inheritable(file.fileno(), True)
             yield Runner(file)

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 import subprocess
 import time
 from argparse import Namespace
@@ -39,15 +40,18 @@ def compare(given: Namespace, options: Sequence[str]) -> int:
             _dry_run(plan, console)
         return 0
     output = Path(given.output)
-    output.mkdir(parents=True, exist_ok=True)
-    for plan in plans:
-        _keep_plan(plan)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for plan in plans:
+            _keep_plan(plan)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be written to ({error.strerror}): give another folder") from error
     with runner(output) as work:
         for plan in plans:
             outcomes, best = _run(plan, work, console)
-            text = _write(plan, outcomes, best)
-            console.print(text, markup=False)
-            console.print(f"results in {relative(plan.folder)}", markup=False)
+            if outcomes:
+                console.print(_write(plan, outcomes, best), markup=False)
+                console.print(f"results in {relative(plan.folder)}", markup=False)
     for folder, sentence in work.failed.items():
         console.print(f"failed: {relative(folder)}: {sentence}", markup=False)
     return 1 if work.failed else 0
@@ -70,7 +74,7 @@ def plans_of(given: Namespace, options: tuple[str, ...]) -> list[Plan]:
     chosen = _methods(given.methods.split(",") if given.methods else methods)
     if given.seeds < 1:
         raise UserError(f"--seeds is {given.seeds}, it must be 1 or more")
-    output, grid = Path(given.output), dict(_grid_entry(entry) for entry in given.grid)
+    output, grid = Path(given.output), _grid(given.grid)
     tasks = {name: (str(_own_file(f"{name}.yaml")),) for name in names} or {"": tuple(given.config)}
     plans = []
     for name, files in tasks.items():
@@ -85,7 +89,9 @@ def plans_of(given: Namespace, options: tuple[str, ...]) -> list[Plan]:
 def _methods(names: Sequence[str]) -> dict[str, Path]:
     """The overlay file of each method: one of ``configs/methods/``, or any YAML file."""
     files = {}
-    for name in names:
+    for name in map(str.strip, names):
+        if not name:
+            raise UserError("--methods has an empty name, write it as lora,pissa,srlora")
         file = Path(name) if name.endswith((".yaml", ".yml")) else _own_file(f"methods/{name}.yaml")
         config.read(str(file))
         if file.stem in files:
@@ -103,21 +109,30 @@ def _own_file(name: str) -> Path:
     raise UserError(f"there is no configs/{name}{near}, give the path of a YAML file")
 
 
-def _grid_entry(entry: str) -> tuple[str, list[str]]:
-    key, equals, values = entry.partition("=")
-    found = [value.strip() for value in values.split(",")]
-    if not (key and equals and all(found)):
-        raise UserError(f"--grid {entry!r} must be a setting and its values, such as model.lr=0.001,0.003")
-    if len(set(found)) < len(found):
-        raise UserError(f"--grid {entry!r} names a value twice")
-    return key, found
+def _grid(entries: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each setting; commas inside brackets belong to a value."""
+    grid: dict[str, list[str]] = {}
+    for entry in entries:
+        key, equals, values = entry.partition("=")
+        found = [value.strip() for value in re.split(r",(?![^\[]*\])", values)]
+        if not (key and equals and all(found)):
+            raise UserError(f"--grid {entry!r} must be a setting and its values, such as model.lr=0.001,0.003")
+        if len(set(found)) < len(found):
+            raise UserError(f"--grid {entry!r} names a value twice")
+        if key in grid:
+            raise UserError(f"--grid gives {key} twice, put all its values behind one {key}=")
+        grid[key] = found
+    return grid
 
 
 def _keep_plan(plan: Plan) -> None:
-    """Refuse to mix these runs with others; more methods, seeds and points may be added to what is there."""
+    """Refuse to mix these runs with others; more methods, seeds and points may be added to what is there.
+
+    A plan that no run has come of, since a setting was mistyped, is forgotten.
+    """
     files, options = _digests(plan), list(plan.options)
     file = plan.folder / _PLAN
-    if file.is_file():
+    if file.is_file() and any(plan.folder.glob("*/*/version_*")):
         earlier = json.loads(file.read_text())
         files = earlier["files"] | files
         if (earlier["options"], earlier["files"]) != (options, {name: files[name] for name in earlier["files"]}):
@@ -238,9 +253,11 @@ def _dry_run(plan: Plan, console: Console) -> None:
     if len(plan.seeds) > 1:
         rest = f"seeds {plan.seeds[1]} to {plan.seeds[-1]}" if len(plan.seeds) > 2 else f"seed {plan.seeds[1]}"
         console.print(f"  then each method's best point with {rest}", markup=False)
-    hours = seconds * steps * plan.size / 3600
+    left = plan.size - sum(plan.summary(cell) is not None for cell in cells)
+    hours = seconds * steps * left / 3600
     console.print(
-        f"  training alone about {hours:.1f} h: {seconds:.3g} s a step over {_PROBE_STEPS} steps of {cells[0].name}",
+        f"  training the {left} that are left, alone, about {hours:.1f} h: {seconds:.3g} s a step over {_PROBE_STEPS} "
+        f"steps of {cells[0].name}",
         markup=False,
     )
 

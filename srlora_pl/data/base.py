@@ -5,6 +5,7 @@ a function of (run seed, epoch), a sample's augmentation one of (run seed, epoch
 has to start its sampler at ``divmod(processed, batches per epoch)``.
 """
 
+import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
@@ -368,3 +369,8 @@ def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor
     place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
     taken = place < held[labels[by_class]]
     return by_class[~taken].sort().values, by_class[taken].sort().values
+
+
+def is_hub_name(root: str) -> bool:
+    """Whether ``root``, which is no local folder, can be the name of a repository."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", root) is not None

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from srlora_pl.data.base import is_hub_name
 from srlora_pl.data.labels import encode_classes, encode_numbers
 from srlora_pl.data.tables import read_table
 from srlora_pl.data.text import TextDataModule, Texts
@@ -173,7 +174,7 @@ def _local_folder(root: str, task: GLUETask) -> Path | None:
     """The task's folder under a local ``root``; None for a name on the hub."""
     path = Path(root).expanduser()
     if not path.is_dir():
-        if root.count("/") == 1 and not root.startswith((".", "/", "~")):
+        if is_hub_name(root):
             return None
         raise UserError(
             f"data.root '{root}' does not exist; give the folder that holds {_files_of(task)}, or a hub name."

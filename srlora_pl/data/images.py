@@ -74,8 +74,10 @@ class ImageData(DataModule):
         self._name: Callable[[int], str] = str
 
     def prepare_data(self) -> None:
-        """Download what is missing."""
-        self.source.prepare()
+        """Download what is missing; pictures of one's own are predicted without the data of the training."""
+        predicts = self.trainer is not None and self.trainer.state.fn == "predict"
+        if not (predicts and self.predict_root):
+            self.source.prepare()
 
     def load(self, stage: str) -> None:
         """Read the splits of ``stage``; the model's data config decides their size and scale."""

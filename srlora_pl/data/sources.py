@@ -21,6 +21,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, STL10
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from srlora_pl.data.base import is_hub_name
 from srlora_pl.data.transforms import check_mode, to_rgb
 from srlora_pl.errors import UserError, did_you_mean
 
@@ -459,7 +460,7 @@ def find_source(name: str | None, root: str, image_column: str, label_column: st
         return Hub(root, image_column, label_column) if _is_table(path) else Folder(path)
     if path.exists():
         raise UserError(f"data.root '{root}' is a file; give the folder that holds the images.")
-    if root.count("/") == 1 and not root.startswith((".", "/", "~")):
+    if is_hub_name(root):
         return Hub(root, image_column, label_column)
     raise UserError(
         f"data.root '{root}' does not exist; give a folder with one folder of images per class, or set data.name "

@@ -93,12 +93,20 @@ def test_the_papers_tables():
         ({"config": ["TASK"], "methods": "lora,lora"}, "names lora twice"),
         ({"config": ["TASK"], "grid": ["model.lr"]}, "must be a setting and its values"),
         ({"config": ["TASK"], "grid": ["model.lr=1,1"]}, "names a value twice"),
+        ({"config": ["TASK"], "grid": ["model.lr=1", "model.lr=2"]}, "--grid gives model.lr twice"),
+        ({"config": ["TASK"], "methods": "lora,"}, "--methods has an empty name"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(values, words, task):
     values = {key: [str(task)] if value == ["TASK"] else value for key, value in values.items()}
     with pytest.raises(UserError, match=words):
         plans_of(given(**values), ())
+
+
+def test_commas_inside_brackets_belong_to_a_value(task):
+    (plan,) = plans_of(given(config=[str(task)], methods="lora, pissa", grid=["data.crop_scale=[0.5,1],[0.7,1]"]), ())
+    assert list(plan.methods) == ["lora", "pissa"]
+    assert plan.points == [(("data.crop_scale", "[0.5,1]"),), (("data.crop_scale", "[0.7,1]"),)]
 
 
 def compare(task: Path, output: Path, *more: str) -> list[str]:
@@ -176,12 +184,39 @@ def test_runs_of_other_settings_are_not_mixed(task, tmp_path, capsys):
     output = tmp_path / "out"
     output.mkdir()
     arguments = ["compare", "--config", str(task), "--seeds", "1", "--output", str(output)]
+    (output / "lora-seed0/small-lora/version_0").mkdir(parents=True)
     (output / "plan.json").write_text(json.dumps({"files": {"config 1": "other"}, "options": []}))
     assert cli.main(arguments) == 2
     assert "holds runs with other config files or options" in capsys.readouterr().err
     (output / "plan.json").write_text(json.dumps({"files": {}, "options": ["--model.lr", "1"]}))
     assert cli.main(arguments) == 2
     assert "holds runs with other config files or options" in capsys.readouterr().err
+
+
+def test_a_mistyped_comparison_leaves_nothing_that_refuses_the_right_one(task, tmp_path, capsys):
+    arguments = [
+        "compare",
+        "--config",
+        str(task),
+        "--methods",
+        "pissa",
+        "--seeds",
+        "1",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main([*arguments, "--model.lrr", "1"]) == 1
+    out = capsys.readouterr().out
+    assert "--model.lrr is unknown" in out
+    assert "results in" not in out
+    assert cli.main(arguments) == 0
+    assert "results in" in capsys.readouterr().out
+
+
+def test_an_output_that_is_no_folder_is_refused(task, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["compare", "--config", str(task), "--output", str(tmp_path / "file")]) == 2
+    assert "file cannot be written to (File exists): give another folder" in capsys.readouterr().err
 
 
 def test_two_comparisons_do_not_share_a_folder(task, tmp_path, capsys):

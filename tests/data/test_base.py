@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys, stratified_split, user_error_as_batch
+from srlora_pl.data.base import (
+    Batch,
+    DataModule,
+    Key,
+    KeyedDataset,
+    is_hub_name,
+    split_keys,
+    stratified_split,
+    user_error_as_batch,
+)
 from srlora_pl.data.images import ImageData
 from srlora_pl.errors import UserError
 
@@ -249,3 +258,9 @@ def test_split_has_its_size_and_follows_its_seed() -> None:
     held = [stratified_split(classes, 0.1, seed)[1] for seed in (0, 1)]
     assert [len(rows) for rows in held] == [15, 15]  # not 10 times round(1.5)
     assert not torch.equal(*held)
+
+
+@pytest.mark.parametrize("root", ["glue/", "./glue", "/data", "~/data", "../data", "a/b/c", "glue", "/"])
+def test_a_missing_folder_is_no_hub_name(root):
+    assert not is_hub_name(root)
+    assert is_hub_name("nyu-mll/glue")

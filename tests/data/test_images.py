@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from hashlib import md5
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -338,6 +339,18 @@ def test_split_too_small(image_tree: Tree) -> None:
     root = image_tree({"a": (8, 8), "b": (8, 8)}, count=3)
     with pytest.raises(UserError, match=r"data.val_fraction 0.01 of 6 training images"):
         ready(root=str(root), val_fraction=0.01)
+
+
+@pytest.mark.parametrize(
+    ("stage", "predict_root", "downloads"), [("predict", "photos", 0), ("predict", None, 1), ("test", "photos", 1)]
+)
+def test_own_pictures_are_predicted_without_the_data_of_the_training(
+    stage: str, predict_root: str | None, downloads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, asked = ImageData("mnist", str(tmp_path), predict_root=predict_root), list[int]()
+    monkeypatch.setattr(data.source, "prepare", lambda: asked.append(1))
+    attach(data, state=SimpleNamespace(fn=stage)).prepare_data()
+    assert len(asked) == downloads
 
 
 def test_predict_root_missing_or_empty(tmp_path: Path) -> None:
