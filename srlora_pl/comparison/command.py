@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from srlora_pl import config, figures, system
 from srlora_pl.comparison.cells import Cell, Plan, Runner, runner
 from srlora_pl.comparison.paper import NUMBERS, TABLES
-from srlora_pl.comparison.results import Outcome, best_point, table
+from srlora_pl.comparison.results import Outcome, at_the_edge, best_point, table
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.files import relative, replacing
 
@@ -207,7 +207,8 @@ def _write(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) ->
         "versions": system.versions(),
     }
     _write_text(plan.folder / "results.json", json.dumps(about | {"runs": rows}, indent=1))
-    text = table(chosen, NUMBERS.get(Path(plan.configs[0]).stem, {}))
+    lines = [table(chosen, NUMBERS.get(Path(plan.configs[0]).stem, {})), *at_the_edge(plan.grid, best)]
+    text = "\n".join(lines).rstrip("\n") + "\n"
     _write_text(plan.folder / "results.md", text)
     curves = {method: each[0].curve("train/loss") for method, each in chosen.items() if each}
     if curves:

@@ -180,6 +180,22 @@ def _differences(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
     return lines
 
 
+def at_the_edge(grid: Mapping[str, Sequence[str]], best: Mapping[str, Cell]) -> list[str]:
+    """A line for each setting of which a method's best point has the lowest or the highest number."""
+    lines = []
+    for key, texts in grid.items():
+        try:
+            values = sorted(map(float, texts))
+        except ValueError:  # no numbers
+            continue
+        for method, cell in best.items() if len(values) > 1 else ():
+            text = dict(cell.point)[key]
+            if float(text) in (values[0], values[-1]):
+                end = "lowest" if float(text) == values[0] else "highest"
+                lines.append(f"* {method} chose {key} {text}, the {end} of the grid: the best may lie beyond it.")
+    return lines
+
+
 def _shown(scores: Mapping[str, float]) -> list[str]:
     """All but the main score's second name."""
     return [name for name in scores if _kind(name) != "score"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from srlora_pl.comparison.cells import Cell
-from srlora_pl.comparison.results import Difference, Outcome, best_point, table
+from srlora_pl.comparison.results import Difference, Outcome, at_the_edge, best_point, table
 
 POINT = (("model.lr", "0.1"),)
 
@@ -89,6 +89,17 @@ def test_the_table():
         f"* lora - srlora: -20.00 points (95 % interval -44.84 to +4.84; paired t-test over 3 seeds, p = {p:.3f}): "
         "not significant at 5 %."
     )
+
+
+def test_a_best_point_at_the_edge_of_the_grid_is_told():
+    grid = {"model.lr": ["0.1", "1e-2", "1"], "model.schedule": ["linear", "cosine"], "data.batch_size": ["8"]}
+    rest = (("model.schedule", "linear"), ("data.batch_size", "8"))
+    points = {"lora": "1", "pissa": "0.1", "srlora": "1e-2"}
+    best = {method: Cell(method, (("model.lr", lr), *rest), 0) for method, lr in points.items()}
+    assert at_the_edge(grid, best) == [
+        "* lora chose model.lr 1, the highest of the grid: the best may lie beyond it.",
+        "* srlora chose model.lr 1e-2, the lowest of the grid: the best may lie beyond it.",
+    ]
 
 
 def test_a_row_is_plain_data():
