@@ -6,6 +6,7 @@ optimizer steps, directions count from 1, the largest singular value, and layers
 
 import csv
 import io
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -191,7 +192,8 @@ def length_variance(histories: Histories, last_step: int) -> Figure:
 
 def training_loss(curves: Mapping[str, Curve]) -> Figure:
     """Figure 3: the training loss of each run against optimizer steps, smoothed, with the raw curve behind."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    rows = math.ceil(len(curves) / 2) if len(curves) > 12 else 0  # of names that do not fit beside the curves
+    figure = Figure(figsize=(8, 4.5 + 0.2 * rows), layout="constrained")
     axes = figure.add_subplot()
     for i, ((name, (steps, losses)), style) in enumerate(zip(curves.items(), _line_styles(), strict=False)):
         axes.plot(steps, losses, color=style["color"], linewidth=0.7, alpha=0.3)
@@ -201,7 +203,10 @@ def training_loss(curves: Mapping[str, Curve]) -> Figure:
     axes.set_ylabel("training loss")
     _tidy(axes)
     title = f"exponential moving average (constant {SMOOTHING:g}),\nbehind it the logged values"
-    axes.legend(title=title, alignment="left", frameon=False)
+    if rows:
+        figure.legend(title=title, loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    else:
+        axes.legend(title=title, alignment="left", frameon=False)
     return figure
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from srlora_pl import UserError, figures
 from srlora_pl.figures import (
+    Curve,
     active_lengths,
     direction_intervals,
     directions_overview,
@@ -353,6 +354,20 @@ def test_losses_are_of_steps_counted_from_1(tmp_path: Path) -> None:
         ("a/version_0", "6", "2.5"),
     ]
     assert [float(row["smoothed"]) for row in rows] == pytest.approx([3.5, 3.5, (0.9 * 3.5 + 2.5) / 1.9])
+
+
+@pytest.mark.parametrize("runs", [3, 12, 13, 72])
+def test_the_names_of_many_runs_leave_room_for_their_losses(runs: int) -> None:
+    curve: Curve = ([1, 2, 3], [3.0, 2.0, 1.0])
+    figure = training_loss({f"deberta_cola_srlora-pissa/version_{i}": curve for i in range(runs)})
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    (legend,) = [*figure.legends, *([axes.get_legend()] if axes.get_legend() else [])]
+    assert len(legend.get_texts()) == runs
+    box, edge = legend.get_window_extent(), figure.bbox
+    assert edge.x0 <= box.x0 < box.x1 <= edge.x1
+    assert edge.y0 <= box.y0 < box.y1 <= edge.y1
+    assert axes.get_window_extent().height > 0.6 * 4.5 * figure.dpi
 
 
 def test_the_layer_can_be_chosen(tmp_path: Path) -> None:
