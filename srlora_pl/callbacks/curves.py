@@ -1,5 +1,7 @@
 """The curves of a resumed run go on where its checkpoint was written: no row twice, none missing."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
@@ -15,6 +17,14 @@ _KEY = "curves"
 
 class ContinuedTensorBoardLogger(TensorBoardLogger):
     """Lightning's TensorBoardLogger, with ``purge_step`` for a run that is known to go on only after it was set up."""
+
+    @property
+    def experiment(self) -> Any:
+        """Readers take files in the order of their names, which begin with the second; so each has one of its own."""
+        if self._experiment is None:
+            while any(Path(self.log_dir).glob(f"events.out.tfevents.{int(time.time())}.*")):
+                time.sleep(0.05)
+        return super().experiment
 
     @rank_zero_only
     def cut(self, step: int) -> None:
