@@ -40,6 +40,7 @@ def test_peak_memory_grows_with_what_is_held():
     assert system.peak_memory_bytes(CPU) >= held.nbytes
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told so")
 def test_freed_memory_is_used_again():
     faults = "resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
     program = f"""
@@ -59,8 +60,7 @@ print({faults} - before)
     )
     pages = 8 * 2**26 // resource.getpagesize()
     assert kept < pages // 100
-    # Elsewhere, or where huge pages are on, there is nothing to save.
-    assert given > 10 * kept or platform.libc_ver()[0] != "glibc" or given < pages // 2
+    assert given > 10 * kept or given < pages // 2  # where huge pages are on, there is little to save
 
 
 def test_peak_memory_of_a_gpu_is_what_torch_counts(monkeypatch):

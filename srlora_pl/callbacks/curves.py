@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -19,6 +20,7 @@ class ContinuedTensorBoardLogger(TensorBoardLogger):
     """Lightning's TensorBoardLogger, with ``purge_step`` for a run that is known to go on only after it was set up."""
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
         """Readers take files in the order of their names, which begin with the second; so each has one of its own."""
         if self._experiment is None:

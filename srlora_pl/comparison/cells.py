@@ -137,7 +137,7 @@ def runner(folder: Path) -> Iterator[Runner]:
     """A `Runner` of the comparisons in ``folder``, alone with them, that can be interrupted.
 
     Raises:
-        UserError: another process is at work in the folder.
+        UserError: the folder cannot be made or written to, or another process is at work in it.
         Interrupted: by SIGINT or SIGTERM; the run of that moment has saved where it was.
     """
 
@@ -145,6 +145,11 @@ def runner(folder: Path) -> Iterator[Runner]:
         words = "the same command goes on from here"
         raise Interrupted(f"interrupted by {signal.Signals(number).name}; {words}", 128 + number)
 
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be written to ({error.strerror}): give another folder") from error
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with (folder / ".lock").open("ab") as file:

@@ -39,14 +39,9 @@ def compare(given: Namespace, options: Sequence[str]) -> int:
         for plan in plans:
             _dry_run(plan, console)
         return 0
-    output = Path(given.output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
+    with runner(Path(given.output)) as work:
         for plan in plans:
             _keep_plan(plan)
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written to ({error.strerror}): give another folder") from error
-    with runner(output) as work:
         for plan in plans:
             outcomes, best = _run(plan, work, console)
             if outcomes:
