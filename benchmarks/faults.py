@@ -389,6 +389,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # the undisturbed run too: sums of two threads round differently
     result: dict[str, Any] = {"benchmark": "faults", "device": device_name(torch.device("cpu")), "seed": arguments.seed}
     rows = []
     with tempfile.TemporaryDirectory() as home:
