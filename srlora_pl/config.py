@@ -5,7 +5,7 @@ Nothing here imports torch or Lightning, so that a mistyped file name is answere
 
 import ast
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
@@ -89,6 +89,18 @@ def method_arguments(settings: Node, overlay: Node | None) -> set[str]:
     return {name for node in nodes if node for name in node.get("init_args") or {}}
 
 
+def keys(settings: Node) -> list[str]:
+    """The dotted keys of all settings as they are written on a command line, ``model.method.rank``."""
+    found = []
+    for key, value in settings.items():
+        below = keys(value) if isinstance(value, dict) else []
+        if key == "init_args":
+            found += below
+        elif key != "class_path":
+            found += [key, *(f"{key}.{name}" for name in below)]
+    return found
+
+
 def _names_model(content: Node) -> bool:
     model = content.get("model")
     return isinstance(model, dict) and "class_path" in model
@@ -120,12 +132,12 @@ def _merge(old: Any, new: Any) -> Any:
 # -- errors of the parser
 
 
-def explain(message: str, known: Iterable[str], files: Sequence[str], options: Sequence[str]) -> str:
+def explain(message: str, known: Sequence[str], files: Sequence[str], options: Sequence[str]) -> str:
     """jsonargparse's account of a rejected setting, in one sentence.
 
     ``message``: the text of its ArgumentError, an indented trace through nested types. ``known``: the dotted keys
-    of the parser. ``files`` and ``options``: the config files and the command line, to say where the setting
-    stands. A message of an unknown form comes back as it is, on one line.
+    of the parser and of the config files. ``files`` and ``options``: the config files and the command line, to say
+    where the setting stands. A message of an unknown form comes back as it is, on one line.
     """
     key = ".".join(re.findall(r'Parser key "([^"]+)"', message))
     owners = re.findall(r"Problem with given class_path '([^']+)'", message)
@@ -134,19 +146,26 @@ def explain(message: str, known: Iterable[str], files: Sequence[str], options: S
     def where(name: str) -> str:
         return _place(name, files, options)
 
+    def unknown(place: str, owner: str = "") -> str:
+        others = [each for each in known if each != place]  # a config file's own slip is known as well
+        last = place.rpartition(".")[2]
+        same = next((each for each in others if each.rpartition(".")[2] == last), None)
+        near = did_you_mean(last, _arguments(owner)) if owner else did_you_mean(place, others)
+        near = f" (did you mean {same!r}?)" if same else near
+        return f"{where(place)} is unknown{f' to {owner}' if owner else ''}{near}"
+
     if found := re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", message):
         if f"--{found[1]}" not in message:
             return f"{found[1]!r} on the command line belongs to no option (options are written --key value)"
-        return _unknown_key("", found[1], known, where(found[1]))
+        return unknown(found[1])
     if found := re.search(r"argument (--[\w.]+): expected", message):
         following = zip(options, [*options[1:], "--"], strict=True)
         bare = next((o for o, then in following if o.startswith(found[1]) and then.startswith("--")), found[1])
         return f"{bare} needs a value after it"
     if found := re.search(r"Group '(\w+)' does not accept option '([^']+)'", message):
-        return _unknown_key("", f"{found[1]}.{found[2]}", known, where(f"{found[1]}.{found[2]}"))
+        return unknown(f"{found[1]}.{found[2]}")
     if found := re.search(r"Option '([^']+)' is not accepted", message):
-        choices = _arguments(owner) if owner else known
-        return _unknown_key(owner, found[1], choices, where(f"{key}.{found[1]}".lstrip(".")))
+        return unknown(f"{key}.{found[1]}".lstrip("."), owner)
     if found := re.search(r"the following arguments are required: (.+)", message):
         if not key:
             return f"{found[1]} not given, name a task's file with --config configs/NAME.yaml"
@@ -170,11 +189,6 @@ def _place(key: str, files: Sequence[str], options: Sequence[str]) -> str:
             if re.match(rf"[\s\-{{]*['\"]?{name}['\"]?\s*:", line):
                 return f"{key} ({file}, line {number})"
     return key
-
-
-def _unknown_key(owner: str, name: str, choices: Iterable[str], where: str) -> str:
-    near = did_you_mean(name, choices)
-    return f"{where} is unknown{f' to {owner}' if owner else ''}{near}"
 
 
 def _wrong_class(message: str, owner: str) -> str:

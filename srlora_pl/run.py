@@ -116,7 +116,7 @@ class Run(LightningCLI):
         try:
             self.config = parser.parse_args(args)  # type: ignore[arg-type]
         except argparse.ArgumentError as error:
-            known = [action.dest for action in parser._actions]
+            known = [*(action.dest for action in parser._actions), *config.keys(self.given)]
             raise UserError(config.explain(str(error), known, self.files, self.options)) from error
         self._refuse_num_classes()
         # Neither belongs to the settings that a run keeps: a second use of its config.yaml starts anew.

@@ -73,6 +73,8 @@ COMMAND_LINE: dict[str, Case] = {
     "wrong capitals": ([*FIT, "--model.method", "Lora"], ["'Lora'", "'srlora_pl.LoRA'"]),
     "callback": ([*FIT, "--trainer.callbacks+=EarlyStoping"], ["'EarlyStoping'", "EarlyStopping"]),
     "option": ([*FIT, "--model.lrr", "1"], ["--model.lrr", "'lr'"]),
+    "shortened option": ([*FIT, "--lr", "1"], ["--lr", "'model.lr'"]),
+    "option of the method": ([*FIT, "--model.rank", "1"], ["--model.rank", "'model.method.rank'"]),
     "abbreviated option": ([*FIT, "--trainer.max_step", "1"], ["--trainer.max_step ", "'trainer.max_steps'"]),
     "option without a value": ([*FIT, "--model.lr"], ["--model.lr needs a value"]),
     "stray word": ([*FIT, "stray"], ["'stray'"]),

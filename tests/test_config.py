@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from srlora_pl.config import combine, explain, method_arguments, read
+from srlora_pl.config import combine, explain, keys, method_arguments, read
 from srlora_pl.errors import UserError
 
 
@@ -66,6 +66,21 @@ def test_an_overlay_alone_is_refused() -> None:
 def test_a_task_after_its_overlay_is_refused() -> None:
     with pytest.raises(UserError, match="put a task's file before an overlay"):
         combine([overlay("LoRA"), task(rank=4)])
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        ("unrecognized arguments: --lr 0.1", "lr is unknown (did you mean 'model.lr'?)"),
+        ("unrecognized arguments: --model.rank=4", "model.rank is unknown (did you mean 'model.method.rank'?)"),
+        ("unrecognized arguments: --modle.lr=4", "modle.lr is unknown (did you mean 'model.lr'?)"),
+        ("unrecognized arguments: --width=4", "width is unknown"),
+    ],
+)
+def test_an_unknown_setting_and_where_one_of_its_name_is(message: str, sentence: str) -> None:
+    known = keys(task(rank=4))
+    assert known == ["model", "model.lr", "model.method", "model.method.rank"]
+    assert explain(message, known, [], []) == sentence
 
 
 def test_an_unknown_form_of_message_stays_on_one_line() -> None:
