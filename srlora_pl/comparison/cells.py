@@ -133,6 +133,19 @@ class Runner:
 
 
 @contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """What writes into ``folder`` for the first time.
+
+    Raises:
+        UserError: the folder cannot be made or written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be written to ({error.strerror}): give another folder") from error
+
+
+@contextmanager
 def runner(folder: Path) -> Iterator[Runner]:
     """A `Runner` of the comparisons in ``folder``, alone with them, that can be interrupted.
 
@@ -145,14 +158,12 @@ def runner(folder: Path) -> Iterator[Runner]:
         words = "the same command goes on from here"
         raise Interrupted(f"interrupted by {signal.Signals(number).name}; {words}", 128 + number)
 
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".lock").touch()
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be written to ({error.strerror}): give another folder") from error
+        file = (folder / ".lock").open("ab")
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with (folder / ".lock").open("ab") as file:
+        with file:
             if not lock(file):
                 raise UserError(
                     f"another comparison, or a run that one has left behind, is at work in {folder} (or its file "

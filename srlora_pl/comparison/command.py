@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from srlora_pl import config, figures, system
-from srlora_pl.comparison.cells import Cell, Plan, Runner, runner
+from srlora_pl.comparison.cells import Cell, Plan, Runner, runner, writing_to
 from srlora_pl.comparison.paper import NUMBERS, TABLES
 from srlora_pl.comparison.results import Outcome, at_the_edge, best_point, table
 from srlora_pl.errors import UserError, did_you_mean
@@ -41,7 +41,8 @@ def compare(given: Namespace, options: Sequence[str]) -> int:
         return 0
     with runner(Path(given.output)) as work:
         for plan in plans:
-            _keep_plan(plan)
+            with writing_to(plan.folder):
+                _keep_plan(plan)
         for plan in plans:
             outcomes, best = _run(plan, work, console)
             if outcomes:

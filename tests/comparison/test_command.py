@@ -219,6 +219,12 @@ def test_an_output_that_is_no_folder_is_refused(task, tmp_path, capsys):
     assert "file cannot be written to (File exists): give another folder" in capsys.readouterr().err
 
 
+def test_a_task_whose_folder_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "deberta_qnli_srlora").touch()
+    assert cli.main(["compare", "--table", "3", "--output", str(tmp_path)]) == 2
+    assert "deberta_qnli_srlora cannot be written to (File exists): give another folder" in capsys.readouterr().err
+
+
 def test_two_comparisons_do_not_share_a_folder(task, tmp_path, capsys):
     from srlora_pl.comparison.cells import runner
 
