@@ -147,11 +147,13 @@ def explain(message: str, known: Sequence[str], files: Sequence[str], options: S
         return _place(name, files, options)
 
     def unknown(place: str, owner: str = "") -> str:
-        others = [each for each in known if each != place]  # a config file's own slip is known as well
+        # A config file's own slip, and what it has below it, are known as well.
+        others = [each for each in known if not f"{each}.".startswith(f"{place}.")]
         last = place.rpartition(".")[2]
-        same = next((each for each in others if each.rpartition(".")[2] == last), None)
-        near = did_you_mean(last, _arguments(owner)) if owner else did_you_mean(place, others)
-        near = f" (did you mean {same!r}?)" if same else near
+        if same := next((each for each in others if each.rpartition(".")[2] == last), None):
+            near = did_you_mean(same, [same])
+        else:
+            near = did_you_mean(last, _arguments(owner)) if owner else did_you_mean(place, others)
         return f"{where(place)} is unknown{f' to {owner}' if owner else ''}{near}"
 
     if found := re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", message):

@@ -83,5 +83,10 @@ def test_an_unknown_setting_and_where_one_of_its_name_is(message: str, sentence:
     assert explain(message, known, [], []) == sentence
 
 
+def test_what_stands_below_a_slip_is_no_mend_for_it() -> None:
+    known = ["model", "data", *keys({"modle": {"init_args": {"x": 1}}})]
+    assert explain("unrecognized arguments: --modle", known, [], []) == "modle is unknown (did you mean 'model'?)"
+
+
 def test_an_unknown_form_of_message_stays_on_one_line() -> None:
     assert explain("something\n  new", [], [], []) == "something new"
