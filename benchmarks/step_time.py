@@ -8,7 +8,8 @@ A step is forward, backward, scores, optimizer and the share of a switch that fa
 variants train copies of one network with random weights, interleaved in one process; a ratio is the median over the
 rounds of seconds over seconds of the same round. The floor trains the head alone but sends gradients through the whole
 backbone. With ``--length`` and a GLUE task the texts have their real lengths: ours in length buckets, the others padded
-to 128 or, with ``--same-padding``, all padded to 128.
+to 128 or, with ``--same-padding``, all padded to 128. On a CPU in half precision, images have our backward pass of
+attention in our variants or, with ``--same-attention``, in all.
 """
 
 import argparse
@@ -31,11 +32,13 @@ from benchmarks.report import report
 from benchmarks.texts import glue_batches
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
 from srlora_pl.system import device_name
+from srlora_pl.tasks.attention import WholeProductAttention
 from srlora_pl.tasks.deberta import use_fast_attention
 
 # Optimizer steps between two switches in the paper's runs: 5,000 steps and 30 switches; CoLA's 10,700 and 62.
 INTERVAL = {"image": 5000 / 30, "text": 10_700 / 62}
 RANK, ALPHA = 8, 8.0
+OURS = ("lora", "pissa", "srlora")
 Batch = dict[str, Tensor]
 
 
@@ -52,6 +55,7 @@ class Variant:
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
         else:
             self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        self.whole_products = name in OURS
         self.seconds: list[float] = []
         self.switch_seconds = 0.0
 
@@ -86,7 +90,12 @@ class Variant:
 
     def loss(self, batch: Batch) -> Tensor:
         inputs = {name: value for name, value in batch.items() if name not in ("label", "index")}
-        logits = self.net(**inputs).logits if self.kind == "text" else self.net(inputs["image"])
+        if self.kind == "text":
+            logits = self.net(**inputs).logits
+        else:
+            faster = self.whole_products and batch["label"].device.type == "cpu"
+            with WholeProductAttention() if faster else nullcontext():
+                logits = self.net(inputs["image"])
         return nn.functional.cross_entropy(logits.float(), batch["label"])
 
     def step(self, batch: Batch, autocast: Callable[[], Any]) -> None:
@@ -210,15 +219,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     optimizer = arguments.optimizer or ("sgd" if kind == "image" else "adamw")
     variants = [Variant(name, net, kind, device, optimizer) for name in arguments.variants]
     del net
+    if arguments.same_attention:
+        for variant in variants:
+            variant.whole_products = True
     if arguments.compile:
         for variant in variants:
             compile_blocks(variant.net)
-    ours = ("lora", "pissa", "srlora")
     for i in range(-arguments.warmup, arguments.rounds):
         pair = [{name: value.to(device) for name, value in batch.items()} for batch in next(batches)]
         turn = i % len(variants)  # no variant always follows the same other
         for variant in variants[turn:] + variants[:turn]:
-            mine = pair[0] if variant.name in ours and not arguments.same_padding else pair[1]
+            mine = pair[0] if variant.name in OURS and not arguments.same_padding else pair[1]
             variant.timed_step(mine, autocast) if i >= 0 else variant.step(mine, autocast)
     batch = {name: value.to(device) for name, value in next(batches)[1].items()}
     memory = {}
@@ -248,6 +259,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", default="128", help="tokens, or a GLUE task for its real lengths")
     parser.add_argument("--same-padding", action="store_true", help="ours pads to 128 too")
+    parser.add_argument("--same-attention", action="store_true", help="the others too take our attention for images")
     parser.add_argument("--glue", default="nyu-mll/glue")
     parser.add_argument("--tokenizer", default="microsoft/deberta-v3-base")
     parser.add_argument("--precision", choices=["32", "bf16", "16"], default="32")

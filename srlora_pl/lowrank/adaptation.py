@@ -269,7 +269,8 @@ class Adaptation:
             return
         if gradients is None:
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-        self.importance.update(all_finite(gradients), inverse_scale)
+        own = {id(p.grad) for p in self.importance.parameters}
+        self.importance.update(all_finite([each for each in gradients if id(each) not in own]), inverse_scale)
 
     def _require_gradients(self) -> None:
         silent = [name for name, layer in self.layers.items() if layer.lora_B.grad is None]

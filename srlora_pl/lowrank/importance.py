@@ -31,21 +31,22 @@ class Importance:
         """Take in one step, from the weights before the update and the gradients of that step.
 
         Args:
-            finite: bool scalar on the device; where it is False the step must leave no trace (a single NaN would
-                stay in the averages for good).
+            finite: bool scalar on the device, whether the gradients of all else are finite. Where they are not, or
+                these are not, the step leaves no trace (a single NaN would stay in the averages for good).
             inverse_scale: scalar that undoes the loss scale of gradients that nobody has unscaled.
         """
-        weight = torch.cat([p.detach().flatten() for p in self.parameters])
-        grad = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters])
-        self.smoothed, self.uncertainty = self.smoothed.to(weight), self.uncertainty.to(weight)
-        sensitivity = weight.mul_(grad).abs_()  # Eq. 3
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        weights: list[Tensor] = [*self.parameters]
+        sensitivity = torch.cat([each.flatten() for each in torch._foreach_mul(weights, grads)]).abs_()  # Eq. 3
+        self.smoothed, self.uncertainty = self.smoothed.to(sensitivity), self.uncertainty.to(sensitivity)
+        finite = finite  # finite = finite & sens sensitivity.amax().isfinite()
         if inverse_scale is not None:
             sensitivity *= inverse_scale
-        smoothed = torch.lerp(self.smoothed, sensitivity, 1 - self.beta1)  # Eq. 4
-        deviation = sensitivity.sub_(smoothed).abs_()
-        uncertainty = torch.lerp(self.uncertainty, deviation, 1 - self.beta2)  # Eq. 5, with the new average
-        self.smoothed = torch.where(finite, smoothed, self.smoothed)
-        self.uncertainty = torch.where(finite, uncertainty, self.uncertainty)
+        # In Eq. 5 |I - new average| is beta1 |I - old average|, so one difference serves both, and 0 leaves no trace.
+        difference = sensitivity.sub_(self.smoothed).masked_fill_(~finite, 0)
+        self.smoothed.add_(difference, alpha=1 - self.beta1)  # Eq. 4
+        self.uncertainty *= 1 - (1 - self.beta2) * finite.to(self.uncertainty)
+        self.uncertainty.add_(difference.abs_(), alpha=(1 - self.beta2) * self.beta1)  # Eq. 5
 
     def _split(self, flat: Tensor) -> dict[int, Tensor]:
         """The buffer as one view per parameter, by the parameter's id."""
@@ -75,5 +76,7 @@ class Importance:
 @torch.no_grad()
 def all_finite(gradients: Sequence[Tensor]) -> Tensor:
     """Whether no gradient holds a NaN or an infinity: a bool scalar on the device, not read here."""
+    if not gradients:
+        return torch.ones((), dtype=torch.bool)
     largest = torch._foreach_norm(list(gradients), ord=float("inf"))
     return torch.isfinite(torch.stack([value.float() for value in largest])).all()

@@ -221,11 +221,10 @@ def _pair_gradients(
         x: X, (rows, in).
         low: X A^T, (rows, p r) for p adapted parts.
     """
-    rank = A.shape[-2]
-    dy = dy.unflatten(-1, (-1, B.shape[-2])).transpose(0, 1)  # (parts, rows, out / parts)
-    if adapted is not None:
-        dy = dy[list(adapted)]
-    B_T = B.to(dy.dtype).mT.contiguous().view(-1, rank, B.shape[-2])  # (p, r, out / parts)
-    dlow = torch.bmm(dy, B_T.mT).transpose(0, 1).flatten(1)
-    dB_T = torch.bmm(low.unflatten(-1, (-1, rank)).permute(1, 2, 0), dy)  # (p, r, out / parts)
+    rank, width = A.shape[-2], B.shape[-2]
+    blocks = dy.split(width, 1)  # not one batched product: in half precision a CPU would copy dY for it
+    chosen = blocks if adapted is None else [blocks[part] for part in adapted]
+    B_T = B.to(dy.dtype).mT.contiguous().view(-1, rank, width)
+    dlow = torch.cat([block @ each.T for block, each in zip(chosen, B_T, strict=True)], 1)
+    dB_T = torch.stack([each.T @ block for block, each in zip(chosen, low.split(rank, 1), strict=True)])
     return dlow, (s * (dlow.T @ x)).view(A.shape).to(A.dtype), (s * dB_T).mT.reshape(B.shape).to(B.dtype)

@@ -221,18 +221,23 @@ def test_factored_states_are_refused_at_the_first_step():
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("where", ["a pair", "a pair of weight 0", "the head"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_step_with_a_non_finite_gradient_leaves_no_trace_in_the_averages(poison):
+def test_a_step_with_a_non_finite_gradient_leaves_no_trace_in_the_averages(poison, where):
     net, adaptation, optimizer = trained(srlora(), steps=5)
+    net.head.requires_grad_(True)
     before = adaptation.importance.smoothed.clone(), adaptation.importance.uncertainty.clone()
     x, y = toy_batches(1)[0]
     optimizer.zero_grad()
     nn.functional.cross_entropy(net(x), y).backward()
-    adaptation.layers["blocks.1.fc2"].lora_A.grad[1, 3] = poison
+    lora_A = adaptation.layers["blocks.1.fc2"].lora_A
+    if where == "a pair of weight 0":
+        lora_A.data[1, 3] = 0
+    (net.head.weight if where == "the head" else lora_A).grad[1, 3] = poison
     adaptation.observe()
     assert torch.equal(adaptation.importance.smoothed, before[0])
     assert torch.equal(adaptation.importance.uncertainty, before[1])
-    adaptation.layers["blocks.1.fc2"].lora_A.grad[1, 3] = 0
+    (net.head.weight if where == "the head" else lora_A).grad[1, 3] = 0
     adaptation.observe()
     assert not torch.equal(adaptation.importance.smoothed, before[0])
 
