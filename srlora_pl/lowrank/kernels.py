@@ -29,12 +29,14 @@ AVX-512 BF16:
 
 On an Intel Xeon with AMX the marked cells lie between 0.89 and 1.14, those without a mark between 0.93 and 1.82.
 
-On the AMD a step of ViT-B/16 (batch 8) takes 1.124 times the floor's with the rule, 1.107 always merged, 1.096 never merged,
+On the AMD a step of ViT-B/16 (batch 8) takes 1.124 times the floor's with the rule, 1.107 always, 1.096 never merged,
 and 1.111 with a merged forward and a branched backward pass: what exactness costs is one to three hundredths.
 
 Not done: appending A's rows to W (so that one product gives x A^T too) or B's columns (dY B with dX). Copying W and an
 output that is not contiguous cost more than the thin product: 1.01 to 1.04 times the seconds of two branches, forward
 and backward, for these shapes at 1,576 rows in fp32 on one core.
+Nor dY B and dB part by part, which spares a CPU in half precision two copies of dY for a fused qkv, a hundredth of a step
+of ViT-B/16, and costs a GPU six launches instead of two.
 Nor dB and dA in blocks of 128 to 256 columns: on two cores at 1,576 rows that takes 0.6 of the time in fp32, a
 hundredth of a step of ViT-B/16, but 1.6 times as long in bf16 and 1.1 times at 256 rows of 768.
 """
@@ -223,10 +225,11 @@ def _pair_gradients(
         x: X, (rows, in).
         low: X A^T, (rows, p r) for p adapted parts.
     """
-    rank, width = A.shape[-2], B.shape[-2]
-    blocks = dy.split(width, 1)  # not one batched product: in half precision a CPU would copy dY for it
-    chosen = blocks if adapted is None else [blocks[part] for part in adapted]
-    B_T = B.to(dy.dtype).mT.contiguous().view(-1, rank, width)
-    dlow = torch.cat([block @ each.T for block, each in zip(chosen, B_T, strict=True)], 1)
-    dB_T = torch.stack([each.T @ block for block, each in zip(chosen, low.split(rank, 1), strict=True)])
+    rank = A.shape[-2]
+    dy = dy.unflatten(-1, (-1, B.shape[-2])).transpose(0, 1)  # (parts, rows, out / parts)
+    if adapted is not None:
+        dy = dy[list(adapted)]
+    B_T = B.to(dy.dtype).mT.contiguous().view(-1, rank, B.shape[-2])  # (p, r, out / parts)
+    dlow = torch.bmm(dy, B_T.mT).transpose(0, 1).flatten(1)
+    dB_T = torch.bmm(low.unflatten(-1, (-1, rank)).permute(1, 2, 0), dy)  # (p, r, out / parts)
     return dlow, (s * (dlow.T @ x)).view(A.shape).to(A.dtype), (s * dB_T).mT.reshape(B.shape).to(B.dtype)

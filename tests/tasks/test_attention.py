@@ -120,3 +120,11 @@ def test_activation_checkpointing_gives_the_same_gradients(classifier, monkeypat
     again, _ = trained_gradients(classifier)
     for one, other in zip(again, plain, strict=True):
         assert torch.equal(one, other)
+
+
+def test_torch_compile_takes_it_without_a_graph_break(classifier):
+    eager, _ = trained_gradients(classifier)
+    for block in classifier.net.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    compiled, _ = trained_gradients(classifier)
+    assert max(errors(compiled, eager)) < 2 * torch.finfo(torch.bfloat16).eps
