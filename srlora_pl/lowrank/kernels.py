@@ -35,8 +35,8 @@ and 1.111 with a merged forward and a branched backward pass: what exactness cos
 Not done: appending A's rows to W (so that one product gives x A^T too) or B's columns (dY B with dX). Copying W and an
 output that is not contiguous cost more than the thin product: 1.01 to 1.04 times the seconds of two branches, forward
 and backward, for these shapes at 1,576 rows in fp32 on one core.
-Nor dY B and dB part by part, which spares a CPU in half precision two copies of dY for a fused qkv, a hundredth of a step
-of ViT-B/16, and costs a GPU six launches instead of two.
+Nor dY B and dB part by part, which spares a CPU in half precision two copies of dY for a fused qkv, a hundredth of a
+step of ViT-B/16, and costs a GPU six launches instead of two.
 Nor dB and dA in blocks of 128 to 256 columns: on two cores at 1,576 rows that takes 0.6 of the time in fp32, a
 hundredth of a step of ViT-B/16, but 1.6 times as long in bf16 and 1.1 times at 256 rows of 768.
 """
