@@ -39,7 +39,7 @@ class Importance:
         weights: list[Tensor] = [*self.parameters]
         sensitivity = torch.cat([each.flatten() for each in torch._foreach_mul(weights, grads)]).abs_()  # Eq. 3
         self.smoothed, self.uncertainty = self.smoothed.to(sensitivity), self.uncertainty.to(sensitivity)
-        finite = finite  # finite = finite & sens sensitivity.amax().isfinite()
+        finite = finite & sensitivity.amax().isfinite()
         if inverse_scale is not None:
             sensitivity *= inverse_scale
         # In Eq. 5 |I - new average| is beta1 |I - old average|, so one difference serves both, and 0 leaves no trace.
