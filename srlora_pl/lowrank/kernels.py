@@ -129,7 +129,7 @@ def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float, adapted: tuple[
     """W + s B A, (out, in), in the weight's precision; shapes as in `low_rank_linear`."""
     if A.dim() == 2:
         return torch.addmm(weight, B, A, alpha=scaling)
-    parts = weight.unflatten(0, (-1, B.shape[1]))
+    parts = weight.view(-1, B.shape[1], weight.shape[1])
     if adapted is None:
         return torch.baddbmm(parts, B, A, alpha=scaling).flatten(0, 1)
     result = parts.clone()
@@ -226,10 +226,11 @@ def _pair_gradients(
         low: X A^T, (rows, p r) for p adapted parts.
     """
     rank = A.shape[-2]
-    dy = dy.unflatten(-1, (-1, B.shape[-2])).transpose(0, 1)  # (parts, rows, out / parts)
+    # (parts, rows, out / parts); not by unflatten, which torch 2.11 cannot compile inside a TorchFunctionMode
+    dy = dy.view(dy.shape[0], -1, B.shape[-2]).transpose(0, 1)
     if adapted is not None:
         dy = dy[list(adapted)]
     B_T = B.to(dy.dtype).mT.contiguous().view(-1, rank, B.shape[-2])  # (p, r, out / parts)
     dlow = torch.bmm(dy, B_T.mT).transpose(0, 1).flatten(1)
-    dB_T = torch.bmm(low.unflatten(-1, (-1, rank)).permute(1, 2, 0), dy)  # (p, r, out / parts)
+    dB_T = torch.bmm(low.view(low.shape[0], -1, rank).permute(1, 2, 0), dy)  # (p, r, out / parts)
     return dlow, (s * (dlow.T @ x)).view(A.shape).to(A.dtype), (s * dB_T).mT.reshape(B.shape).to(B.dtype)
