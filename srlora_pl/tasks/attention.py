@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
 
 MOST_TOKENS = 300  # see the table
 
@@ -37,12 +38,12 @@ class WholeProductAttention(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and _pays(*args, **kwargs):
-            return _WholeProducts.apply(*args[:3])
+        if func is F.scaled_dot_product_attention and (operands := _operands(*args, **kwargs)):
+            return _WholeProducts.apply(*operands)
         return func(*args, **kwargs)
 
 
-def _pays(
+def _operands(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -51,10 +52,22 @@ def _pays(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> bool:
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Query, key and value of a call that this file speeds up, or None for one that is left to torch."""
     plain = attn_mask is None and dropout_p == 0 and not is_causal and scale is None and not enable_gqa
+    alike = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and query.shape[-1] == value.shape[-1]
     few = max(query.shape[-2], key.shape[-2]) <= MOST_TOKENS
-    return plain and few and query.device.type == "cpu" and query.dtype.itemsize == 2 and torch.is_grad_enabled()
+    halves = query.device.type == "cpu" and query.dtype.itemsize == 2
+    pays = plain and alike and few and halves and torch.is_grad_enabled() and not _to_be_run_again()
+    return (query, key, value) if pays else None
+
+
+def _to_be_run_again() -> bool:
+    """Whether activation checkpointing will run this again, outside of `with`, and compare what was kept."""
+    if torch.compiler.is_compiling():  # the caller knows
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == checkpoint.__name__
 
 
 class _WholeProducts(torch.autograd.Function):

@@ -106,9 +106,9 @@ class ImageClassifier(Task):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, classes) of normalised images (B, 3, H, W)."""
-        # Activation checkpointing runs blocks again outside of `with`, where they would keep something else.
-        faster = image.device.type == "cpu" and not getattr(self.net, "grad_checkpointing", False)
-        with WholeProductAttention() if faster else nullcontext():
+        # A compiled block cannot see that activation checkpointing will run it again, outside of `with`.
+        again = any(getattr(module, "grad_checkpointing", False) for module in self.net.modules())
+        with WholeProductAttention() if image.device.type == "cpu" and not again else nullcontext():
             return self.net(image)
 
     def logits(self, batch: Batch) -> Tensor:

@@ -4,6 +4,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import checkpoint_seq
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from srlora_pl import ImageClassifier, SRLoRA
 from srlora_pl.tasks.attention import MOST_TOKENS, WholeProductAttention
@@ -71,6 +73,29 @@ def test_full_precision_long_inputs_and_evaluation_are_left_to_torch():
         assert grad_fn(operands(torch.bfloat16)[0]) == "NoneType"
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_one_head_or_sample_for_all_and_other_widths_are_left_to_torch(which):
+    leaves, _ = operands(torch.bfloat16)
+    for part in ((slice(None), [0]), ([0],), (..., slice(8)) if which == 2 else ([0],)):
+        other = [each.detach()[part].requires_grad_() if i == which else each for i, each in enumerate(leaves)]
+        upstream = torch.randn_like(F.scaled_dot_product_attention(*other))
+        with WholeProductAttention():
+            mine = gradients(other, upstream)
+        for one, own in zip(mine, gradients(other, upstream), strict=True):
+            assert torch.equal(one, own)
+
+
+def test_operands_may_have_names():
+    leaves, upstream = operands(torch.bfloat16)
+    names = dict(zip(("query", "key", "value"), leaves, strict=True))
+    with WholeProductAttention():
+        named = F.scaled_dot_product_attention(**names)
+        assert type(named.grad_fn).__name__ == "_WholeProductsBackward"
+        mine = gradients(leaves, upstream)
+    for one, other in zip(torch.autograd.grad(named, leaves, upstream), mine, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_keys_and_values_may_be_fewer_than_queries():
     (query, key, value), upstream = operands(torch.bfloat16)
     leaves = [query, *(each.detach()[:, :, :7].requires_grad_() for each in (key, value))]
@@ -112,11 +137,32 @@ def test_an_image_classifier_trains_with_it_and_keeps_no_more(classifier, monkey
     assert kept <= kept_by_torch
 
 
-def test_activation_checkpointing_gives_the_same_gradients(classifier, monkeypatch):
+@pytest.mark.parametrize(
+    ("how", "compiled"),
+    [
+        ("of the net", False),
+        ("of the net", True),
+        ("of a stage", False),
+        ("of a stage", True),
+        ("around blocks", False),
+    ],
+)
+def test_activation_checkpointing_gives_the_same_gradients(how, compiled, classifier, monkeypatch):
+    if how == "around blocks":
+        blocks = [checkpoint_wrapper(block) for block in classifier.net.blocks]
+        monkeypatch.setattr(classifier.net, "blocks", torch.nn.Sequential(*blocks))
+    if compiled:
+        for block in classifier.net.blocks:
+            block.compile(fullgraph=True, backend="aot_eager")
     monkeypatch.setattr("srlora_pl.tasks.attention.MOST_TOKENS", 0)
     plain, _ = trained_gradients(classifier)
-    monkeypatch.undo()
-    classifier.net.set_grad_checkpointing()
+    monkeypatch.setattr("srlora_pl.tasks.attention.MOST_TOKENS", MOST_TOKENS)
+    if how != "around blocks":
+        classifier.net.set_grad_checkpointing()
+    if how == "of a stage":
+        stage = classifier.net.blocks
+        stage.grad_checkpointing, classifier.net.grad_checkpointing = True, False
+        monkeypatch.setattr(stage, "forward", lambda x: checkpoint_seq(stage, x))
     again, _ = trained_gradients(classifier)
     for one, other in zip(again, plain, strict=True):
         assert torch.equal(one, other)
