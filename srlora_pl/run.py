@@ -199,10 +199,20 @@ class Run(LightningCLI):
         """The folder of the run that ``ckpt_path`` belongs to, or a new one; and whether it is new."""
         folder = self.folder or (_folder_of(Path(self.ckpt_path)) if self.ckpt_path else None)
         is_new = folder is None
+        if folder:
+            self._take_name_of(folder)
         folder = folder or _new_version(self.root)
         if "SLURM_JOB_ID" in os.environ:
             self._write(folder / _JOB, self._job)
         return folder, is_new
+
+    def _take_name_of(self, folder: Path) -> None:
+        """A run keeps its name, so that its ``config.yaml`` leads to its own folder."""
+        method = self.root.name.removeprefix(self.config.name)
+        name = folder.parent.name.removesuffix(method)
+        if folder.parent.name.endswith(method) and name not in ("", self.config.name):
+            _note(f"the run in {relative(folder)} keeps its name, {name}")
+            self.config.name = name
 
     @rank_zero_only
     def _write(self, path: Path, text: str) -> None:
