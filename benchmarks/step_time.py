@@ -32,7 +32,7 @@ from benchmarks.report import report
 from benchmarks.texts import glue_batches
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
 from srlora_pl.system import device_name
-from srlora_pl.tasks.attention import WholeProductAttention
+from srlora_pl.tasks.attention import faster_attention
 from srlora_pl.tasks.deberta import use_fast_attention
 
 # Optimizer steps between two switches in the paper's runs: 5,000 steps and 30 switches; CoLA's 10,700 and 62.
@@ -93,8 +93,8 @@ class Variant:
         if self.kind == "text":
             logits = self.net(**inputs).logits
         else:
-            faster = self.whole_products and batch["label"].device.type == "cpu"
-            with WholeProductAttention() if faster else nullcontext():
+            device = batch["label"].device
+            with faster_attention(self.net, device) if self.whole_products else nullcontext():
                 logits = self.net(inputs["image"])
         return nn.functional.cross_entropy(logits.float(), batch["label"])
 

@@ -16,11 +16,12 @@ In fp32, and in forward passes, torch's own is as fast or faster.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
@@ -41,6 +42,15 @@ class WholeProductAttention(TorchFunctionMode):
         if func is F.scaled_dot_product_attention and (operands := _operands(*args, **kwargs)):
             return _WholeProducts.apply(*operands)
         return func(*args, **kwargs)
+
+
+def faster_attention(net: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+    """What to run ``net`` in on ``device``: `WholeProductAttention`, or nothing where that cannot help."""
+    if device.type != "cpu":  # a function mode costs every call in it some host time
+        return nullcontext()
+    # A compiled block cannot see that activation checkpointing will run it again, outside of `with`.
+    again = any(getattr(module, "grad_checkpointing", False) for module in net.modules())
+    return nullcontext() if again else WholeProductAttention()
 
 
 def _operands(
@@ -64,7 +74,7 @@ def _operands(
 
 def _to_be_run_again() -> bool:
     """Whether activation checkpointing will run this again, outside of `with`, and compare what was kept."""
-    if torch.compiler.is_compiling():  # the caller knows
+    if torch.compiler.is_compiling():  # see faster_attention
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == checkpoint.__name__
@@ -79,8 +89,8 @@ class _WholeProducts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, ...]:
-        dtype, scale = upstream.dtype, upstream.shape[-1] ** -0.5
         shapes = [each.shape for each in ctx.saved_tensors]
+        dtype, scale = upstream.dtype, shapes[0][-1] ** -0.5
         query, key, value, upstream = (each.reshape(-1, *each.shape[-2:]) for each in (*ctx.saved_tensors, upstream))
         probabilities = torch.softmax(torch.bmm(query.float() * scale, key.float().mT), -1).to(dtype)
         dvalue = torch.bmm(probabilities.mT, upstream)

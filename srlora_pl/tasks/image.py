@@ -1,6 +1,5 @@
 """Image classification on any timm model."""
 
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from torchvision.transforms import v2
 
 from srlora_pl.errors import UserError
 from srlora_pl.lowrank import Method
-from srlora_pl.tasks.attention import WholeProductAttention
+from srlora_pl.tasks.attention import faster_attention
 from srlora_pl.tasks.backbones import build_backbone, data_config, head_names
 from srlora_pl.tasks.base import Batch, Task, require
 
@@ -106,9 +105,7 @@ class ImageClassifier(Task):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, classes) of normalised images (B, 3, H, W)."""
-        # A compiled block cannot see that activation checkpointing will run it again, outside of `with`.
-        again = any(getattr(module, "grad_checkpointing", False) for module in self.net.modules())
-        with WholeProductAttention() if image.device.type == "cpu" and not again else nullcontext():
+        with faster_attention(self.net, image.device):
             return self.net(image)
 
     def logits(self, batch: Batch) -> Tensor:
