@@ -41,7 +41,7 @@ def read(path: str) -> Node:
         siblings = map(str, file.parent.glob("*.yaml"))
         raise UserError(f"the config file {path} does not exist{did_you_mean(path, siblings)}")
     try:
-        content = yaml.load(file.read_text("utf-8"), _Loader) or {}
+        content = load(file.read_text("utf-8"))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path} is not valid YAML: {error.problem} in line {line}") from error
@@ -52,6 +52,11 @@ def read(path: str) -> Node:
     if not isinstance(content.get("trainer", {}), dict):
         raise UserError(f"trainer in {path} must hold settings of its own, not {_short(content['trainer'])}")
     return content
+
+
+def load(text: str) -> Any:
+    """What the YAML ``text`` says; an empty one says {}."""
+    return yaml.load(text, _Loader) or {}
 
 
 def write(settings: Node) -> str:
@@ -98,6 +103,18 @@ def keys(settings: Node) -> list[str]:
             found += below
         elif key != "class_path":
             found += [key, *(f"{key}.{name}" for name in below)]
+    return found
+
+
+def changes(before: Node, after: Node) -> list[str]:
+    """What ``after`` sets otherwise than ``before``, as ``trainer.max_epochs 5 (was 3)``; only keys that both have."""
+    found = []
+    for key in (key for key in before if key in after and before[key] != after[key]):
+        old, new = before[key], after[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [change if key == "init_args" else f"{key}.{change}" for change in changes(old, new)]
+        else:
+            found.append(f"{key} {_short(new)} (was {_short(old)})")
     return found
 
 

@@ -201,6 +201,7 @@ class Run(LightningCLI):
         is_new = folder is None
         if folder:
             self._take_name_of(folder)
+            self._say_what_changed_since(folder)
         folder = folder or _new_version(self.root)
         if "SLURM_JOB_ID" in os.environ:
             self._write(folder / _JOB, self._job)
@@ -213,6 +214,14 @@ class Run(LightningCLI):
         if folder.parent.name.endswith(method) and name not in ("", self.config.name):
             _note(f"the run in {relative(folder)} keeps its name, {name}")
             self.config.name = name
+
+    def _say_what_changed_since(self, folder: Path) -> None:
+        """A run may go on with more epochs or in another precision, but not unnoticed."""
+        with contextlib.suppress(UserError):  # the file is gone or broken; this run writes it anew
+            kept = config.read(str(folder / "config.yaml"))
+            now = config.load(self.parser.dump(self.config, skip_none=False))
+            if changed := config.changes(kept, now):
+                _note(f"other settings than the run had so far: {', '.join(changed)}")
 
     @rank_zero_only
     def _write(self, path: Path, text: str) -> None:

@@ -230,6 +230,7 @@ def test_resume_goes_on_in_its_own_folder(small: Path) -> None:
     code, out, err = cli("fit", "--config", "small.yaml", "--name", "elsewhere", "--ckpt_path", last, home=small)
     assert code == 0, err
     assert "note: the run in runs/small-srlora/version_0 keeps its name, small" in err
+    assert "note: other settings than the run had so far: trainer.max_steps 12 (was 8)\n" in err
     assert yaml.safe_load((folder / "config.yaml").read_text())["name"] == "small"
     assert "run written to runs/small-srlora/version_0" in out
     assert [path.name for path in folder.parent.iterdir()] == ["version_0"]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from srlora_pl.config import combine, explain, keys, method_arguments, read
+from srlora_pl.config import changes, combine, explain, keys, method_arguments, read
 from srlora_pl.errors import UserError
 
 
@@ -90,3 +90,18 @@ def test_what_stands_below_a_slip_is_no_mend_for_it() -> None:
 
 def test_an_unknown_form_of_message_stays_on_one_line() -> None:
     assert explain("something\n  new", [], [], []) == "something new"
+
+
+def test_changes_are_named_as_on_a_command_line() -> None:
+    before = {"gone": 1, "trainer": {"max_epochs": 3, "callbacks": [{"class_path": "A"}], "logger": None}}
+    after = {"new": 1, "trainer": {"max_epochs": 5, "callbacks": [{"class_path": "B"}], "logger": {"class_path": "L"}}}
+    before, after = before | task(rank=8, alpha=2), after | task(rank=4, alpha=2)
+    after["model"]["init_args"]["lr"] = 1e-3
+    assert changes(before, before) == []
+    assert changes(before, after) == [
+        "trainer.max_epochs 5 (was 3)",
+        "trainer.callbacks [{'class_path': 'B'}] (was [{'class_path': 'A'}])",
+        "trainer.logger {'class_path': 'L'} (was None)",
+        "model.lr 0.001 (was 0.1)",
+        "model.method.rank 4 (was 8)",
+    ]
