@@ -66,18 +66,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     found = {f"{out}x{in_}": {n: ratio(out, in_, n, arguments) for n in ROWS} for out, in_ in SHAPES}
-    halves = arguments.precision != "32"
+    halves, device = arguments.precision != "32", torch.device(arguments.device)
     rows = [
         [
             shape,
             *(
-                f"{value:.2f}{'*' * kernels.merging_pays(n, *map(int, shape.split('x')), halves)}"
+                f"{value:.2f}{'*' * kernels.merging_pays(n, *map(int, shape.split('x')), halves, device)}"
                 for n, value in each.items()
             ),
         ]
         for shape, each in found.items()
     ]
-    name = device_name(torch.device(arguments.device))
+    name = device_name(device)
     title = f"merged / two branches by token rows (* the rule merges), precision {arguments.precision}, {name}"
     report(
         title,

@@ -1,11 +1,22 @@
 """How ``y = x (W + s B A)^T + b`` is computed: merged on the fly, or as two branches.
 
 Merged: W_eff = W + s B A is built in the weight's precision, used for one product, and dropped; the backward pass
-builds it again. That costs a pass over (out, in) values each way and saves passes over (rows, in) and (rows, out). In
-half precision it is also nearer to the exact result, since W_eff is rounded once instead of two products and their sum.
+builds it again. That costs a pass over (out, in) values each way and saves passes over (rows, in) and (rows, out).
 
-Seconds of forward and backward over those of two branches, in fp32 on one core (AMD EPYC without AVX-512, MKL, rank 8;
-``benchmarks/kernels.py``):
+Two branches: the pairs' part goes first. BLAS adds x W^T to what is in y already, be it the bias alone or
+[x A^T, 1] [s B, b]^T, and dY W to s (dY B) A; so the passes over y are those of a plain linear layer. In half precision
+the pairs' part is rounded before the other, larger one is added to it, which keeps the sum nearly as exact as the
+merged product. Relative errors of y and dX in bf16, in thousandths (1,576 rows, 768 x 768), by the size of s B A beside
+W:
+
+| | 0.02 | 0.3 | 1 |
+|---|---|---|---|
+| merged | 2.35 | 2.35 | 2.35 |
+| two branches, W first | 2.88 | 2.90 | 3.10 |
+| two branches, pairs first | 2.35 | 2.49 | 3.09 |
+
+Seconds of merged over those of two branches, forward and backward of one layer in fp32 on one core, with W first (AMD
+EPYC without AVX-512, MKL, rank 8; ``benchmarks/kernels.py``):
 
 | out x in | 128 rows | 256 | 512 | 1,024 | 2,048 |
 |---|---|---|---|---|---|
@@ -14,33 +25,31 @@ Seconds of forward and backward over those of two branches, in fp32 on one core 
 | 768 x 3072 | 1.29 | 1.11 | 1.07 | 1.01 | 1.05 |
 | 1536 x 384 | 1.05 | 1.02 | 1.05 | 0.96 | 0.97 |
 
-On two cores, at the 1,576 rows of eight images of ViT-B/16, it is 1.03 for a fused qkv, 1.01, 1.05 and 1.00. So in
-single and double precision merging never pays. In half precision, where the branches cost a rounding, the rule is the
-count of passes, rows * (in + out) >= in * out (marked *). The same in bf16 autocast on two cores of an AMD EPYC with
-AVX-512 BF16:
+So in single and double precision merging never pays; pairs first or W first is the same there (0.993 to 1.009 of a step
+of ViT-B/16, five runs). In bf16 autocast on two cores of an Intel Xeon with AMX, pairs first:
 
 | out x in | 128 rows | 256 | 512 | 1,024 | 2,048 |
 |---|---|---|---|---|---|
-| 768 x 768 | 1.11 | 1.35 | 1.09* | 1.08* | 1.00* |
-| 3072 x 768 | 1.42 | 1.24 | 1.27 | 1.04* | 1.01* |
-| 768 x 3072 | 1.38 | 1.22 | 1.11 | 1.10* | 1.08* |
-| 384 x 384 | 0.91 | 0.96* | 0.93* | 0.95* | 0.97* |
-| 1536 x 384 | 1.06 | 1.04 | 1.04* | 1.02* | 0.96* |
+| 768 x 768 | 1.07 | 1.12 | 1.08 | 0.97 | 0.97 |
+| 3072 x 768 | 1.99 | 1.44 | 1.28 | 1.14 | 1.05 |
+| 768 x 3072 | 1.24 | 1.23 | 1.18 | 0.96 | 1.05 |
+| 384 x 384 | 0.88 | 0.95* | 0.93* | 0.88* | 0.92* |
+| 1536 x 384 | 0.99 | 1.06 | 0.94* | 0.95* | 0.95* |
 
-On an Intel Xeon with AMX the marked cells lie between 0.89 and 1.14, those without a mark between 0.93 and 1.82.
+One layer alone finds W in the cache; a step finds it in memory. Whole steps in bf16 there, all layers merged over none:
+1.04 for ViT-B/16 (batch 8), 1.00 (batch 16), 0.97 for ViT-S/16 (16 and 4), 0.93 for the small ViT (64). Hence the rule
+(marked *): in half precision merging pays from rows * (in + out) >= in * out on, the count of passes, and on a CPU only
+where layers are narrower than 768. On GPUs the count has not been measured.
 
-On the AMD a step of ViT-B/16 (batch 8) takes 1.124 times the floor's with the rule, 1.107 always, 1.096 never merged,
-and 1.111 with a merged forward and a branched backward pass: what exactness costs is one to three hundredths.
+Pairs of a fused qkv are one pair of matrices, B of all parts with zeros between: in bf16 at rank 8 that takes 0.57 of
+the time of a product for each part, in fp32 0.85, where at rank 64 it takes 1.7 times as long; a step of ViT-B/16 in
+bf16 takes 0.96 of what it took.
 
 Not done: appending A's rows to W (so that one product gives x A^T too) or B's columns (dY B with dX). Copying W and an
 output that is not contiguous cost more than the thin product: 1.01 to 1.04 times the seconds of two branches, forward
 and backward, for these shapes at 1,576 rows in fp32 on one core.
-Nor dY B and dB part by part, which spares a CPU in half precision two copies of dY for a fused qkv, a hundredth of a
-step of ViT-B/16, and costs a GPU six launches instead of two.
 Nor dB and dA in blocks of 128 to 256 columns: on two cores at 1,576 rows that takes 0.6 of the time in fp32, a
 hundredth of a step of ViT-B/16, but 1.6 times as long in bf16 and 1.1 times at 256 rows of 768.
-Nor the pairs' part of y together with the bias, as one more pair of input 1, before x W^T is added to it, and that of
-dX likewise: 0.8 of what the branches add in fp32 when each layer is timed alone, 0.993 to 1.009 of a step in five runs.
 Nor W + s B A in half precision as two products, one for a core: on an Intel Xeon MKL builds 3072 x 768 on one core, and
 two products take 0.67 of the time, but a step 0.992 to 0.996.
 
@@ -84,7 +93,7 @@ def low_rank_linear(
     """
     rows, (out, in_) = x.numel() // x.shape[-1], weight.shape
     halves = torch.is_autocast_enabled(x.device.type) or x.dtype.itemsize == 2
-    compute = merge_on_the_fly if merging_pays(rows, out, in_, halves) else two_branches
+    compute = merge_on_the_fly if merging_pays(rows, out, in_, halves, x.device) else two_branches
     return compute(x, weight, bias, A, B, scaling, adapted)
 
 
@@ -118,9 +127,10 @@ def two_branches(
         return _TwoBranches.apply(x, pairs_input, weight, bias, A, B, scaling, adapted)
 
 
-def merging_pays(rows: int, out: int, in_: int, halves: bool) -> bool:
+def merging_pays(rows: int, out: int, in_: int, halves: bool, device: torch.device) -> bool:
     """Whether W_eff is worth building for ``rows`` tokens in half precision, or else; see the top of this file."""
-    return halves and rows * (in_ + out) >= in_ * out
+    few_passes = rows * (in_ + out) >= in_ * out
+    return halves and few_passes and (device.type != "cpu" or min(in_, out) < 768)
 
 
 @contextmanager
@@ -191,15 +201,16 @@ class _TwoBranches(torch.autograd.Function):
         adapted: tuple[int, ...] | None,
     ) -> Tensor:
         seen = x if pairs_input is None else pairs_input
-        low = seen.flatten(0, -2) @ A.to(x.dtype).flatten(0, -2).T  # (rows, p r)
+        B_T = _transposed(B, weight.shape[0], adapted)  # (p r, out)
+        A1 = F.pad(A.to(x.dtype).flatten(0, -2), (0, 0, 0, 1))  # (p r + 1, in)
+        low = seen.flatten(0, -2) @ A1.T
+        low[:, -1] = 1  # (rows, p r + 1): X A^T, and what the bias is multiplied by
         ctx.save_for_backward(seen, low, weight, A, B)
         ctx.scaling, ctx.adapted = scaling, adapted
-        y = F.linear(x, weight.to(x.dtype), bias)
-        rank, width = A.shape[-2], B.shape[-2]
-        blocks = y.view(-1, y.shape[-1]).split(width, 1)
-        chosen = range(len(blocks)) if adapted is None else adapted
-        for part, each, B_T in zip(chosen, low.split(rank, 1), B.to(x.dtype).mT.reshape(-1, rank, width), strict=True):
-            blocks[part].addmm_(each, B_T, alpha=scaling)
+        bias = x.new_zeros(weight.shape[0]) if bias is None else bias
+        y = x.new_empty(*x.shape[:-1], len(bias))
+        rows = torch.mm(low, torch.cat([(scaling * B_T).to(x.dtype), bias[None]]), out=y.view(-1, len(bias)))
+        rows.addmm_(x.flatten(0, -2), weight.to(x.dtype).T)
         return y
 
     @staticmethod
@@ -208,14 +219,14 @@ class _TwoBranches(torch.autograd.Function):
         seen, low, weight, A, B = ctx.saved_tensors
         needs_x, needs_seen, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         rows, s = dy.flatten(0, -2), ctx.scaling
-        dlow, dA, dB = _pair_gradients(rows, seen.flatten(0, -2), low, A, B, s, ctx.adapted)
+        dlow, dA, dB = _pair_gradients(rows, seen.flatten(0, -2), low[:, :-1], A, B, s, ctx.adapted)
         dx = dseen = None
+        if needs_x or needs_seen:
+            of_pairs = (s * dlow) @ A.to(dy.dtype).flatten(0, -2)
+            dseen = of_pairs.view(seen.shape) if needs_seen else None
         if needs_x:
-            dx = dy @ weight.to(dy.dtype)
-            if not needs_seen:
-                dx.view(-1, dx.shape[-1]).addmm_(dlow, A.to(dy.dtype).flatten(0, -2), alpha=s)
-        if needs_seen:
-            dseen = (s * (dlow @ A.to(dy.dtype).flatten(0, -2))).view(seen.shape)
+            W = weight.to(dy.dtype)
+            dx = dy @ W if needs_seen else of_pairs.addmm_(rows, W).view(seen.shape)
         dbias = rows.sum(0) if needs_bias else None
         return dx, dseen, None, dbias, dA if needs_A else None, dB if needs_B else None, None, None
 
@@ -225,20 +236,35 @@ def _pair_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dY B (rows, p r), dA = s (dY B)^T X and dB = s dY^T X A^T, the last two in the pairs' precision.
 
-    Which side of these thin products is transposed decides how fast BLAS is: on a CPU (out, rows) x (rows, r) takes 5
-    to 20 times as long as its transpose, and dY B is 2 to 4 times as fast where B lies in memory as (r, out).
+    Which side of these thin products is transposed, and which lies in memory so, decides how fast BLAS is: on a CPU
+    (out, rows) x (rows, r) takes 5 to 20 times as long as its transpose, and dY B is 2 to 4 times as fast where B lies
+    in memory as (r, out).
 
     Args:
         dy: dY, (rows, out).
         x: X, (rows, in).
         low: X A^T, (rows, p r) for p adapted parts.
     """
-    rank = A.shape[-2]
-    # (parts, rows, out / parts); not by unflatten, which torch 2.11 cannot compile inside a TorchFunctionMode
-    dy = dy.view(dy.shape[0], -1, B.shape[-2]).transpose(0, 1)
-    if adapted is not None:
-        dy = dy[list(adapted)]
-    B_T = B.to(dy.dtype).mT.contiguous().view(-1, rank, B.shape[-2])  # (p, r, out / parts)
-    dlow = torch.bmm(dy, B_T.mT).transpose(0, 1).flatten(1)
-    dB_T = torch.bmm(low.view(low.shape[0], -1, rank).permute(1, 2, 0), dy)  # (p, r, out / parts)
-    return dlow, (s * (dlow.T @ x)).view(A.shape).to(A.dtype), (s * dB_T).mT.reshape(B.shape).to(B.dtype)
+    dlow = dy @ _transposed(B, dy.shape[1], adapted).to(dy.dtype).T
+    dA = s * (dlow.T.contiguous() @ x)
+    dB_T = s * (low.T.contiguous() @ dy)  # (p r, out)
+    if B.dim() == 3:
+        dB_T = torch.stack([each[:, columns] for each, columns in _blocks(dB_T, B, adapted)])
+    return dlow, dA.view(A.shape).to(A.dtype), dB_T.mT.to(B.dtype)
+
+
+def _transposed(B: Tensor, out: int, adapted: tuple[int, ...] | None) -> Tensor:
+    """B^T, (p r, out); of p parts of a fused weight one below the other, zero outside their own columns."""
+    if B.dim() == 2:
+        return B.T.contiguous()
+    B_T = B.new_zeros(len(B) * B.shape[2], out)
+    for each, (rows, columns) in zip(B, _blocks(B_T, B, adapted), strict=True):
+        rows[:, columns] = each.T
+    return B_T
+
+
+def _blocks(B_T: Tensor, B: Tensor, adapted: tuple[int, ...] | None) -> Iterator[tuple[Tensor, slice]]:
+    """For each of p adapted parts its r rows of ``B_T``, (p r, out), and its own columns in them."""
+    width = B.shape[1]
+    for part, rows in zip(adapted or range(len(B)), B_T.split(B.shape[2]), strict=True):
+        yield rows, slice(part * width, (part + 1) * width)

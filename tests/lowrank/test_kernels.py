@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from srlora_pl.lowrank import kernels
-from srlora_pl.lowrank.kernels import low_rank_linear, merge_on_the_fly, two_branches
+from srlora_pl.lowrank.kernels import low_rank_linear, merge_on_the_fly, merging_pays, two_branches
 
 KINDS = {"plain": (1, None), "fused": (3, None), "fused, part of it": (3, (0, 2)), "fused, one part": (3, (1,))}
 SHAPES = {"2d": (40,), "3d": (5, 8), "4d": (2, 4, 5)}
@@ -161,6 +161,30 @@ def test_few_rows_take_two_branches(rows, dtype, way, monkeypatch, request):
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         low_rank_linear(**operands("plain", (rows,), torch.float32))
     assert called == [way]
+
+
+def test_on_a_cpu_wide_layers_are_never_merged():
+    pays = [
+        merging_pays(1576, out, in_, True, torch.device(device))
+        for device in ("cpu", "cuda")
+        for out, in_ in ((768, 768), (3072, 768), (384, 1536))
+    ]
+    assert pays == [False, False, True, True, True, True]
+
+
+@pytest.mark.parametrize("size", [0.02, 0.3])
+def test_two_branches_are_nearly_as_exact_in_half_precision_as_merging(size):
+    """The smaller part is rounded first; the other way round it is 1.2 times the error."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, A = (torch.randn(*shape, generator=generator) for shape in ((300, 256), (192, 256), (8, 256)))
+    given = {"x": x.bfloat16().float(), "weight": weight / 16, "bias": None, "A": A / 16}
+    given |= {"B": torch.randn(192, 8, generator=generator) * size / 8**0.5, "scaling": 1.0, "adapted": None}
+    exact = formula(**{name: value.double() if torch.is_tensor(value) else value for name, value in given.items()})
+    errors = []
+    for function in (merge_on_the_fly, two_branches):
+        with torch.autocast("cpu", torch.bfloat16):
+            errors.append((function(**given) - exact).norm())
+    assert errors[1] < 1.1 * errors[0]
 
 
 @pytest.mark.parametrize("function", [merge_on_the_fly, two_branches])
