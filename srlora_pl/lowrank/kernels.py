@@ -30,20 +30,20 @@ of ViT-B/16, five runs). In bf16 autocast on two cores of an Intel Xeon with AMX
 
 | out x in | 128 rows | 256 | 512 | 1,024 | 2,048 |
 |---|---|---|---|---|---|
-| 768 x 768 | 1.07 | 1.12 | 1.08 | 0.97 | 0.97 |
-| 3072 x 768 | 1.99 | 1.44 | 1.28 | 1.14 | 1.05 |
-| 768 x 3072 | 1.24 | 1.23 | 1.18 | 0.96 | 1.05 |
-| 384 x 384 | 0.88 | 0.95* | 0.93* | 0.88* | 0.92* |
-| 1536 x 384 | 0.99 | 1.06 | 0.94* | 0.95* | 0.95* |
+| 768 x 768 | 1.11 | 1.05 | 1.05 | 1.04 | 0.90 |
+| 3072 x 768 | 1.70 | 1.77 | 1.29 | 1.27 | 0.94 |
+| 768 x 3072 | 1.41 | 1.28 | 1.12 | 0.78 | 0.70 |
+| 384 x 384 | 0.87 | 0.87* | 0.87* | 0.90* | 0.91* |
+| 1536 x 384 | 1.09 | 1.01 | 0.92* | 0.99* | 0.94* |
 
 One layer alone finds W in the cache; a step finds it in memory. Whole steps in bf16 there, all layers merged over none:
 1.04 for ViT-B/16 (batch 8), 1.00 (batch 16), 0.97 for ViT-S/16 (16 and 4), 0.93 for the small ViT (64). Hence the rule
 (marked *): in half precision merging pays from rows * (in + out) >= in * out on, the count of passes, and on a CPU only
 where layers are narrower than 768. On GPUs the count has not been measured.
 
-Pairs of a fused qkv are one pair of matrices, B of all parts with zeros between: in bf16 at rank 8 that takes 0.57 of
-the time of a product for each part, in fp32 0.85, where at rank 64 it takes 1.7 times as long; a step of ViT-B/16 in
-bf16 takes 0.96 of what it took.
+Pairs of a fused qkv are one pair of matrices, B of all parts with zeros between: at rank 8 its three thin products over
+y and dY take 0.61 (bf16) and 0.83 (fp32) of the time of products for each part, at rank 64 0.92 and 1.7; a step of
+ViT-B/16 in bf16 takes 0.96 of what it took.
 
 Not done: appending A's rows to W (so that one product gives x A^T too) or B's columns (dY B with dX). Copying W and an
 output that is not contiguous cost more than the thin product: 1.01 to 1.04 times the seconds of two branches, forward
