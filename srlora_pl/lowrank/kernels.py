@@ -26,7 +26,7 @@ EPYC without AVX-512, MKL, rank 8; ``benchmarks/kernels.py``):
 | 1536 x 384 | 1.05 | 1.02 | 1.05 | 0.96 | 0.97 |
 
 So in single and double precision merging never pays; pairs first or W first is the same there (0.993 to 1.009 of a step
-of ViT-B/16, five runs). In bf16 autocast on two cores of an Intel Xeon with AMX, pairs first:
+of ViT-B/16 in seven runs). In bf16 autocast on two cores of an Intel Xeon with AMX, pairs first:
 
 | out x in | 128 rows | 256 | 512 | 1,024 | 2,048 |
 |---|---|---|---|---|---|
@@ -53,9 +53,9 @@ hundredth of a step of ViT-B/16, but 1.6 times as long in bf16 and 1.1 times at 
 Nor W + s B A in half precision as two products, one for a core: on an Intel Xeon MKL builds 3072 x 768 on one core, and
 two products take 0.67 of the time, but a step 0.992 to 0.996.
 
-What is left in fp32 are six passes, over x for x A^T and dA, over dY for dY B and dB, and over y and dX to add to them.
-On that Xeon, two cores, eight images of ViT-B/16, they would take 134 ms at the speed of a plain sum or product with a
-number, 0.07 of the floor's step: without fused kernels 1.07 times the floor is the least.
+What is left in fp32 are five passes: over x for x A^T and dA, over dY for dY B and dB, and over dX to add to it. On
+that Xeon, two cores, eight images of ViT-B/16, they would take 106 ms at the speed of a plain sum or product with a
+number, 0.056 of the floor's step.
 """
 
 from collections.abc import Iterator
