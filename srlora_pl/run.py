@@ -215,12 +215,16 @@ class Run(LightningCLI):
             _note(f"the run in {relative(folder)} keeps its name, {name}")
             self.config.name = name
 
+    @property
+    def _settings_text(self) -> str:
+        """What a run's ``config.yaml`` says."""
+        return self.parser.dump(self.config, skip_none=False)
+
     def _say_what_changed_since(self, folder: Path) -> None:
         """A run may go on with more epochs or in another precision, but not unnoticed."""
         with contextlib.suppress(UserError):  # the file is gone or broken; this run writes it anew
             kept = config.read(str(folder / "config.yaml"))
-            now = config.load(self.parser.dump(self.config, skip_none=False))
-            if changed := config.changes(kept, now):
+            if changed := config.changes(kept, config.load(self._settings_text)):
                 _note(f"other settings than the run had so far: {', '.join(changed)}")
 
     @rank_zero_only
@@ -266,9 +270,9 @@ class Run(LightningCLI):
         self.interrupts = Interrupts(saves, Path(self.ckpt_path) if self.ckpt_path else None)
         callbacks: list[Callback] = [self.interrupts]
         if self.folder:
-            settings_text = self.parser.dump(self.config, skip_none=False)
             self.summary = Summary(self.folder)
-            callbacks += [ContinuedCurves(), _KeepSettings(self.folder / "config.yaml", settings_text), self.summary]
+            keeps = _KeepSettings(self.folder / "config.yaml", self._settings_text)
+            callbacks += [ContinuedCurves(), keeps, self.summary]
         if saves and not _chooses_best(users):
             callbacks.append(_best(saves))
         if saves and not any(getattr(each, "save_last", None) for each in users):

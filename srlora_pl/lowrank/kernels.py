@@ -129,8 +129,8 @@ def two_branches(
 
 def merging_pays(rows: int, out: int, in_: int, halves: bool, device: torch.device) -> bool:
     """Whether W_eff is worth building for ``rows`` tokens in half precision, or else; see the top of this file."""
-    few_passes = rows * (in_ + out) >= in_ * out
-    return halves and few_passes and (device.type != "cpu" or min(in_, out) < 768)
+    fewer_passes = rows * (in_ + out) >= in_ * out
+    return halves and fewer_passes and (device.type != "cpu" or min(in_, out) < 768)
 
 
 @contextmanager
