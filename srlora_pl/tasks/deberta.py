@@ -4,13 +4,20 @@ The bias of a score depends on the distance of query and key alone, so a text of
 relative positions, whatever the batch. transformers projects all of them (512), copies them for every sample, and picks
 each of the L x L scores with an index. Here the 2L - 1 live ones are projected once, together with the tokens (so that
 an adapted projection merges its pairs once), multiplied with all samples in one product, and shifted into place by a
-view.
+view. Which rows of the embeddings are live is known beforehand: transformers finds it in every forward pass, for which
+a GPU has to be waited for.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
+from transformers.models.deberta_v2.modeling_deberta_v2 import (
+    DebertaV2Encoder,
+    DisentangledSelfAttention,
+    make_log_bucket_position,
+)
 
 from srlora_pl.errors import UserError
 
@@ -36,6 +43,36 @@ def use_fast_attention(net: PreTrainedModel, name: str) -> None:
                 f"which model.backbone {name!r} does not have: unset it."
             )
         setattr(parent, attribute, FastDisentangledAttention(attention))
+    for encoder in net.modules():
+        if isinstance(encoder, DebertaV2Encoder):
+            encoder.register_forward_pre_hook(_LiveRows(encoder), with_kwargs=True)
+
+
+class _LiveRows:
+    """Gives an encoder the rows of its position embeddings that its texts meet, in place of their relative positions.
+
+    Texts of L tokens meet the rows of the distances -(L - 1) to L - 1, (2L - 1,): the middle of those of longer texts.
+    """
+
+    def __init__(self, encoder: DebertaV2Encoder) -> None:
+        self.rows = self._up_to(encoder.max_relative_positions, encoder)
+
+    def __call__(self, encoder: DebertaV2Encoder, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        hidden_states = args[0]
+        length, middle = hidden_states.shape[1], len(self.rows) // 2
+        if length > middle + 1:
+            self.rows, middle = self._up_to(length, encoder), length - 1
+        self.rows = self.rows.to(hidden_states.device)
+        return args, {**kwargs, "relative_pos": self.rows[middle - (length - 1) : middle + length]}
+
+    @staticmethod
+    def _up_to(length: int, encoder: DebertaV2Encoder) -> Tensor:
+        distances = torch.arange(-(length - 1), length)
+        if encoder.position_buckets > 0:
+            buckets = make_log_bucket_position(distances, encoder.position_buckets, encoder.max_relative_positions)
+            distances = buckets.long()
+        span = len(encoder.rel_embeddings.weight) // 2
+        return (distances + span).clamp(0, 2 * span - 1)
 
 
 class FastDisentangledAttention(nn.Module):
@@ -47,7 +84,7 @@ class FastDisentangledAttention(nn.Module):
 
     def __init__(self, slow: DisentangledSelfAttention) -> None:
         super().__init__()
-        self.heads, self.span = slow.num_attention_heads, slow.pos_ebd_size
+        self.heads = slow.num_attention_heads
         self.scale = 1 / torch.tensor(3.0 * slow.attention_head_size).sqrt().item()  # in fp32, as transformers has it
         self.query_proj, self.key_proj, self.value_proj = slow.query_proj, slow.key_proj, slow.value_proj
         self.pos_dropout, self.dropout = slow.pos_dropout, slow.dropout
@@ -64,13 +101,13 @@ class FastDisentangledAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, L, D) and mask (B, 1, L, L) to their context (B, L, D), and probabilities (B, heads, L, L).
 
-        ``relative_pos`` (1, L, L): the encoder's own, a function of the distance; ``rel_embeddings`` (2 span, D).
+        ``relative_pos`` (2L - 1,): the rows of ``rel_embeddings`` (2 span, D) by distance, see `_LiveRows`.
         """
         assert query_states is None
         assert relative_pos is not None
         assert rel_embeddings is not None
         samples, length, _ = hidden_states.shape
-        live = self.pos_dropout(rel_embeddings[self._rows(relative_pos)])
+        live = self.pos_dropout(rel_embeddings[relative_pos])
         both = torch.cat([hidden_states.flatten(0, 1), live])
         query, query_of = self._by_head(self.query_proj(both)).split([samples * length, len(live)], 1)
         key, key_of = self._by_head(self.key_proj(both)).split([samples * length, len(live)], 1)
@@ -87,12 +124,6 @@ class FastDisentangledAttention(nn.Module):
         context = torch.bmm(self.dropout(probabilities).view(shape[0], length, length), value.view(*shape))
         context = context.view(self.heads, samples, length, -1).permute(1, 2, 0, 3).flatten(2)
         return context, probabilities.transpose(0, 1) if output_attentions else None
-
-    def _rows(self, relative_pos: Tensor) -> Tensor:
-        """Rows of the embeddings for the distances -(L - 1) to L - 1."""
-        position = relative_pos.reshape(relative_pos.shape[-2:])
-        distances = torch.cat([position[0].flip(0), position[1:, 0]])
-        return (distances + self.span).clamp(0, 2 * self.span - 1)
 
     def _by_head(self, x: Tensor) -> Tensor:
         """(n, D) -> (heads, n, D / heads)."""
