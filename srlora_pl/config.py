@@ -200,8 +200,10 @@ def explain(message: str, known: Sequence[str], files: Sequence[str], options: S
 
 def _place(key: str, files: Sequence[str], options: Sequence[str]) -> str:
     """``model.lr (configs/x.yaml, line 12)`` for a dotted key, as far as it can be told where it was written."""
-    if any(re.split("[=+]", option)[0] == f"--{key}" for option in options):
-        return f"--{key}"
+    for option in (re.split("[=+]", option)[0] for option in options):
+        # jsonargparse leaves out the class that --model.methd.rank belongs to
+        if option == f"--{key}" or ("." in key and option.startswith("--") and option.endswith(f".{key}")):
+            return option
     name = re.escape(key.rsplit(".", 1)[-1])
     for file in reversed(files):
         for number, line in enumerate(Path(file).read_text("utf-8").splitlines(), 1):

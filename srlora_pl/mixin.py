@@ -136,6 +136,9 @@ class SRLoRAMixin(_Module):
             raise UserError(
                 f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, it must be 1 or more"
             )
+        clip = trainer.gradient_clip_val
+        if clip is not None and not clip >= 0:
+            raise UserError(f"trainer.gradient_clip_val is {clip}, it must be 0 or more, or null for no clipping")
         refuse_copies(trainer.strategy)
         if strategy in _STRATEGIES:
             raise UserError(f"trainer.strategy {strategy} shards the weights that a start or a switch changes, use ddp")

@@ -75,6 +75,7 @@ COMMAND_LINE: dict[str, Case] = {
     "option": ([*FIT, "--model.lrr", "1"], ["--model.lrr", "'lr'"]),
     "shortened option": ([*FIT, "--lr", "1"], ["--lr", "'model.lr'"]),
     "option of the method": ([*FIT, "--model.rank", "1"], ["--model.rank", "'model.method.rank'"]),
+    "mistyped group": ([*FIT, "--model.methd.rank", "1"], ["--model.methd.rank is", "'model.method.rank'"]),
     "abbreviated option": ([*FIT, "--trainer.max_step", "1"], ["--trainer.max_step ", "'trainer.max_steps'"]),
     "option without a value": ([*FIT, "--model.lr"], ["--model.lr needs a value"]),
     "stray word": ([*FIT, "stray"], ["'stray'"]),
@@ -98,6 +99,7 @@ TRAINER: dict[str, Case] = {
     "accelerator": ([*FIT, "--trainer.accelerator", "gpu"], ["gpu"]),
     "accelerator's name": ([*FIT, "--trainer.accelerator", "cuba"], ["cuba"]),
     "precision": ([*FIT, "--trainer.precision", "16-true"], ["trainer.precision", "'16-true'", "16-mixed"]),
+    "negative clipping": ([*FIT, "--trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val is -1"]),
     "no steps in accumulation": ([*FIT, "--trainer.accumulate_grad_batches", "0"], ["accumulate_grad_batches", "0"]),
     "validation beyond the epoch": (
         [*FIT, "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=999"],

@@ -72,7 +72,8 @@ def build_optimizer(
     """The optimizer ``name`` over ``groups``; ``momentum`` is SGD's, the others keep their own defaults.
 
     On CUDA and ROCm the update runs as one fused kernel, but not when a gradient scaler is at work: a fused
-    optimizer unscales by itself, so that everything before it would see scaled gradients.
+    optimizer unscales by itself, so that everything before it would see scaled gradients, and torch 2.14's fused SGD
+    begins with whatever lies in memory as its momentum where the first step overflows.
     """
     options: dict[str, Any] = {"momentum": momentum} if name == "sgd" else {}
     on_gpu = all(p.is_cuda for group in groups for p in group["params"])
