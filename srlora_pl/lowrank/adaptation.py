@@ -19,6 +19,7 @@ from srlora_pl.lowrank.layer import LowRankLinear, Matrix
 from srlora_pl.lowrank.matrix_state import MatrixState
 from srlora_pl.lowrank.methods import Method, SRLoRA
 from srlora_pl.lowrank.methods.base import is_below
+from srlora_pl.lowrank.precision import full_precision
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.spectrum import Spectrum, SpectrumCache, fingerprint
 from srlora_pl.lowrank.targets import inject
@@ -102,10 +103,15 @@ class Adaptation:
         nothing happens.
 
         Args:
-            device: where to compute the spectra, by default where each weight is.
+            device: where to compute the spectra and the start, by default where each weight is.
             progress: wraps the list of matrices to show how far the computation is.
             cache: a folder that keeps the spectra for the next start on these weights.
+
+        Raises:
+            UserError: the pairs are merged into the weights.
         """
+        if any(layer.merged for layer in self.layers.values()):
+            raise UserError("the pairs are merged into the weights, call unmerge() before training")
         if not self.started or self.base_fingerprint is None:
             if any(p._version != self._base[name] for name, p in self._base_parameters().items()):
                 self.pretrained = None  # other weights were loaded after it was given
@@ -116,11 +122,21 @@ class Adaptation:
             self._take_spectra(device, progress, cache)
         if not self.started:
             self._keep_pretrained(self.base_fingerprint)
-            with recompose.full_precision():
+            with full_precision():
                 for matrix, state in self.states.items():
                     assert state.spectrum is not None
                     self.method.start(matrix, state.spectrum)
+                    if device is not None and device != matrix.weight.device:
+                        self._replay_start(matrix, state, device)
             self.started = True
+
+    def _replay_start(self, matrix: Matrix, state: MatrixState, device: torch.device) -> None:
+        """Set the weight to what a compact state will be replayed to on ``device``, which may round differently."""
+        assert self._kept is not None
+        assert state.drawn is not None
+        W = matrix.of_weight(self._kept[0][matrix.layer_name]).to(device, copy=True)
+        recompose.replay(W, matrix, state.drawn, [])
+        matrix.weight.copy_(W)
 
     def _take_spectra(
         self,
@@ -156,7 +172,7 @@ class Adaptation:
         if file is not None and (found := file.read(directions)) is not None:
             return found
         spectra = {}
-        with recompose.full_precision():
+        with full_precision():
             for matrix in progress(self.matrices):
                 weight = matrix.of_weight(kept.get(matrix.layer_name, matrix.layer.weight.detach()))
                 weight = weight.to(matrix.weight.device if device is None else device, matrix.weight.dtype)
@@ -314,7 +330,7 @@ class Adaptation:
         assert importance is not None
         recycled_pairs = self._choose(matrices, method, importance)
         unknown: set[str] = set()
-        with recompose.full_precision():
+        with full_precision():
             for matrix, recycled in recycled_pairs.items():
                 state = self.states[matrix]
                 assert state.spectrum is not None, "start() comes before the first switch"
@@ -400,7 +416,7 @@ class Adaptation:
     @torch.no_grad()
     def pretrained_weights(self) -> dict[str, Tensor]:
         """W0 of every layer; equal to rounding where only W, the fused pairs and the spectra are left to tell it."""
-        weights = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        weights = {name: layer.unmerged_weight.clone() for name, layer in self.layers.items()}
         if not (self.started and self.method.needs_spectrum):
             return weights
         if self._kept is not None and self._kept[1] == self.base_fingerprint:
@@ -415,7 +431,7 @@ class Adaptation:
 
     def _without_history(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """``weights`` after all that the start and the switches did to them is undone, in place."""
-        with recompose.full_precision():
+        with full_precision():
             for matrix, state in self.states.items():
                 drawn = state.drawn
                 assert drawn is not None
@@ -476,6 +492,8 @@ class Adaptation:
     def load_state_dict(self, state: dict[str, Any], device: torch.device | None = None) -> None:
         """Continue from ``state``; call it before the parameters are loaded, while the weights are still W0.
 
+        Pairs that are merged into the weights come out of them first.
+
         Args:
             state: from `state_dict`.
             device: that of the run, by default where each weight is: a compact state does there once more what the
@@ -484,6 +502,7 @@ class Adaptation:
         Raises:
             UserError: the state belongs to another method, another structure or another pretrained weight.
         """
+        self.unmerge()
         fresh = not self.started or not self.method.needs_spectrum  # the weights are W0
         if state["compact"] and self.base_fingerprint is None:
             self.base_fingerprint = self._fingerprint()
@@ -508,7 +527,7 @@ class Adaptation:
 
     def _rebuild(self, state: dict[str, Any], pretrained: dict[str, Tensor], device: torch.device | None) -> None:
         """Set every adapted weight to what ``state`` says of it, from W0 (of ``pretrained``, or in place)."""
-        with recompose.full_precision():
+        with full_precision():
             for matrix in self.matrices:
                 saved, own = state["matrices"][matrix.name], matrix.weight
                 W = matrix.of_weight(pretrained.get(matrix.layer_name, matrix.layer.weight.detach()))

@@ -16,7 +16,7 @@ from srlora_pl.errors import UserError
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.layer import LowRankLinear, Matrix
 from srlora_pl.lowrank.matrix_state import MatrixState
-from srlora_pl.lowrank.recompose import full_precision
+from srlora_pl.lowrank.precision import full_precision
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,7 @@ class _Merged(torch.autograd.Function):
         dx = dA = dB = None
         if needs_x:
             dx = dy @ merged(weight, A, B, s, adapted).to(dy.dtype)
-        dy, x = dy.flatten(0, -2), x.flatten(0, -2)
+        dy, x = _rows(dy), _rows(x)
         if needs_A or needs_B:
             _, dA, dB = _pair_gradients(dy, x, x @ A.to(x.dtype).flatten(0, -2).T, A, B, s, adapted)
         return dx, None, dy.sum(0) if needs_bias else None, dA if needs_A else None, dB if needs_B else None, None, None
@@ -203,14 +203,14 @@ class _TwoBranches(torch.autograd.Function):
         seen = x if pairs_input is None else pairs_input
         B_T = _transposed(B, weight.shape[0], adapted)  # (p r, out)
         A1 = F.pad(A.to(x.dtype).flatten(0, -2), (0, 0, 0, 1))  # (p r + 1, in)
-        low = seen.flatten(0, -2) @ A1.T
+        low = _rows(seen) @ A1.T
         low[:, -1] = 1  # (rows, p r + 1): X A^T, and what the bias is multiplied by
         ctx.save_for_backward(seen, low, weight, A, B)
         ctx.scaling, ctx.adapted = scaling, adapted
         bias = x.new_zeros(weight.shape[0]) if bias is None else bias
         y = x.new_empty(*x.shape[:-1], len(bias))
         rows = torch.mm(low, torch.cat([(scaling * B_T).to(x.dtype), bias[None]]), out=y.view(-1, len(bias)))
-        rows.addmm_(x.flatten(0, -2), weight.to(x.dtype).T)
+        rows.addmm_(_rows(x), weight.to(x.dtype).T)
         return y
 
     @staticmethod
@@ -218,8 +218,8 @@ class _TwoBranches(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         seen, low, weight, A, B = ctx.saved_tensors
         needs_x, needs_seen, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-        rows, s = dy.flatten(0, -2), ctx.scaling
-        dlow, dA, dB = _pair_gradients(rows, seen.flatten(0, -2), low[:, :-1], A, B, s, ctx.adapted)
+        rows, s = _rows(dy), ctx.scaling
+        dlow, dA, dB = _pair_gradients(rows, _rows(seen), low[:, :-1], A, B, s, ctx.adapted)
         dx = dseen = None
         if needs_x or needs_seen:
             of_pairs = (s * dlow) @ A.to(dy.dtype).flatten(0, -2)
@@ -229,6 +229,11 @@ class _TwoBranches(torch.autograd.Function):
             dx = dy @ W if needs_seen else of_pairs.addmm_(rows, W).view(seen.shape)
         dbias = rows.sum(0) if needs_bias else None
         return dx, dseen, None, dbias, dA if needs_A else None, dB if needs_B else None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., n) -> (rows, n), a view where there can be one."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def _pair_gradients(

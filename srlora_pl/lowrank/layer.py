@@ -54,6 +54,11 @@ class LowRankLinear(nn.Module):
         """Whether the pairs are at present part of ``weight``."""
         return self._unmerged is not None
 
+    @property
+    def unmerged_weight(self) -> Tensor:
+        """W, (out, in), also while the pairs are part of ``weight``."""
+        return self.weight.detach() if self._unmerged is None else self._unmerged.to(self.weight.device)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if self.merged or self.disabled:
@@ -86,7 +91,7 @@ class LowRankLinear(nn.Module):
     def unmerge(self) -> None:
         """Undo `merge`, to the bit: the weight from before is put back, not computed back."""
         if self._unmerged is not None:
-            self.weight.data = self._unmerged.to(self.weight.device)
+            self.weight.data = self.unmerged_weight
             self._unmerged = None
 
     def matrices(self, name: str) -> "list[Matrix]":

@@ -11,7 +11,7 @@ from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.export import all_pairs
 from srlora_pl.lowrank.layer import Matrix
 from srlora_pl.lowrank.matrix_state import MatrixState
-from srlora_pl.lowrank.recompose import full_precision
+from srlora_pl.lowrank.precision import full_precision
 from srlora_pl.lowrank.targets import block_and_kind
 
 

@@ -1,8 +1,5 @@
 """What happens to one matrix: the start along its leading directions, and a switch."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,18 +12,6 @@ from srlora_pl.lowrank.spectrum import Spectrum
 # parameter: SGD, Adam, AdamW (amsgrad too), NAdam, RAdam, Lion, RMSprop, Adagrad.
 FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "grad_avg"}
 SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No TF32, no reduced matmul precision, no autocast: what is fused must equal what is taken away."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def start(matrix: Matrix, spectrum: Spectrum) -> None:

@@ -18,6 +18,7 @@ from srlora_pl.checkpoints import keep_to_own_folders
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Method
 from srlora_pl.lowrank.importance import all_finite
+from srlora_pl.lowrank.precision import MatmulPrecision
 from srlora_pl.mixin import SRLoRAMixin
 from srlora_pl.peft_format import PeftFolder
 from srlora_pl.resume import ExactResume
@@ -142,13 +143,13 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     # A run
 
     def setup(self, stage: str) -> None:
-        self._precision_before = torch.get_float32_matmul_precision()
+        self._precision_before = MatmulPrecision.now()
         torch.set_float32_matmul_precision(self.hparams["matmul_precision"])
         super().setup(stage)
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
-        torch.set_float32_matmul_precision(self._precision_before)
+        self._precision_before.restore()
 
     # Training
 

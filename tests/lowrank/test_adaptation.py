@@ -8,6 +8,7 @@ from torch import nn
 
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, Spectrum, SRLoRA
+from srlora_pl.lowrank.precision import full_precision
 from tests.toys import toy_batches, toy_net, train
 
 # rounding of one layer's products, a few dozen terms each
@@ -77,6 +78,19 @@ def test_a_reduced_matmul_precision_does_not_reach_a_switch(monkeypatch):
         torch.testing.assert_close(layer.merged_weight(), effective, rtol=0, atol=ROUNDING[torch.float32])
 
 
+def test_a_precision_that_was_set_for_one_backend_is_kept():
+    backend = torch.backends.cuda.matmul
+    backend.fp32_precision = "tf32"
+    try:
+        with pytest.raises(RuntimeError):  # what torch says then
+            torch.get_float32_matmul_precision()
+        with full_precision():
+            assert (torch.get_float32_matmul_precision(), backend.fp32_precision) == ("highest", "ieee")
+        assert backend.fp32_precision == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_the_weight_moves_only_at_a_switch_and_the_number_of_trainable_parameters_never():
     steps = 40
     net = toy_net()
@@ -137,6 +151,22 @@ def test_disabled_computes_as_the_pretrained_network(method):
     assert (after - pristine(x)).abs().max() > 1e-2
     with adaptation.disabled():
         torch.testing.assert_close(net(x), pristine(x), rtol=0, atol=1e-5)
+    assert torch.equal(net(x), after)
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=3), srlora()], ids=["lora", "srlora"])
+def test_merged_pairs_hide_nothing(method):
+    net, adaptation, _ = trained(method)
+    x = toy_batches(1)[0][0]
+    after, state, W0 = net(x), adaptation.state_dict(), adaptation.pretrained_weights()
+    adaptation.merge()
+    with adaptation.disabled():
+        torch.testing.assert_close(net(x), toy_net()(x), rtol=0, atol=1e-5)
+    assert all(torch.equal(weight, W0[name]) for name, weight in adaptation.pretrained_weights().items())
+    with pytest.raises(UserError, match=r"merged into the weights, call unmerge\(\) before training"):
+        adaptation.start()
+    adaptation.load_state_dict(state)
+    assert not any(layer.merged for layer in adaptation.layers.values())
     assert torch.equal(net(x), after)
 
 

@@ -10,7 +10,7 @@ from srlora_pl.lowrank import kernels
 from srlora_pl.lowrank.kernels import low_rank_linear, merge_on_the_fly, merging_pays, two_branches
 
 KINDS = {"plain": (1, None), "fused": (3, None), "fused, part of it": (3, (0, 2)), "fused, one part": (3, (1,))}
-SHAPES = {"2d": (40,), "3d": (5, 8), "4d": (2, 4, 5)}
+SHAPES = {"1d": (), "2d": (40,), "3d": (5, 8), "4d": (2, 4, 5)}
 
 
 def operands(kind, batch=(5, 8), dtype=torch.float64, in_=6, out=4, r=2):
