@@ -1,14 +1,13 @@
 """Where things are kept between runs that can always be made again."""
 
-import errno
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
+
+from srlora_pl.files import replacing
 
 
 def cache_folder(kind: str) -> Path:
@@ -22,10 +21,5 @@ def keep(tensors: Mapping[str, Tensor], file: Path, header: dict[str, str] | Non
     Raises:
         OSError: the folder takes no file, or not this one.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        try:
-            save_file(dict(tensors), Path(folder, file.name), header)
-        except SafetensorError as error:  # a full disk, for one
-            raise OSError(errno.EIO, str(error)) from error
-        os.replace(Path(folder, file.name), file)
+    with replacing(file) as new:
+        new.write(save(dict(tensors), header))

@@ -28,7 +28,8 @@ from srlora_pl.tasks.image import ImageClassifier
 from srlora_pl.tasks.text import TextClassifier
 
 FORMATS = ("merged", "peft")
-WEIGHTS = ("model.safetensors", peft_format.WEIGHTS)
+WEIGHTS = ("model.safetensors", peft_format.WEIGHTS, peft_format.PICKLE)
+ADAPTERS = (peft_format.CONFIG, peft_format.WEIGHTS, peft_format.PICKLE)
 # Where a checkpoint's pretrained weights are may change when folders move; all else it says itself.
 _PLACES = ("backbone", "backbone_checkpoint", "adapter")
 
@@ -98,7 +99,8 @@ def export_model(
         format: ``merged``, plain weights in timm's or transformers' own layout; or ``peft``, a LoRA on the pretrained
             weights.
         rank: compresses the LoRA to this rank; None for the exact one.
-        force: write into a folder that holds files already; those of other names stay.
+        force: write into a folder that holds files already; those of other names stay, but for weights and adapters
+            of another export: the libraries would load them too.
         class_names: one per class.
 
     Raises:
@@ -251,9 +253,8 @@ def _move(new: Path, target: Path) -> None:
         return
     # File by file, and the weights are away for as long as old and new ones are mixed.
     files = sorted(new.iterdir(), key=lambda file: file.name in WEIGHTS)
-    for file in files:
-        if file.name in WEIGHTS:
-            (target / file.name).unlink(missing_ok=True)
+    for name in {*WEIGHTS, *ADAPTERS}:
+        (target / name).unlink(missing_ok=True)
     for file in files:
         file.replace(target / file.name)
 

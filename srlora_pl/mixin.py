@@ -179,6 +179,8 @@ class SRLoRAMixin(_Module):
         try:
             self.adaptation.plan(steps, step)
         except UserError:
+            if step > 0 and ends and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                raise  # a resumed run that has become too short
             # only a trial of a tuner comes here: the run itself has passed on_fit_start
             self.adaptation.forgo_switches(steps, step)
         if step > 0 and ends:

@@ -115,6 +115,10 @@ TRAINER: dict[str, Case] = {
         [*FIT, "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/acuracy"],
         ["val/acuracy", "'val/accuracy'"],
     ),
+    "stopping by a validation there is none of": (
+        [*FIT, "--data.val_fraction=0", "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"],
+        ["val/loss", "no validation", "data.val_fraction"],
+    ),
     "stopping by an unknown score": (
         [*FIT, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
         ["val_loss", "'val/loss'"],

@@ -287,6 +287,17 @@ def test_files_in_the_way_are_kept_or_asked_about(vit, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_adapter_in_the_way_goes_with_its_weights(vit, tmp_path):
+    task, target = image_task(vit, LoRA(rank=1)), tmp_path / "out"
+    export_model(task, target, format="peft")
+    export_model(task, target, force=True)
+    assert {path.name for path in target.iterdir()} >= {"config.json", "model.safetensors"}
+    assert not any(path.name.startswith("adapter") for path in target.iterdir())
+    export_model(task, target, format="peft", force=True)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in target.iterdir()}
+    assert not (target / "model.safetensors").exists()
+
+
 def test_a_crash_between_old_and_new_files_leaves_no_weights(vit, tmp_path, monkeypatch):
     task, target = image_task(vit, LoRA(rank=1)), tmp_path / "out"
     export_model(task, target)

@@ -228,6 +228,18 @@ def test_a_longer_run_on_the_same_trainer_spreads_what_is_left(capsys):
     assert {s.first_step for s in module.adaptation.schedules.values()} == {20}
 
 
+def test_a_resumed_run_that_became_too_short_for_its_switches_is_refused(tmp_path):
+    method = srlora(rank=2, target_rank=12)  # 10 switches
+    first = trainer(tmp_path, callbacks=[StopAt(7)], max_steps=20)
+    first.fit(Toy(method), loader())
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    module = Toy(method)
+    with pytest.raises(UserError, match=r"switches .* do not fit into 3 optimizer steps"):
+        trainer(tmp_path, max_steps=10).fit(module, loader(), ckpt_path=tmp_path / "a.ckpt")
+    trainer(tmp_path, max_steps=20).fit(module := Toy(method), loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert module.adaptation.switches_done == 9
+
+
 @pytest.mark.parametrize("method", [srlora(), PiSSA(rank=4), LoRA(rank=4)])
 def test_learning_rate_finder_then_fit_equals_fit(method, tmp_path):
     expected, found = Toy(method), Toy(method)

@@ -1,6 +1,7 @@
 """The files that ``predict`` writes."""
 
 import csv
+import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor, distributed
 
 from srlora_pl.errors import UserError
+from srlora_pl.files import replacing
 
 Row = dict[str, Any]
 
@@ -26,7 +28,7 @@ class PredictionWriter(BasePredictionWriter):
     `class_names`).
 
     Attributes:
-        files: what this process has written.
+        files: what this process has written, of the last prediction.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,6 +41,10 @@ class PredictionWriter(BasePredictionWriter):
     def rows(self) -> int:
         """How many samples have been predicted."""
         return sum(map(len, self._tables.values()))
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.files.clear()
+        self._tables = defaultdict(list)
 
     def write_on_batch_end(
         self,
@@ -65,12 +71,13 @@ class PredictionWriter(BasePredictionWriter):
         self._save(self.path, ",", rows)
 
     def _save(self, path: Path, delimiter: str, rows: list[Row]) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            with replacing(path) as file:
+                file.write(text.getvalue().encode())
         except OSError as error:
             raise UserError(
                 f"The predictions could not be written to {path} ({error.strerror}): name another place with --output."

@@ -161,7 +161,12 @@ def _run(plan: Plan, work: Runner, console: Console) -> tuple[list[Outcome], dic
             for cell in cells:
                 bar.update(task, description=cell.name)
                 if work.run(plan, cell):
-                    yield Outcome.read(cell, plan.summary(cell) or {})
+                    outcome = Outcome.read(cell, plan.summary(cell) or {})
+                    if len(plan.points) > 1 and not outcome.summary["best"]:
+                        raise UserError(
+                            "a grid is chosen from by validation, but the runs have none: set data.val_fraction above 0"
+                        )
+                    yield outcome
                 else:
                     console.print(f"failed: {cell.name}: {work.failed[str(plan.folder / cell.name)]}", markup=False)
                 bar.advance(task)
@@ -170,10 +175,6 @@ def _run(plan: Plan, work: Runner, console: Console) -> tuple[list[Outcome], dic
         best = {}
         for method in plan.methods:
             mine = [outcome for outcome in outcomes if outcome.cell.method == method]
-            if len(plan.points) > 1 and not all(outcome.summary["best"] for outcome in mine):
-                raise UserError(
-                    "a grid is chosen from by validation, but the runs have none: set data.val_fraction above 0"
-                )
             if mine:
                 best[method] = best_point(mine) if len(plan.points) > 1 else mine[0].cell
         outcomes += finished(plan.repetitions({method: cell.point for method, cell in best.items()}))
@@ -277,4 +278,5 @@ def _probe(plan: Plan, cell: Cell) -> tuple[float, int]:
     asked = run.config.trainer
     per_epoch = math.ceil(len(run.datamodule.train_set) / run.datamodule.batch_size / asked.accumulate_grad_batches)
     longest = [n for n in (asked.max_steps, (asked.max_epochs or -1) * per_epoch) if n > 0]
-    return (ends[-1] - ends[0]) / _PROBE_STEPS, min(longest, default=1000 * per_epoch)
+    seconds = (ends[-1] - ends[0]) / _PROBE_STEPS * asked.accumulate_grad_batches  # each end is a micro-batch's
+    return seconds, min(longest, default=1000 * per_epoch)

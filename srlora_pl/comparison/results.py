@@ -33,8 +33,9 @@ class Outcome:
 
     @classmethod
     def read(cls, cell: Cell, summary: Mapping[str, Any]) -> "Outcome":
-        with Path(summary["folder"], "metrics.csv").open(newline="") as file:
-            rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+        file = Path(summary["folder"], "metrics.csv")  # absent where the run was shorter than one interval of logging
+        lines = csv.DictReader(file.read_text().splitlines() if file.is_file() else ())
+        rows = [{key: float(value) for key, value in row.items() if value} for row in lines]
         return cls(cell, summary, rows)
 
     @property

@@ -90,6 +90,8 @@ class ImageData(DataModule):
         self.transform = ImageTransform.for_model(config, **self.options)
         if stage in ("fit", "validate"):
             self._load_train_and_val()
+            if stage == "fit" and self.has_test_labels:  # a run ends with a test, of which nothing is wrong only then
+                self._split("test")
         elif stage == "test":
             if not self.has_test_labels:
                 raise UserError("The data has no labelled test split; add one, or run validate instead.")

@@ -104,13 +104,15 @@ class TextDataModule(DataModule):
 
     def _needed(self, stage: str) -> list[str]:
         if stage == "fit":
-            return self.splits("train") + self.splits("val")
+            # A run ends with a test, of which nothing should be found wrong only then.
+            return [*dict.fromkeys(self.splits("train") + self.splits("val") + self.splits("test"))]
         if stage == "validate":
             return self.splits("val") or self.splits("train")
         return self.splits(stage)
 
     def load(self, stage: str) -> None:
         """Tokenise the splits of ``stage`` and say what was cut."""
+        self._require_room()
         if stage in ("fit", "validate"):
             self._load_train_and_val(stage)
         elif stage == "test":
@@ -123,6 +125,13 @@ class TextDataModule(DataModule):
             self.predict_set = self._sets("predict")
         for split in self._needed(stage):
             self._say_truncated(split)
+
+    def _require_room(self) -> None:
+        longest = getattr(self.trainer and self.trainer.lightning_module, "max_tokens", None)
+        if longest is not None and self.max_length > longest:
+            raise UserError(
+                f"data.max_length is {self.max_length}, but this model has positions for {longest} tokens: lower it."
+            )
 
     def _load_train_and_val(self, stage: str) -> None:
         names = self.splits("val")

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from srlora_pl.errors import UserError
+from srlora_pl.lowrank.precision import full_precision
 from srlora_pl.randomness import derive, run_seed, uniform
 
 _AUGMENT = int.from_bytes(b"augment")
@@ -188,8 +189,9 @@ class ImageTransform:
         mean, std = tuple(config["mean"]), tuple(config["std"])
         return cls((height, width), mean, std, config["interpolation"], **options)
 
-    # -- whole batches
+    # -- whole batches, in full precision whatever the model's products are computed in
 
+    @full_precision()
     def train(self, images: Tensor, keys: Tensor) -> Tensor:
         """Augmented uint8 images (b, c, h, w) as grey levels, (b, c, H, W); ``keys``: (epoch, index), int64 (b, 2)."""
         _, _, height, width = images.shape
@@ -202,6 +204,7 @@ class ImageTransform:
         other = vertical_first(boxes.height, boxes.width, self.size)[:, None, None, None]
         return torch.where(other, resize_vertically_first(images, rows, columns), out)
 
+    @full_precision()
     def test(self, images: Tensor) -> Tensor:
         """Uint8 images (b, c, h, w) resized, and their middle kept: grey levels, (b, c, H, W)."""
         rows, columns = (self._middle(*axis, images) for axis in zip(images.shape[2:], self.size, strict=True))

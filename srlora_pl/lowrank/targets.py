@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -22,7 +22,7 @@ ALIASES = {
     "fc1": ("fc1", "intermediate.dense", "lin1", "up_proj", "mlp.Wi"),
     "fc2": ("fc2", r"\d+.output.dense", "lin2", "down_proj", "mlp.Wo"),
 }
-FUSED_QKV = ("qkv", "Wqkv", "query_key_value")
+FUSED_QKV = ("qkv", "Wqkv")
 # Modules that compute with a child's weight without calling the child: an adapter there would get no gradient.
 BYPASSED: dict[type[nn.Module], tuple[str, ...]] = {
     nn.MultiheadAttention: ("out_proj",),
@@ -36,11 +36,8 @@ class Target:
 
     name: str
     module: nn.Linear
-    parts: set[int] = field(default_factory=set)
-
-    @property
-    def fused(self) -> bool:
-        return self.name.rpartition(".")[2] in FUSED_QKV and self.module.out_features % 3 == 0
+    parts: set[int]
+    fused: bool
 
 
 def select(net: nn.Module, method: Method) -> list[Target]:
@@ -100,7 +97,11 @@ def _all_linear(modules: dict[str, nn.Module]) -> list[Target]:
             raise UserError(
                 f"{name} is a Conv1D of transformers, which cannot be adapted: name plain linears in target_modules"
             )
-    targets = [Target(name, module, {0, 1, 2}) for name, module in inside.items() if isinstance(module, nn.Linear)]
+    targets = [
+        Target(name, module, {0, 1, 2}, _is_fused(name, modules))
+        for name, module in inside.items()
+        if isinstance(module, nn.Linear)
+    ]
     if not targets:
         raise UserError(
             "target_modules='all-linear' found no linear layer inside repeated blocks, name the layers to adapt "
@@ -141,7 +142,11 @@ def _named(modules: dict[str, nn.Module], method: Method) -> list[Target]:
                 )
             chosen[name] |= parts
     # in the order of the network, whatever the order of the patterns
-    return [Target(name, module, chosen[name]) for name, module in modules.items() if name in chosen]  # type: ignore[arg-type]
+    return [
+        Target(name, module, chosen[name], _is_fused(name, modules))  # type: ignore[arg-type]
+        for name, module in modules.items()
+        if name in chosen
+    ]
 
 
 def _resolve(pattern: str, modules: dict[str, nn.Module]) -> dict[str, set[int]]:
@@ -153,8 +158,23 @@ def _resolve(pattern: str, modules: dict[str, nn.Module]) -> dict[str, set[int]]
     inside = _inside_blocks(modules)
     found = {n: {0, 1, 2} for n in inside if any(name_matches(alias, n) for alias in ALIASES[family])}
     if family in QKV:
-        found |= {n: {QKV.index(family)} for n in inside if n.rpartition(".")[2] in FUSED_QKV}
+        found |= {n: {QKV.index(family)} for n in inside if _is_fused(n, modules)}
     return found
+
+
+def _is_fused(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether this is a linear whose rows are those of query, then key, then value, as many of each.
+
+    Some of timm's hold them head by head (MaxViT's ``head_first``; TinyViT, EfficientFormer), or only two of them (the
+    global blocks of GCViT): there the layer is one matrix, and no part of it has a name. So it is with the
+    ``query_key_value`` of GPT-NeoX and BLOOM.
+    """
+    parent, _, child = name.rpartition(".")
+    owner, module = modules.get(parent), modules[name]
+    if child not in FUSED_QKV or not isinstance(module, nn.Linear) or module.out_features % 3:
+        return False
+    by_head = getattr(owner, "head_first", False) or hasattr(owner, "key_dim")
+    return not (by_head or getattr(owner, "use_global", False))
 
 
 def _require_matches(patterns: Iterable[str], modules: dict[str, nn.Module], where: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -194,6 +195,16 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
                     f"The callback {type(callback).__name__} monitors {score!r}{did_you_mean(score, known)}, but this "
                     f"run scores {', '.join(known)}."
                 )
+            if isinstance(callback, EarlyStopping) and str(score).startswith("val") and not self._validates:
+                raise UserError(
+                    f"The callback {type(callback).__name__} monitors {score!r}, but this run has no validation: set "
+                    "data.val_fraction above 0, or monitor train/loss."
+                )
+
+    @property
+    def _validates(self) -> bool:
+        trainer: Any = self.trainer
+        return trainer.enable_validation and getattr(trainer.datamodule, "val_set", True) is not None
 
     def on_train_start(self) -> None:
         super().on_train_start()

@@ -14,7 +14,7 @@ from srlora_pl.lowrank import Method
 from srlora_pl.tasks import scores
 from srlora_pl.tasks.base import Batch, Task, require
 from srlora_pl.tasks.deberta import use_fast_attention
-from srlora_pl.tasks.encoders import build_encoder, head_names, resolve
+from srlora_pl.tasks.encoders import build_encoder, head_names, max_tokens, resolve
 
 
 class TextClassifier(Task):
@@ -103,6 +103,11 @@ class TextClassifier(Task):
             use_fast_attention(net, backbone)
         if compile:
             self.compile_blocks()
+
+    @property
+    def max_tokens(self) -> int | None:
+        """How long a text the network has positions for; None where it needs none."""
+        return max_tokens(self.net)
 
     def _settle(self, problem: str, score_names: Sequence[str] | None) -> None:
         """Take a problem and its scores, the defaults for None, if they go with the other arguments."""

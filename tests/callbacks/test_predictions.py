@@ -1,17 +1,20 @@
 import csv
+import errno
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from srlora_pl import GLUEData
+from srlora_pl import GLUEData, UserError
 from srlora_pl.callbacks import GLUEWriter, PredictionWriter
 from srlora_pl.data.glue import TASKS
 
 
 def write(writer: PredictionWriter, data: Any, *loaders: list[dict[str, torch.Tensor]]) -> None:
     """Hand the predictions of each loader's batches to ``writer``."""
+    writer.on_predict_start(None, None)  # type: ignore[arg-type]
     for loader, batches in enumerate(loaders):
         for i, batch in enumerate(batches):
             writer.write_on_batch_end(None, None, batch, None, None, i, loader)  # type: ignore[arg-type]
@@ -42,6 +45,23 @@ def test_classes_in_the_order_of_the_data(tmp_path):
         {"sample": "text 1", "label": "ham", "probability": "1.000000"},
         {"sample": "text 2", "label": "spam", "probability": "0.500000"},
     ]
+
+
+def test_a_second_prediction_holds_nothing_of_the_first_and_one_that_fails_leaves_it(tmp_path, monkeypatch):
+    writer, value = PredictionWriter(tmp_path / "out.csv"), torch.arange(3.0)
+    write(writer, Named(), [{"index": torch.arange(3), "value": value}])
+    write(writer, Named(), [{"index": torch.arange(2), "value": value[:2]}])
+    before = writer.path.read_text()
+    assert before.splitlines() == ["sample,value", "text 0,0.000000", "text 1,1.000000"]
+    assert (writer.rows, writer.files) == (2, [writer.path])
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"could not be written to .*out.csv \(No space left on device\)"):
+        write(writer, Named(), [{"index": torch.arange(3), "value": value + 1}])
+    assert writer.path.read_text() == before
 
 
 def test_numbers(tmp_path):

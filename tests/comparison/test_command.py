@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from srlora_pl import cli
+from srlora_pl.comparison import command
 from srlora_pl.comparison.cells import Cell
 from srlora_pl.comparison.command import plans_of
 from srlora_pl.errors import UserError
@@ -246,6 +247,23 @@ def test_a_dry_run_lists_the_runs_and_trains_none(task, tmp_path, capsys):
     ]
     assert "then each method's best point with seed 1" in out
     assert not output.exists()
+
+
+def test_a_grid_without_validation_ends_with_its_first_run(task, tmp_path, capsys):
+    output = tmp_path / "out"
+    words = compare(task, output, "--grid", "model.lr=0.1,0.2", "--data.val_fraction", "0")
+    assert cli.main(words) == 2
+    assert "a grid is chosen from by validation, but the runs have none" in capsys.readouterr().err
+    assert [folder.name for folder in output.iterdir() if folder.is_dir()] == ["lora-lr0.1-seed0"]
+
+
+def test_a_dry_run_counts_the_micro_batches_of_a_step(task, tmp_path, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(command.time, "perf_counter", lambda: float(next(clock)))
+    for accumulated, seconds in ((1, 1.0), (3, 3.0)):
+        options = ["--trainer.accumulate_grad_batches", str(accumulated)]
+        plan = plans_of(given(config=[str(task)], methods="lora"), options)[0]
+        assert command._probe(plan, plan.trials[0]) == (seconds, 12)
 
 
 def test_the_name_of_a_cell_is_a_folder():

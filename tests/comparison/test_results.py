@@ -42,6 +42,10 @@ def test_a_run_is_read_from_its_folder(tmp_path: Path):
     assert made.at_quarters("val/loss") == [None, None, None, 0.25]
 
 
+def test_a_run_that_logged_nothing_has_no_curve(tmp_path: Path):
+    assert Outcome.read(Cell("lora", (), 0), {"folder": str(tmp_path), "steps": 1}).metrics == []
+
+
 @pytest.mark.parametrize(("mode", "chosen"), [("min", "0.1"), ("max", "0.3")])
 def test_the_best_point_is_that_of_the_best_checkpoint(mode, chosen):
     values = {"0.1": 1.0, "0.2": math.nan, "0.3": 2.0}

@@ -214,13 +214,14 @@ def test_wrong_columns(tmp_path: Path, columns: dict[str, str], sentence: str) -
         ImageData(root=str(tmp_path / "t"), **{**OWN, **columns})  # type: ignore[arg-type]
 
 
-def test_label_unknown_in_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_label_unknown_in_training(stage: str, tmp_path: Path) -> None:
     from datasets import Value
 
     table(tmp_path / "t", "train", ["cat", "dog"] * 5, Value("string"))
     table(tmp_path / "t", "test", ["cat", "cow"], Value("string"))
     with pytest.raises(UserError, match="'cow'"):
-        ready("test", root=str(tmp_path / "t"), **OWN)
+        ready(stage, root=str(tmp_path / "t"), **OWN)
 
 
 def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:

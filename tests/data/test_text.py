@@ -224,6 +224,22 @@ def test_validate_reads_dev_alone(root: str, tokenizer: str) -> None:
     assert len(data.val_set) == 11
 
 
+def test_a_test_that_cannot_be_read_is_told_before_the_training(root: str, tokenizer: str) -> None:
+    (Path(root) / "CoLA" / "dev.tsv").unlink()
+    data = with_model(small(root, val_fraction=0.2), tokenizer)
+    with pytest.raises(UserError, match=r"dev.tsv' does not exist"):
+        data.setup("fit")
+
+
+def test_more_tokens_than_the_model_has_positions_for(root: str, tokenizer: str) -> None:
+    data = with_model(small(root, max_length=24), tokenizer)
+    data.trainer.lightning_module.max_tokens = 23
+    with pytest.raises(UserError, match=r"data.max_length is 24, but this model has positions for 23 tokens: lower it"):
+        data.setup("fit")
+    data.trainer.lightning_module.max_tokens = 24
+    data.setup("fit")
+
+
 def test_cut_texts_are_counted_and_said_once(root: str, tokenizer: str, caplog: pytest.LogCaptureFixture) -> None:
     data = with_model(small(root, max_length=24), tokenizer)
     with caplog.at_level("INFO"):

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
+from srlora_pl.data import transforms
 from srlora_pl.data.transforms import DRAWS, ImageTransform, random_boxes, to_rgb, vertical_first
 from srlora_pl.errors import UserError
 
@@ -36,6 +37,24 @@ def transform(size: tuple[int, int], kind: str, **options: object) -> ImageTrans
 
 def keys(count: int, epoch: int = 0) -> Tensor:
     return torch.stack([torch.full((count,), epoch), torch.arange(count)], 1)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_pixels_do_not_depend_on_the_precision_of_the_models_products(train: bool, monkeypatch) -> None:
+    """Not every processor computes differently at a lower setting, so look at the setting itself."""
+    seen = []
+    resize = transforms.resize
+    monkeypatch.setattr(
+        transforms, "resize", lambda *a: seen.append(torch.get_float32_matmul_precision()) or resize(*a)
+    )
+    images, crop = torch.randint(0, 256, (2, 3, 20, 24)).byte(), transform((16, 16), "bicubic")
+    torch.set_float32_matmul_precision("medium")
+    try:
+        crop.train(images, keys(2)) if train else crop.test(images)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"highest"}
 
 
 sides = st.integers(4, 90)

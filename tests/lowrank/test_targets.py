@@ -83,6 +83,39 @@ def test_a_fused_layer_equals_three_plain_ones(parts):
     torch.testing.assert_close(fused(x), nn.functional.linear(x, fused.merged_weight(), fused.bias))
 
 
+@pytest.mark.parametrize(
+    ("name", "projections", "fused"),
+    [
+        ("vit_tiny_patch16_224", 12, 12),
+        ("maxvit_rmlp_pico_rw_256", 22, 0),  # head by head
+        ("tiny_vit_5m_224", 10, 0),
+        ("gcvit_xxtiny", 12, 6),  # every other block holds no query of its own
+    ],
+)
+def test_parts_are_told_apart_only_where_they_lie_one_after_the_other(name, projections, fused):
+    with torch.device("meta"):
+        net = timm.create_model(name)
+    layers = Adaptation(net, LoRA(rank=1, target_modules=["qkv"])).layers
+    assert len(layers) == projections
+    assert sum(layer.parts == 3 for layer in layers.values()) == fused
+    with torch.device("meta"):
+        net = timm.create_model(name)
+    if fused:
+        layers = Adaptation(net, LoRA(rank=1, target_modules=["query"])).layers
+        assert [(layer.parts, layer.adapted) for layer in layers.values()] == [(3, (0,))] * fused
+    else:
+        with pytest.raises(UserError, match=r"target_modules names 'query', which matches no layer of the model"):
+            Adaptation(net, LoRA(rank=1, target_modules=["query"]))
+
+
+def test_a_language_models_projection_by_heads_stays_whole():
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    net = transformers.GPTNeoXModel(transformers.GPTNeoXConfig(**shape, vocab_size=20))
+    layers = Adaptation(net, LoRA(rank=1)).layers
+    assert {layer.parts for layer in layers.values()} == {1}
+    assert "layers.1.attention.query_key_value" in layers
+
+
 def test_adapter_dropout_acts_on_the_pairs_only_and_only_in_training():
     torch.manual_seed(0)
     layer = LowRankLinear(nn.Linear(50, 3), rank=2, scaling=1.0, dropout=0.5)

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.utils import logging
 
 from srlora_pl.errors import UserError
-from srlora_pl.tasks.encoders import PACKAGED, build_encoder, head_names, resolve
+from srlora_pl.tasks.encoders import PACKAGED, build_encoder, head_names, max_tokens, resolve
 from tests.tasks.texts import BERT, DEBERTA, folder
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -91,6 +91,23 @@ def test_heads_and_poolers_of_the_families(tmp_path, family):
     net = build_encoder(path, 2, {"pretrained": False})
     assert set(head_names(net, train_pooler=False)) == heads
     assert set(head_names(net)) == heads | poolers
+
+
+@pytest.mark.parametrize(("family", "longest"), [("bert", 20), ("roberta", 18), ("electra", 20), ("distilbert", 20)])
+def test_the_longest_text_that_positions_reach(tmp_path, family, longest):
+    config, *_ = FAMILIES[family]
+    config = config | {"model_type": family, "vocab_size": 50, "max_position_embeddings": 20, "pad_token_id": 1}
+    net = build_encoder(folder(tmp_path, config), 2, {"pretrained": False})
+    assert max_tokens(net) == longest
+    assert net(torch.full((1, longest), 3)).logits.shape == (1, 2)
+    with pytest.raises((RuntimeError, IndexError)):
+        net(torch.full((1, longest + 1), 3))
+
+
+def test_relative_positions_reach_any_length(tmp_path):
+    net = build_encoder(folder(tmp_path, DEBERTA | {"max_position_embeddings": 20}), 2, {"pretrained": False})
+    assert max_tokens(net) is None
+    assert net(torch.full((1, 30), 3)).logits.shape == (1, 2)
 
 
 @pytest.mark.real
