@@ -6,6 +6,7 @@ user can mend into one sentence. torch and Lightning are imported when a run is 
 
 import argparse
 import errno
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -217,7 +218,8 @@ def _for_the_user(error: BaseException) -> str | None:
     if isinstance(error, UserError):
         return str(error)
     if disk := next((each for each in causes(error) if isinstance(each, OSError) and each.errno in _DISK), None):
-        return f"{disk.filename or 'a file'} could not be written ({disk.strerror}): see to the disk, {START_AGAIN}"
+        name = os.fsdecode(disk.filename) if disk.filename else "a file"
+        return f"{name} could not be written ({disk.strerror}): see to the disk, {START_AGAIN}"
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):  # raised at any line, by a signal
         return WORKER_DIED
     misconfigured = type(error).__name__ == "MisconfigurationException"

@@ -441,8 +441,7 @@ def load_task(checkpoint: Path, config_file: str | None) -> tuple[Task, list[str
         # As ImageData prepares images for evaluation: it resizes both sides, whatever their ratio.
         crop = (data.get("init_args") or {}).get("test_crop_pct", 1.0)
         task.data_config |= {"crop_pct": crop, "crop_mode": "squash"}
-    states = [state for state in content.values() if isinstance(state, dict) and "processed" in state]
-    return task, next((state["class_names"] for state in states if "class_names" in state), [])
+    return task, checkpoints.class_names(content)
 
 
 def _task_class(checkpoint: Path, config_file: str | None) -> tuple[config.Node, type[Task]]:

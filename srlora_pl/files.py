@@ -64,6 +64,26 @@ def lock(file: BinaryIO) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Whether no other process is in such a block for ``folder``; yes also where that cannot be told.
+
+    Unlike a `lock` it is not handed on to the processes that this one starts, which may outlive it by some seconds.
+    """
+    name = folder / ".lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(name.open("ab"))
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.callback(name.unlink, missing_ok=True)
+        except BlockingIOError:
+            yield False
+            return
+        except (OSError, AttributeError):  # a folder that takes no file, a file system or a system without locks
+            pass
+        yield True
+
+
 def _remove_leftovers(folder: Path) -> None:
     for leftover in folder.glob(f".*{_SUFFIX}"):
         with contextlib.suppress(OSError), leftover.open("rb") as file:

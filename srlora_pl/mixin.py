@@ -136,6 +136,12 @@ class SRLoRAMixin(_Module):
             raise UserError(
                 f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, it must be 1 or more"
             )
+        for name in ("val_check_interval", "check_val_every_n_epoch"):
+            if getattr(trainer, name) == 0:
+                raise UserError(
+                    f"trainer.{name} is 0, it must be above 0; to leave validation out set "
+                    "trainer.limit_val_batches to 0"
+                )
         clip = trainer.gradient_clip_val
         if clip is not None and not clip >= 0:
             raise UserError(f"trainer.gradient_clip_val is {clip}, it must be 0 or more, or null for no clipping")

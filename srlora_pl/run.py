@@ -41,7 +41,7 @@ from srlora_pl.callbacks.progress import closing_line
 from srlora_pl.data.base import DataModule
 from srlora_pl.data.glue import GLUEData
 from srlora_pl.errors import Interrupted, UserError
-from srlora_pl.files import relative, replacing
+from srlora_pl.files import alone_in, relative, replacing
 from srlora_pl.mixin import refuse_copies
 from srlora_pl.tasks.base import SPLITS, Task
 
@@ -335,6 +335,18 @@ class Run(LightningCLI):
             raise
 
     def fit(self) -> None:
+        if self.folder is None or rank_zero_only.rank:  # type: ignore[attr-defined]
+            self._fit()
+            return
+        with alone_in(self.folder) as alone:
+            if not alone:
+                raise UserError(
+                    f"another run is at work in {relative(self.folder)}: wait for its end, or begin a new run without "
+                    "--ckpt_path"
+                )
+            self._fit()
+
+    def _fit(self) -> None:
         begin = time.monotonic()
         try:
             self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)

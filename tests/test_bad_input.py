@@ -99,6 +99,11 @@ TRAINER: dict[str, Case] = {
     "accelerator": ([*FIT, "--trainer.accelerator", "gpu"], ["gpu"]),
     "accelerator's name": ([*FIT, "--trainer.accelerator", "cuba"], ["cuba"]),
     "precision": ([*FIT, "--trainer.precision", "16-true"], ["trainer.precision", "'16-true'", "16-mixed"]),
+    "validation after no step": ([*FIT, "--trainer.val_check_interval=0"], ["trainer.val_check_interval is 0"]),
+    "validation after no epoch": (
+        [*FIT, "--trainer.val_check_interval=1.0", "--trainer.check_val_every_n_epoch=0"],
+        ["trainer.check_val_every_n_epoch is 0"],
+    ),
     "negative clipping": ([*FIT, "--trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val is -1"]),
     "no steps in accumulation": ([*FIT, "--trainer.accumulate_grad_batches", "0"], ["accumulate_grad_batches", "0"]),
     "validation beyond the epoch": (

@@ -243,6 +243,29 @@ def test_resume_goes_on_in_its_own_folder(small: Path) -> None:
     assert torch.load(last, weights_only=True)["global_step"] == 12
 
 
+def test_two_processes_do_not_go_on_with_one_run(small: Path) -> None:
+    assert cli("fit", "--config", "small.yaml", home=small)[0] == 0
+    (folder,) = small.glob("runs/*/version_0")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    hold = (
+        "import sys, pathlib; from srlora_pl.files import alone_in\n"
+        "with alone_in(pathlib.Path(sys.argv[1])) as alone: print(alone, flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", hold, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "True\n"
+        code, _, err = cli("fit", "--config", "small.yaml", "--ckpt_path", "last", home=small)
+        assert code == 2
+        assert "another run is at work in runs/" in err
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before | {
+            folder / ".lock": b""
+        }
+        other.kill()  # what a dead process held is free
+    assert cli("fit", "--config", "small.yaml", "--ckpt_path", "last", home=small)[0] == 0
+    assert not (folder / ".lock").exists()
+
+
 def test_last_is_renewed_though_nothing_gets_better(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def loss(self: ImageClassifier, batch: dict[str, Tensor]) -> Tensor:
         if self.global_step == 10:

@@ -171,7 +171,9 @@ def _differences(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
     for (first, mine), (second, theirs) in combinations(outcomes.items(), 2):
         found = Difference.between(by_seed(mine), by_seed(theirs))
         if found is None:
-            lines.append(f"* {first} against {second}: too few seeds in common to tell a difference.")
+            few = len(by_seed(mine).keys() & by_seed(theirs).keys()) < 2
+            why = "too few seeds in common to tell a difference" if few else "the same difference with every seed"
+            lines.append(f"* {first} against {second}: {why}.")
             continue
         verdict = "significant at 5 %" if found.p < 0.05 else "not significant at 5 %"
         lines.append(

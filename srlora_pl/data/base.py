@@ -83,6 +83,7 @@ class DataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Load the data of ``stage``; errors that the user can mend come from here, before any step."""
+        stage = str(getattr(stage, "value", stage))  # Lightning's is an enumeration, and would be shown as one
         if stage == "fit":
             self._resumed = None  # of an earlier fit; a checkpoint to resume from is loaded after this hook
         self._check_head()

@@ -153,7 +153,9 @@ class GLUEData(TextDataModule):
         task, hidden = self.task, split in self.task.test
         columns = dict.fromkeys(task.texts if hidden else (*task.texts, task.label), "that GLUE's file has")
         file = _tsv_file(folder, split, task)
-        table = read_table(file, columns, header=None if hidden else task.header, skip_broken=task.skip_broken)
+        table = read_table(
+            file, columns, header=None if hidden else task.header, skip_broken=task.skip_broken and not hidden
+        )
         texts = [table.texts(column, may_be_empty=task.skip_broken) for column in task.texts]
         labels: Tensor | None = None
         if not hidden:

@@ -5,6 +5,7 @@ Names of splits are ``train``, ``val`` and ``test``. A source reads no pixels in
 
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -15,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from PIL import Image, UnidentifiedImageError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -77,7 +79,9 @@ class Pictures:
             raise UserError(f"The image {self.name(index)} is not there any more; put it back.") from None
         except (*_BROKEN, Image.DecompressionBombError) as error:
             reason = "is not an image" if isinstance(error, UnidentifiedImageError) else f"is broken ({error})"
-            raise UserError(f"The image {self.name(index)} {reason}; replace or remove it.") from None
+            raise UserError(
+                f"The image {self.name(index)} {reason}; replace it to go on with a run, or remove it for a new one."
+            ) from None
 
 
 class Files(Pictures):
@@ -305,7 +309,9 @@ class Folder:
                 f"'{part}' has the class {unknown[0]!r}, which '{self.parts['train']}' does not have"
                 f"{did_you_mean(unknown[0], self.class_names)}; rename or remove it."
             )
-        by_class = [_images_under(part / name) for name in self.class_names]
+        others: Counter[str] = Counter()
+        by_class = [_images_under(part / name, others) for name in self.class_names]
+        _say_what_is_left_out(part, others)
         empty = [name for name, paths in zip(self.class_names, by_class, strict=True) if not paths]
         if empty and (split == "train" or not any(by_class)):
             raise UserError(f"The class folder '{part / empty[0]}' holds no images; fill or remove it.")
@@ -318,7 +324,9 @@ def picture_files(root: Path, key: str) -> Split:
     """All images under a folder, or one file, without labels; ``key`` is what a complaint names."""
     if not root.exists():
         raise UserError(f"{key} '{root}' does not exist; give a folder of images or one image file.")
-    files = Files([root] if root.is_file() else _images_under(root))
+    others: Counter[str] = Counter()
+    files = Files([root] if root.is_file() else _images_under(root, others))
+    _say_what_is_left_out(root, others)
     if not len(files):
         raise UserError(f"{key} '{root}' holds no images; it needs files that end in {_listed(IMG_EXTENSIONS)}.")
     return Split(files, None, files.name)
@@ -330,12 +338,28 @@ def _class_folders(root: Path) -> list[str]:
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images_under(root: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in IMG_EXTENSIONS and path.is_file() and not path.name.startswith(".")
-    )
+def _images_under(root: Path, others: Counter[str]) -> list[Path]:
+    """The images that can be read; ``others`` counts the endings of all other files."""
+    found = []
+    for path in root.rglob("*"):
+        kind = path.suffix.lower()
+        if path.name.startswith(".") or not kind or not path.is_file():
+            continue
+        if kind in IMG_EXTENSIONS:
+            found.append(path)
+        else:
+            others[kind] += 1
+    return sorted(found)
+
+
+def _say_what_is_left_out(root: Path, others: Counter[str]) -> None:
+    """Of ``others``, endings and how often, those that images have."""
+    images = {kind: count for kind, count in others.items() if kind in Image.registered_extensions()}
+    if images:
+        rank_zero_info(
+            f"{sum(images.values())} files in '{root}' that end in {_listed(sorted(images))} are left out: images are "
+            f"read that end in {_listed(IMG_EXTENSIONS)}."
+        )
 
 
 # -- a data set of the `datasets` library

@@ -40,12 +40,17 @@ class Table:
                 raise UserError(
                     f"Column {column!r} holds {text!r}, not text, in {self.where(row)}; name another column."
                 )
-            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            if is_half_a_character(text):
                 raise UserError(
                     f"The text in column {column!r} holds half a character (a lone surrogate) in {self.where(row)}; "
                     f"correct or remove the row."
                 )
         return self.columns[column]
+
+
+def is_half_a_character(text: str) -> bool:
+    """Whether ``text`` holds a lone surrogate, which no file in UTF-8 can."""
+    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def is_missing(value: Any) -> bool:
@@ -76,6 +81,8 @@ def read_table(
     Raises:
         UserError: the file is missing or not what its name says, or has no such column or no rows.
     """
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder; name a file in it.")
     if not path.is_file():
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*")])
         raise UserError(f"The file '{path}' does not exist{near}; correct the path or put the file there.")
@@ -108,6 +115,10 @@ class _Wanted:
                 raise UserError(
                     f"The file '{self.path}' has no column {column!r}{did_you_mean(column, names)} {why}; its columns "
                     f"are {_listed(names)}."
+                )
+            if names.count(column) > 1:
+                raise UserError(
+                    f"The file '{self.path}' has {names.count(column)} columns {column!r}; rename or remove one."
                 )
         return [column for column in self.columns if column in names]
 
@@ -154,6 +165,8 @@ def _read_delimited(wanted: _Wanted, separator: str | None, header: Sequence[str
         _check_separator(wanted, text.partition("\n")[0], separator)
     rows = _quoted_rows(path, text, separator) if quoted else _plain_rows(text, separator)
     names = list(header) if header else next(rows, (0, []))[1]
+    if not names:
+        raise UserError(f"The file '{path}' is empty; put a line of column names and samples in it.")
     chosen = wanted.among(names)
     places = [names.index(column) for column in chosen]
     columns: list[list[str]] = [[] for _ in chosen]
@@ -181,7 +194,7 @@ def _plain_rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
 
 def _quoted_rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    number = 1
+    number, limit = 1, csv.field_size_limit(len(text) + 1)  # long texts are cut to data.max_length anyway
     try:
         for row in reader:
             if row:
@@ -192,6 +205,8 @@ def _quoted_rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, l
             f"The row that begins in line {number} of {path} cannot be read ({error}); write a quote inside "
             f"a quoted text twice."
         ) from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _check_separator(wanted: _Wanted, first_line: str, separator: str) -> None:

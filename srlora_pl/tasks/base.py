@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
 
-from srlora_pl.checkpoints import keep_to_own_folders
+from srlora_pl.checkpoints import class_names, keep_to_own_folders
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Method
 from srlora_pl.lowrank.importance import all_finite
@@ -325,7 +325,21 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
                     f"The checkpoint was written with model.{key} {saved[key]!r}, but this run has "
                     f"{self.hparams.get(key)!r}: {mend}, or start anew without --ckpt_path."
                 )
+        self._require_same_classes(class_names(checkpoint))
         super().on_load_checkpoint(checkpoint)
+
+    def _require_same_classes(self, trained: list[str]) -> None:
+        """An output means a class by its place alone; so data of other classes would be scored against wrong ones."""
+        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        given = list(getattr(data, "class_names", None) or [])
+        if len(trained) != len(given):
+            return  # regression, data that name no classes; or another number of classes, refused as such
+        for place, (theirs, ours) in enumerate(zip(trained, given, strict=True)):
+            if theirs != ours:
+                raise UserError(
+                    f"The checkpoint was trained on other classes: number {place} is {theirs!r} there and {ours!r} in "
+                    "this data; name the classes of the data as they were, or start anew without --ckpt_path."
+                )
 
 
 def _collect(scores: dict[str, Metric]) -> MetricCollection:

@@ -249,6 +249,15 @@ def test_a_dry_run_lists_the_runs_and_trains_none(task, tmp_path, capsys):
     assert not output.exists()
 
 
+def test_nothing_is_chosen_from_a_grid_with_a_hole(task, tmp_path, capsys):
+    output = tmp_path / "out"
+    words = ["compare", "--config", str(task), "--methods", "lora", "--seeds", "2", "--output", str(output)]
+    assert cli.main([*words, "--grid", "model.lr=0.1,-1"]) == 1
+    assert "failed: lora-lr-1-seed0: error: " in capsys.readouterr().out
+    assert (output / "lora-lr0.1-seed0").is_dir()
+    assert not list(output.glob("*-seed1"))
+
+
 def test_a_grid_without_validation_ends_with_its_first_run(task, tmp_path, capsys):
     output = tmp_path / "out"
     words = compare(task, output, "--grid", "model.lr=0.1,0.2", "--data.val_fraction", "0")

@@ -105,6 +105,15 @@ def test_qqps_broken_lines_are_left_out(tmp_path: Path) -> None:
     assert read.labels.tolist() == [1, 1, 0]
 
 
+def test_a_broken_line_of_a_hidden_test_is_refused(tmp_path: Path) -> None:
+    """Left out it would move all that follow to wrong places of the submission."""
+    root = write_task(tmp_path, "qqp")
+    file = tmp_path / "QQP" / "test.tsv"
+    file.write_text(file.read_text("utf-8-sig") + "1\tw1 cut\n")
+    with pytest.raises(UserError, match=r"Line 3 of .*test.tsv has 2 fields but the header has 3; mend the line"):
+        GLUEData("qqp", root).read("test")
+
+
 def test_the_subset_of_qnli(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_task(tmp_path, "qnli")
     (tmp_path / "QNLI" / "train.tsv").rename(tmp_path / "QNLI" / "train_subset.tsv")

@@ -402,6 +402,18 @@ def spoil(path: Path, kind: str) -> Path:
     return path
 
 
+def test_images_of_other_kinds_are_named(image_tree, caplog: pytest.LogCaptureFixture) -> None:
+    root = image_tree({"cat": (20, 24), "dog": (24, 20)})
+    for name in ("cat/a.GIF", "dog/b.avif", "dog/notes.txt", "dog/.c.gif"):
+        (root / name).write_bytes(b"x")
+    with caplog.at_level("INFO"):
+        ready(root=str(root))
+    (said,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert said.startswith(
+        f"2 files in '{root}' that end in .avif, .gif are left out: images are read that end in .jpg"
+    )
+
+
 def test_model_without_data_config() -> None:
     data = attach(ImageData("digits"))
     del data.trainer.lightning_module.data_config

@@ -93,7 +93,7 @@ def test_broken_rows_are_left_out_where_that_is_asked_for(tmp_path: Path) -> Non
         ("a.csv", b"text,label\na,1\ncaf\xe9,1\n", "Line 3 of .*a.csv holds the byte 0xe9, which is not UTF-8"),
         ("a.csv", b"\xef\xbb\xbftext,label\na,1\ncaf\xe9,1\n", "Line 3 of .* 0xe9"),
         ("a.csv", "text,label\n", "has no rows"),
-        ("a.csv", "", "no column 'text'"),
+        ("a.csv", "", "a.csv' is empty; put a line of column names"),
         ("a.jsonl", "", "has no rows"),
         ("a.jsonl", '{"text": "a", "label": 0}\n{"text": \n', "Line 2 of .*a.jsonl is not JSON"),
         ("a.jsonl", '["a", 0]\n', "Line 1 of .*a.jsonl is not a JSON object"),

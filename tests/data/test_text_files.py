@@ -1,5 +1,6 @@
 """The user's own files: what they hold comes out, and what is wrong in them is said before training."""
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,37 @@ BAD: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
         {"problem": "regression"},
         "label '-inf' .* line 3 of .* is not a finite number",
     ),
+    "a number beyond 32 bits": (
+        {"train.csv": "text,label\nw1,1\nw2,1e39\n"},
+        {"problem": "regression"},
+        "label '1e39' .* line 3 of .* is not a finite number",
+    ),
+    "a number beyond all bits": (
+        {"train.jsonl": '{"text": "w1", "label": 1' + 400 * "0" + "}\n"},
+        {"problem": "regression"},
+        r"label 10+\.\.\. in column 'label' of line 1 of .* is not a finite number",
+    ),
+    "a list as text": (
+        {"train.csv": "text,label\nw1,\"['a', 'b']\"\n"},
+        {"problem": "multi_label"},
+        "a list written as text, in line 2 of .*; write its classes with ',' between, or a JSON-lines file",
+    ),
+    "nothing in a set": (
+        {"train.jsonl": '{"text": "w1", "label": ["a", null]}\n'},
+        {"problem": "multi_label"},
+        "holds None, which names no class, in line 1 of",
+    ),
+    "half a character in a label": (
+        {"train.jsonl": '{"text": "w1", "label": "x\\ud800"}\n{"text": "w1", "label": "y"}\n'},
+        {},
+        "label in column 'label' holds half a character .* in line 1 of",
+    ),
+    "two columns of a name": (
+        {"train.csv": "text,label,label\nw1,a,b\n"},
+        {},
+        "train.csv' has 2 columns 'label'; rename or remove one",
+    ),
+    "an empty file": ({"train.csv": ""}, {}, "train.csv' is empty; put a line of column names"),
     "a list of labels": (
         {"train.jsonl": '{"text": "w1", "label": ["a"]}\n'},
         {},
@@ -191,6 +223,14 @@ BAD: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
     "batch": ({"train.csv": GOOD}, {"batch_size": 9, "val_fraction": 0}, "batch_size is 9, but .* only 3 samples"),
     "nothing to validate": ({"train.csv": GOOD}, {"val_fraction": 0.01}, "val_fraction 0.01 of 3 .* is not one text"),
 }
+
+
+def test_a_text_of_any_length_is_read_and_cut(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    file = write(tmp_path / "train.csv", "text,label", "w1 " * 50_000 + ",yes", "w2,no")
+    data = loaded(file, tmp_path, batch_size=1, val_fraction=0.0)
+    assert int(data.train_set.tokens.lengths[0]) == data.max_length
+    assert csv.field_size_limit() == before
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -316,6 +316,19 @@ def test_a_checkpoint_makes_the_model_again(classifier, trainer, tmp_path, metho
     assert again.class_weights.tolist() == [1.0, 2.0]
 
 
+def test_a_checkpoint_of_other_classes_is_refused(classifier, trainer, tmp_path):
+    rows = samples(12, CLASSES[:12])
+    first = trainer(max_steps=2)
+    first.fit(classifier(), datamodule=ShuffledData(rows))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    other = Data(rows, class_names=["0", "one"])
+    again = trainer()
+    for use in (again.validate, again.test, again.predict):
+        with pytest.raises(UserError, match=r"trained on other classes: number 1 is '1' there and 'one' in this data"):
+            use(classifier(), datamodule=other, ckpt_path=tmp_path / "a.ckpt")
+    again.validate(classifier(), datamodule=Data(rows, class_names=["0", "1"]), ckpt_path=tmp_path / "a.ckpt")
+
+
 def test_a_checkpoint_of_another_model_is_refused(classifier, trainer, tmp_path):
     data, run = Data(samples(ROWS, CLASSES)), trainer(max_steps=1)
     run.fit(classifier(), datamodule=data)
