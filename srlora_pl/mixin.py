@@ -100,6 +100,8 @@ class SRLoRAMixin(_Module):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if "adaptation" not in vars(self):
+            raise UserError(f"{type(self).__name__} adapts no network, call self.adapt(net, method) in its __init__")
         # 64-true turns parameters into doubles only after this hook; start and load should already be exact to 1e-16
         self.trainer.precision_plugin.convert_module(self)
         if stage != "fit":

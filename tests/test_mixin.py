@@ -45,6 +45,16 @@ class Toy(SRLoRAMixin, L.LightningModule):
         return self.optimizer(trainable, lr=self.lr, **self.options)
 
 
+def test_a_module_that_adapts_nothing_is_told_so():
+    class Forgetful(SRLoRAMixin, L.LightningModule):
+        def training_step(self, batch, batch_idx): ...
+
+        def configure_optimizers(self): ...
+
+    with pytest.raises(UserError, match=r"Forgetful adapts no network, call self.adapt\(net, method\) in its __init__"):
+        trainer(max_steps=1).fit(Forgetful(), loader())
+
+
 class Moves(Callback):
     """The optimizer steps after which a frozen weight had changed."""
 

@@ -27,6 +27,7 @@ class Summary(Callback):
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
         self._earlier, self._begin = 0.0, 0.0
+        self._is_stale = True
         self._switches = 0  # at the end of training: the test that follows loads an earlier checkpoint
 
     @property
@@ -35,6 +36,11 @@ class Summary(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._is_stale and trainer.is_global_zero:
+            self.path.unlink(missing_ok=True)  # of the same run, when it ended earlier
+        self._is_stale = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._earlier, self._begin = self.seconds, 0.0
