@@ -194,19 +194,24 @@ def _plain_rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
 
 def _quoted_rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    number, limit = 1, csv.field_size_limit(len(text) + 1)  # long texts are cut to data.max_length anyway
-    try:
-        for row in reader:
-            if row:
-                yield number, row
-            number = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(
-            f"The row that begins in line {number} of {path} cannot be read ({error}); write a quote inside "
-            f"a quoted text twice."
-        ) from None
-    finally:
-        csv.field_size_limit(limit)
+    number = 1
+    while True:
+        # Texts of any length, which are cut to data.max_length anyway. The limit is the whole process's.
+        limit = csv.field_size_limit(max(len(text), csv.field_size_limit()))
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise UserError(
+                f"The row that begins in line {number} of {path} cannot be read ({error}); write a quote inside "
+                f"a quoted text twice."
+            ) from None
+        finally:
+            csv.field_size_limit(limit)
+        if row is None:
+            return
+        if row:
+            yield number, row
+        number = reader.line_num + 1
 
 
 def _check_separator(wanted: _Wanted, first_line: str, separator: str) -> None:

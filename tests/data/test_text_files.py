@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from srlora_pl import TextData, UserError
+from srlora_pl.data.tables import _quoted_rows
 
 from .texts import save_tokenizer, sentence, with_model, write
 
@@ -226,10 +227,19 @@ BAD: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
 
 
 def test_a_text_of_any_length_is_read_and_cut(tmp_path: Path) -> None:
-    before = csv.field_size_limit()
     file = write(tmp_path / "train.csv", "text,label", "w1 " * 50_000 + ",yes", "w2,no")
     data = loaded(file, tmp_path, batch_size=1, val_fraction=0.0)
     assert int(data.train_set.tokens.lengths[0]) == data.max_length
+
+
+def test_reading_leaves_the_processs_limit_for_a_field_alone(tmp_path: Path) -> None:
+    """Also while it is going on, and if the second of two files is done first."""
+    before = csv.field_size_limit()
+    one, other = (_quoted_rows(tmp_path, text, ",") for text in ("a,b\nc,d\n", "a" * 200_000 + "\nb\n"))
+    for rows in (one, other, one, other):
+        next(rows)
+        assert csv.field_size_limit() == before
+    assert (list(other), list(one)) == ([], [])
     assert csv.field_size_limit() == before
 
 
