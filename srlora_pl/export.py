@@ -28,8 +28,7 @@ from srlora_pl.tasks.image import ImageClassifier
 from srlora_pl.tasks.text import TextClassifier
 
 FORMATS = ("merged", "peft")
-WEIGHTS = ("model.safetensors", peft_format.WEIGHTS, peft_format.PICKLE)
-ADAPTERS = (peft_format.CONFIG, peft_format.WEIGHTS, peft_format.PICKLE)
+WEIGHTS = ("model.safetensors", peft_format.WEIGHTS)
 # Where a checkpoint's pretrained weights are may change when folders move; all else it says itself.
 _PLACES = ("backbone", "backbone_checkpoint", "adapter")
 
@@ -253,7 +252,7 @@ def _move(new: Path, target: Path) -> None:
         return
     # File by file, and the weights are away for as long as old and new ones are mixed.
     files = sorted(new.iterdir(), key=lambda file: file.name in WEIGHTS)
-    for name in {*WEIGHTS, *ADAPTERS}:
+    for name in (*WEIGHTS, peft_format.PICKLE, peft_format.CONFIG):
         (target / name).unlink(missing_ok=True)
     for file in files:
         file.replace(target / file.name)

@@ -175,9 +175,7 @@ def _run(plan: Plan, work: Runner, console: Console) -> tuple[list[Outcome], dic
         best = {}
         for method in plan.methods:
             mine = [outcome for outcome in outcomes if outcome.cell.method == method]
-            if len(mine) < len(plan.points):  # the best of what is left may not be the best
-                continue
-            if mine:
+            if len(mine) == len(plan.points):  # else the best of what is left may not be the best
                 best[method] = best_point(mine) if len(plan.points) > 1 else mine[0].cell
         outcomes += finished(plan.repetitions({method: cell.point for method, cell in best.items()}))
     return outcomes, best

@@ -169,9 +169,10 @@ def _at_quarters(outcomes: Sequence[Outcome], name: str, scale: int) -> list[str
 def _differences(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
     lines = []
     for (first, mine), (second, theirs) in combinations(outcomes.items(), 2):
-        found = Difference.between(by_seed(mine), by_seed(theirs))
+        scores = by_seed(mine), by_seed(theirs)
+        found = Difference.between(*scores)
         if found is None:
-            few = len(by_seed(mine).keys() & by_seed(theirs).keys()) < 2
+            few = len(scores[0].keys() & scores[1].keys()) < 2
             why = "too few seeds in common to tell a difference" if few else "the same difference with every seed"
             lines.append(f"* {first} against {second}: {why}.")
             continue

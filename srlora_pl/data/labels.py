@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from srlora_pl.data.tables import Table, is_half_a_character, is_missing
+from srlora_pl.data.tables import Table, is_missing
 from srlora_pl.errors import UserError, did_you_mean
 
 Problem = Literal["single_label", "multi_label", "regression"]
@@ -52,20 +52,20 @@ def label_sets(table: Table, column: str, separator: str) -> list[list[str]]:
     for row, value in enumerate(table.columns[column]):
         if is_missing(value):
             raise _no_label(table.where(row), column)
-        text = str(value).strip()
+        text = class_text(value)
         if not isinstance(value, list) and text.startswith("[") and text.endswith("]"):
             raise UserError(
                 f"The label in column {column!r} is {text!r}, a list written as text, in {table.where(row)}; write its "
                 f"classes with {separator!r} between, or a JSON-lines file with lists."
             )
-        parts = value if isinstance(value, list) else class_text(value).split(separator)
+        parts = value if isinstance(value, list) else text.split(separator)
         for part in parts:
             if is_missing(part) or isinstance(part, list | dict):
                 raise UserError(
                     f"The label in column {column!r} holds {part!r}, which names no class, in {table.where(row)}; "
                     "correct it or remove the row."
                 )
-            _require_characters(part, table.where(row), column)
+            table.require_characters("label", part, column, row)
         sets.append([name for name in map(class_text, parts) if name])
     return sets
 
@@ -91,16 +91,8 @@ def present(table: Table, column: str) -> list[Any]:
                 f"The label in column {column!r} is a list in {table.where(row)}; set data.problem to multi_label, or "
                 f"write one label."
             )
-        _require_characters(value, table.where(row), column)
+        table.require_characters("label", value, column, row)
     return values
-
-
-def _require_characters(value: Any, where: str, column: str) -> None:
-    if isinstance(value, str) and is_half_a_character(value):
-        raise UserError(
-            f"The label in column {column!r} holds half a character (a lone surrogate) in {where}; correct it or "
-            "remove the row."
-        )
 
 
 def _is_empty(value: Any) -> bool:

@@ -40,17 +40,16 @@ class Table:
                 raise UserError(
                     f"Column {column!r} holds {text!r}, not text, in {self.where(row)}; name another column."
                 )
-            if is_half_a_character(text):
-                raise UserError(
-                    f"The text in column {column!r} holds half a character (a lone surrogate) in {self.where(row)}; "
-                    f"correct or remove the row."
-                )
+            self.require_characters("text", text, column, row)
         return self.columns[column]
 
-
-def is_half_a_character(text: str) -> bool:
-    """Whether ``text`` holds a lone surrogate, which no file in UTF-8 can."""
-    return not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text)
+    def require_characters(self, what: str, value: Any, column: str, row: int) -> None:
+        """Refuse a text with a lone surrogate, which no file in UTF-8 can hold."""
+        if isinstance(value, str) and not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise UserError(
+                f"The {what} in column {column!r} holds half a character (a lone surrogate) in {self.where(row)}; "
+                f"correct or remove the row."
+            )
 
 
 def is_missing(value: Any) -> bool:

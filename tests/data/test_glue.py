@@ -39,6 +39,10 @@ def write_task(root: Path, task: str) -> str:
     return str(root)
 
 
+def append(file: Path, lines: str) -> None:
+    file.write_text(file.read_text("utf-8-sig") + lines)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_from_its_files(task: str, tmp_path: Path) -> None:
     data = GLUEData(task, write_task(tmp_path, task))
@@ -97,8 +101,7 @@ def test_mnli_has_two_of_each(tmp_path: Path) -> None:
 
 def test_qqps_broken_lines_are_left_out(tmp_path: Path) -> None:
     root = write_task(tmp_path, "qqp")
-    file = tmp_path / "QQP" / "train.tsv"
-    file.write_text(file.read_text("utf-8-sig") + "9\t1\t2\tw1 cut\n8\t4\t5\t\tw2\t0\n")
+    append(tmp_path / "QQP" / "train.tsv", "9\t1\t2\tw1 cut\n8\t4\t5\t\tw2\t0\n")
     read = GLUEData("qqp", root).read("train")
     assert read.first == ["w1", "w1", ""]
     assert read.labels is not None
@@ -108,8 +111,7 @@ def test_qqps_broken_lines_are_left_out(tmp_path: Path) -> None:
 def test_a_broken_line_of_a_hidden_test_is_refused(tmp_path: Path) -> None:
     """Left out it would move all that follow to wrong places of the submission."""
     root = write_task(tmp_path, "qqp")
-    file = tmp_path / "QQP" / "test.tsv"
-    file.write_text(file.read_text("utf-8-sig") + "1\tw1 cut\n")
+    append(tmp_path / "QQP" / "test.tsv", "1\tw1 cut\n")
     with pytest.raises(UserError, match=r"Line 3 of .*test.tsv has 2 fields but the header has 3; mend the line"):
         GLUEData("qqp", root).read("test")
 
@@ -205,8 +207,7 @@ def test_bad_files(split: str, content: bytes | None, says: str, tmp_path: Path)
 
 def test_a_score_that_is_no_number(tmp_path: Path) -> None:
     root = write_task(tmp_path, "stsb")
-    file = tmp_path / "STS-B" / "dev.tsv"
-    file.write_text(file.read_text("utf-8-sig") + "2\tnews\tw1\tw2\tinf\n")
+    append(tmp_path / "STS-B" / "dev.tsv", "2\tnews\tw1\tw2\tinf\n")
     with pytest.raises(UserError, match=r"label 'inf' in column 'score' of line 4 .* is not a finite number"):
         GLUEData("stsb", root).read("dev")
 
