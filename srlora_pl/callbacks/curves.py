@@ -29,6 +29,12 @@ class ContinuedTensorBoardLogger(TensorBoardLogger):
         return super().experiment
 
     @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """What is logged later, as by a test, goes into a file begun above; a closed writer would begin one itself."""
+        super().finalize(status)
+        self._experiment = None
+
+    @rank_zero_only
     def cut(self, step: int) -> None:
         """Make readers forget ``step`` and all later ones of earlier files."""
         restart = Event(step=step, session_log=SessionLog(status=SessionLog.START))

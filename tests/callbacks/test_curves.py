@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+
 from srlora_pl.callbacks.curves import ContinuedTensorBoardLogger
 
 
@@ -16,3 +20,16 @@ def test_files_of_one_folder_begin_in_seconds_of_their_own(tmp_path: Path) -> No
     assert len(begun) == 3
     assert len(set(seconds)) == 3
     assert seconds == sorted(seconds)
+
+
+def test_what_a_test_logs_is_not_cut_with_what_was_cut_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within a second the tenth file of a process, ``.9``, is read after the eleventh, ``.10``."""
+    monkeypatch.setattr(event_file_writer._global_uid, "_value", 9)
+    logger = ContinuedTensorBoardLogger(tmp_path, name="", version="")
+    logger.cut(8)
+    logger.log_metrics({"loss": 2.0}, 9)
+    logger.finalize("success")
+    logger.log_metrics({"loss": 1.0}, 12)
+    logger.finalize("success")
+    found = EventAccumulator(str(tmp_path)).Reload().Scalars("loss")
+    assert [(each.step, each.value) for each in found] == [(9, 2.0), (12, 1.0)]
