@@ -62,10 +62,10 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def class_names(checkpoint: dict[str, Any]) -> list[str]:
-    """Of the data that the model was trained on, in the order of its outputs; empty where the file does not tell."""
+def class_names(checkpoint: dict[str, Any]) -> list[str] | None:
+    """Of the data that the model was trained on, in the order of its outputs; None where the file does not tell."""
     states = [state for state in checkpoint.values() if isinstance(state, dict) and "processed" in state]
-    return next((list(state["class_names"]) for state in states if "class_names" in state), [])
+    return next((list(state["class_names"]) for state in states if "class_names" in state), None)
 
 
 def keep_to_own_folders(checkpoint: dict[str, Any], callbacks: Iterable[Checkpoint]) -> None:

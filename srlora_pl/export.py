@@ -440,7 +440,7 @@ def load_task(checkpoint: Path, config_file: str | None) -> tuple[Task, list[str
         # As ImageData prepares images for evaluation: it resizes both sides, whatever their ratio.
         crop = (data.get("init_args") or {}).get("test_crop_pct", 1.0)
         task.data_config |= {"crop_pct": crop, "crop_mode": "squash"}
-    return task, checkpoints.class_names(content)
+    return task, checkpoints.class_names(content) or []
 
 
 def _task_class(checkpoint: Path, config_file: str | None) -> tuple[config.Node, type[Task]]:

@@ -131,7 +131,7 @@ class Run(LightningCLI):
         self._say_what_was_dropped()
         self._choose_checkpoint()
         if self.ckpt_path:
-            checkpoints.read(Path(self.ckpt_path))
+            self._take_classes_of(checkpoints.read(Path(self.ckpt_path)))
         elif self.command == "predict":
             raise UserError("predict needs --ckpt_path, the checkpoint of a finished run")
         elif self.command != "fit":
@@ -141,6 +141,12 @@ class Run(LightningCLI):
         count = self.config.model.init_args.get("num_classes")
         if count is not None:
             raise UserError(f"model.num_classes {count} is not for you to set, it comes from the data: leave it out")
+
+    def _take_classes_of(self, checkpoint: dict[str, Any]) -> None:
+        """To predict the user's own samples the data of the training are not needed."""
+        data = self.config.data.init_args
+        if self.command == "predict" and data.get("predict_root") and "class_names" in data:
+            data.class_names = data.class_names or checkpoints.class_names(checkpoint)
 
     def _say_what_was_dropped(self) -> None:
         """An overlay or ``--model.method`` changes the class; arguments that it does not take fall away."""

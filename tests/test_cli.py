@@ -215,6 +215,18 @@ def test_predict_takes_a_folder_or_one_file(run: Finished, tmp_path: Path) -> No
             assert [Path(row["sample"]).name for row in csv.DictReader(file)] == expected
 
 
+def test_own_pictures_are_predicted_without_the_data_of_the_training(run: Finished, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    options = ["--config", "small.yaml", "--ckpt_path", run.best, "--data.predict_root", tmp_path]
+    written = []
+    for gone in ([], ["--data.name=null", "--data.root=gone"]):
+        file = tmp_path / f"{len(written)}.csv"
+        code, _, err = cli("predict", *options, *gone, "--output", file, home=run.home)
+        assert code == 0, err
+        written.append(file.read_text())
+    assert written[0] == written[1]
+
+
 def test_predictions_go_to_the_run_by_default(run: Finished) -> None:
     code, out, _ = cli("predict", "--config", "small.yaml", "--ckpt_path", run.best, home=run.home)
     assert code == 0

@@ -1,6 +1,7 @@
 """Texts through the command line: a small encoder, GLUE's files and a CSV, and what is left behind."""
 
 import csv
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,18 @@ def test_own_texts_with_several_labels(home):
     assert [row["sample"] for row in rows] == [str(i) for i in range(6)]
     for row in rows:
         assert row["label"] == "|".join(name for name in "ab" if float(row[f"probability_{name}"]) > 0.5)
+
+    (home / "texts/test.csv").rename(home / "new.csv")
+    shutil.rmtree(home / "texts")  # what the model was trained on is not needed any more
+    code, out, err = predict(home, run, "--data.predict_root=new.csv", "--output=mine.csv")
+    assert code == 0, err
+    assert (home / "mine.csv").read_text() == (run / "predictions.csv").read_text()
+    code, out, err = predict(home, run, "--data.predict_root=new.csv", "--data.problem=regression")
+    assert code == 2
+    assert "data.problem is 'regression', but the model was trained on 2 classes" in err
+    code, out, err = cli("fit", "--config", "text.yaml", "--data.class_names=[a,b]", home=home)
+    assert code == 2
+    assert "data.class_names stands for the files of a trained model: leave it out" in err
 
 
 def test_a_resumed_run_on_texts_equals_the_uninterrupted_one(home, monkeypatch):

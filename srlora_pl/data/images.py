@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys, stratified_split, user_error_as_batch
-from srlora_pl.data.sources import Pictures, Split, find_source, into_memory, picture_files
+from srlora_pl.data.sources import NamesOnly, Pictures, Split, find_source, into_memory, picture_files
 from srlora_pl.data.transforms import ImageTransform
 from srlora_pl.errors import UserError
 
@@ -39,6 +39,8 @@ class ImageData(DataModule):
         crop_scale: smallest and largest share of the area that a random training crop keeps.
         test_crop_pct: evaluation images are resized to size / test_crop_pct, and the middle is kept.
         predict_root: a folder of images or one file to predict; None predicts the test split.
+        class_names: of a trained model, in the order of its outputs, to predict ``predict_root`` without the data at
+            ``root``; ``python cli.py predict`` takes them from the checkpoint.
 
     Raises:
         UserError: data that is missing, empty, broken or of one class; an argument out of its range.
@@ -58,6 +60,7 @@ class ImageData(DataModule):
         crop_scale: tuple[float, float] = (0.08, 1.0),
         test_crop_pct: float = 1.0,
         predict_root: str | None = None,
+        class_names: list[str] | None = None,
     ) -> None:
         super().__init__(batch_size, val_fraction, seed, num_workers)
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
@@ -66,7 +69,9 @@ class ImageData(DataModule):
             raise UserError(f"data.test_crop_pct is {test_crop_pct}; it must be above 0 and at most 1.")
         self.options = {"crop_scale": tuple(crop_scale), "hflip": hflip, "test_crop_pct": test_crop_pct}
         self.predict_root = predict_root
-        self.source = find_source(name, root, image_column, label_column)
+        self.source = (
+            find_source(name, root, image_column, label_column) if class_names is None else NamesOnly(class_names)
+        )
         self.class_names = list(self.source.class_names)
         self.num_classes = len(self.class_names)
         self.transform: ImageTransform | None = None

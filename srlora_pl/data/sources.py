@@ -3,6 +3,7 @@
 Names of splits are ``train``, ``val`` and ``test``. A source reads no pixels in ``__init__``.
 """
 
+import contextlib
 import struct
 import zlib
 from collections import Counter
@@ -17,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, STL10
@@ -65,7 +66,11 @@ class Pictures:
         return Image.open(self.file(index), formats=self._formats)
 
     def decode(self, index: int, use: Callable[[Image.Image], _T]) -> _T:
-        """``use`` of one image.
+        """``use`` of one image, turned upright as its EXIF data say; errors as those of `look`."""
+        return self.look(index, lambda image: use(_upright(image)))
+
+    def look(self, index: int, use: Callable[[Image.Image], _T]) -> _T:
+        """``use`` of one image as it lies in the file; as long as that is its head, no pixels are read.
 
         Raises:
             UserError: it cannot be read, or ``use`` refused it; the sentence has the file's name.
@@ -82,6 +87,12 @@ class Pictures:
             raise UserError(
                 f"The image {self.name(index)} {reason}; replace it to go on with a run, or remove it for a new one."
             ) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    with contextlib.suppress(*_BROKEN):  # EXIF data that cannot be read are no reason; bad pixels are met again
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 class Files(Pictures):
@@ -145,6 +156,26 @@ class Source(Protocol):
 
     def load(self, split: str) -> Split:
         """The split's images and labels."""
+
+
+class NamesOnly:
+    """No data, only the classes of a model that is to predict pictures of the user's own."""
+
+    def __init__(self, class_names: list[str]) -> None:
+        self.class_names = class_names
+
+    def prepare(self) -> None:
+        pass
+
+    def has(self, split: str) -> bool:
+        return False
+
+    has_labels = has
+
+    def load(self, split: str) -> Split:
+        raise UserError(
+            f"data.class_names stands for the data of a trained model, and there is no {split} split: leave it out."
+        )
 
 
 # -- shipped
@@ -507,7 +538,7 @@ def into_memory(pictures: Pictures) -> Tensor | Pictures:
         if pixels is not None:
             return pixels
     for index in range(0, len(pictures), max(1, len(pictures) // _HEADERS)):
-        pictures.decode(index, check_mode)
+        pictures.look(index, check_mode)
     return pictures
 
 

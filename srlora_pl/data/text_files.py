@@ -45,6 +45,8 @@ class TextData(TextDataModule):
         pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length.
         predict_root: a file to predict, labels not needed; None predicts the test file.
         cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
+        class_names: of a trained model, in the order of its outputs (none for numbers), to predict ``predict_root``
+            without the files at ``root``; ``python cli.py predict`` takes them from the checkpoint.
 
     Raises:
         UserError: a file, column, text or label that is missing or wrong; an argument out of its range.
@@ -66,6 +68,7 @@ class TextData(TextDataModule):
         pad_to_max_length: bool = False,
         predict_root: str | None = None,
         cache_dir: str | None = None,
+        class_names: list[str] | None = None,
     ) -> None:
         super().__init__(batch_size, val_fraction, seed, num_workers, max_length, pad_to_max_length, cache_dir)
         self.text_columns = [text_column] if isinstance(text_column, str) else list(text_column)
@@ -84,11 +87,13 @@ class TextData(TextDataModule):
             raise UserError(f"data.problem is {problem!r}{near}; it is one of {', '.join(_SCORES)}.")
         self.label_column, self.problem, self.score_names = label_column, problem, _SCORES[problem]
         self.separator, self.label_separator = separator, label_separator
-        files = find_files(Path(root).expanduser())
+        files = find_files(Path(root).expanduser()) if class_names is None else {}
         if predict_root is not None:
             files["predict"] = Path(predict_root).expanduser()
         self._tables = {split: self._table(split, file) for split, file in files.items()}
-        self.class_names = self._classes()
+        self.class_names = self._classes() if class_names is None else list(class_names)
+        if (problem == "regression") == bool(self.class_names):
+            raise UserError(f"data.problem is {problem!r}, but the model was trained on {_what(self.class_names)}.")
         self.num_classes = len(self.class_names) or 1
         self._labels = {
             split: self._encode(table)
@@ -126,6 +131,8 @@ class TextData(TextDataModule):
         return encode_classes(table, self.label_column, self.class_names)
 
     def splits(self, use: str) -> list[str]:
+        if use == "train" and use not in self._tables:
+            raise UserError("data.class_names stands for the files of a trained model: leave it out to read them.")
         if use == "test":
             return ["test"] if "test" in self._labels else []
         if use == "predict" and "predict" not in self._tables:
@@ -136,6 +143,10 @@ class TextData(TextDataModule):
         table = self._tables[split]
         columns = [table.texts(column) for column in self.text_columns]
         return Texts(columns[0], columns[1] if len(columns) > 1 else None, self._labels.get(split))
+
+
+def _what(class_names: list[str]) -> str:
+    return f"{len(class_names)} classes" if class_names else "numbers"
 
 
 def find_files(root: Path) -> dict[str, Path]:

@@ -325,7 +325,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
                     f"The checkpoint was written with model.{key} {saved[key]!r}, but this run has "
                     f"{self.hparams.get(key)!r}: {mend}, or start anew without --ckpt_path."
                 )
-        self._require_same_classes(class_names(checkpoint))
+        self._require_same_classes(class_names(checkpoint) or [])
         super().on_load_checkpoint(checkpoint)
 
     def _require_same_classes(self, trained: list[str]) -> None:

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from srlora_pl.data.images import FileImages, ImageData, MemoryImages
+from srlora_pl.data.sources import Files, picture_files
+from srlora_pl.data.transforms import check_mode
 from srlora_pl.errors import UserError
 
 from .conftest import attach
@@ -352,6 +354,54 @@ def test_own_pictures_are_predicted_without_the_data_of_the_training(
     monkeypatch.setattr(data.source, "prepare", lambda: asked.append(1))
     attach(data, state=SimpleNamespace(fn=stage)).prepare_data()
     assert len(asked) == downloads
+
+
+def test_own_pictures_are_predicted_with_the_classes_alone(image_tree: Tree, tmp_path: Path) -> None:
+    root = image_tree({"any": (9, 9)}, count=2)
+    own = {"root": str(tmp_path / "gone"), "class_names": ["x", "y", "z"]}
+    data = ready("predict", **own, predict_root=str(root))
+    assert (data.num_classes, data.class_names) == (3, ["x", "y", "z"])
+    assert batches(data, data.predict_dataloader())["image"].shape == (2, 3, 16, 16)
+    for stage, sentence in {
+        "fit": "data.class_names .* no train split: leave it out",
+        "test": "no labelled test split",
+        "predict": "no test split to predict; set data.predict_root",
+    }.items():
+        with pytest.raises(UserError, match=sentence):
+            ready(stage, **own)
+
+
+def test_photos_are_turned_upright(tmp_path: Path) -> None:
+    """A camera held on its side writes its pixels as they lie, and how to turn them."""
+    pixels = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3
+    exif = Image.Exif()
+    for orientation, written in {1: pixels, 6: np.rot90(pixels), 3: pixels[::-1, ::-1], 2: pixels[:, ::-1]}.items():
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.fromarray(np.ascontiguousarray(written)).save(tmp_path / "photo.png", exif=exif)
+        seen = picture_files(tmp_path, "data.predict_root").images
+        assert isinstance(seen, Files)
+        assert seen.decode(0, lambda image: image.size) == (4, 6)
+        assert np.array_equal(seen.decode(0, np.asarray), pixels)
+
+
+def test_a_photo_with_broken_exif_data_is_read(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.ImageDescription] = 6, "red"
+    description = ExifTags.Base.ImageDescription.to_bytes(2, "big")
+    broken = exif.tobytes().replace(description, b"\1\0")  # a text where a number is to be
+    Image.new("RGB", (6, 4), "red").save(tmp_path / "photo.jpg", exif=broken)
+    seen = picture_files(tmp_path, "data.predict_root").images
+    assert isinstance(seen, Files)
+    assert seen.decode(0, lambda image: image.size) == (4, 6)
+
+
+def test_heads_are_looked_at_without_their_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten thousand PNG files are looked at before training, and PIL reads a PNG's pixels to know its EXIF data."""
+    Image.new("RGB", (4, 6), "red").save(tmp_path / "photo.png")
+    seen = picture_files(tmp_path, "data.predict_root").images
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("pixels were read"))
+    assert isinstance(seen, Files)
+    seen.look(0, check_mode)
 
 
 def test_predict_root_missing_or_empty(tmp_path: Path) -> None:
