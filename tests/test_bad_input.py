@@ -111,6 +111,7 @@ TRAINER: dict[str, Case] = {
         ["val_check_interval", "999"],
     ),
     "endless run": ([*FIT, "--trainer.max_steps=-1", "--trainer.max_epochs=-1"], ["trainer.max_steps"]),
+    "no batch at all": ([*FIT, "--trainer.limit_train_batches=0"], ["trainer.limit_train_batches 0", "no batch of"]),
     "no batches": ([*FIT, "--trainer.limit_train_batches=0.001"], ["0.001", "limit_train_batches"]),
     "averaged weights": (
         [*FIT, "--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"],
@@ -316,6 +317,18 @@ TEXTS: dict[str, Case] = {
     "length of 0": (texts("reviews", "--data.max_length=0"), ["data.max_length is 0"]),
     "length without room": (texts("reviews", "--data.max_length=2"), ["data.max_length is 2", "at least 3"]),
     "length above the model's": (texts("reviews", "--data.max_length=999"), ["data.max_length is 999", "at most 64"]),
+    "tokenizer of another model": (
+        texts("reviews", '--model.backbone_kwargs={"pretrained": false, "vocab_size": 10}'),
+        ["tokenizer of model.backbone", "of 'train'", "knows 10"],
+    ),
+    "pairs without token types": (
+        texts(
+            "pairs.csv",
+            "--data.text_column=[a,b]",
+            '--model.backbone_kwargs={"pretrained": false, "type_vocab_size": 1}',
+        ),
+        ["token type 1 of 'train'", "knows 1"],
+    ),
     "unknown task": (glue("SST-3", "glue"), ["'SST-3'", "'sst2'"]),
     "no task folder": (glue("cola", "glue"), ["'glue'", "CoLA/train.tsv"]),
     "no folder of tasks": (glue("rte", "./gleu"), ["./gleu", "RTE/train.tsv"]),
@@ -406,6 +419,7 @@ FILES: dict[str, str | bytes] = {
     "unknown/train.csv": GOOD,
     "unknown/val.csv": "text,label\nw1,yes\nw2,yess\n",
     "single.csv": "text,label\nw1,no\nw2,no\n",
+    "pairs.csv": "a,b,label\n" + "".join(f"w{i},w{i + 1},{i % 2}\n" for i in range(16)),
     "nan.csv": f"{GOOD}w5,NaN\n",
     "nan_number.csv": "text,label\nw1,1\nw2,nan\n",
     "list.jsonl": '{"text": "w1", "label": ["a"]}\n',

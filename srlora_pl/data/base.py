@@ -94,6 +94,11 @@ class DataModule(L.LightningDataModule):
                 f"data.batch_size is {self.batch_size}{f' on {devices} devices' * (devices > 1)}, but the training "
                 f"split has only {len(self._train())} samples; use a smaller batch."
             )
+        if stage == "fit" and not self.batches_per_epoch:
+            raise UserError(
+                f"trainer.limit_train_batches {self.trainer.limit_train_batches} leaves no batch of "  # type: ignore[union-attr]
+                f"{len(EpochBatches(self))} to train on; raise it."
+            )
         if stage == "validate" and self.val_set is None:
             raise UserError("There is no validation split; set data.val_fraction above 0.")
 

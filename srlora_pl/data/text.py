@@ -124,6 +124,7 @@ class TextDataModule(DataModule):
                 raise UserError("The data has no test split to predict; set data.predict_root to a file of texts.")
             self.predict_set = self._sets("predict")
         for split in self._needed(stage):
+            self._require_known(split)
             self._say_truncated(split)
 
     def _require_room(self) -> None:
@@ -132,6 +133,20 @@ class TextDataModule(DataModule):
             raise UserError(
                 f"data.max_length is {self.max_length}, but this model has positions for {longest} tokens: lower it."
             )
+
+    def _require_known(self, split: str) -> None:
+        """A number without an embedding would end the run with an error of the device, at whatever batch it is in."""
+        tokens, module = self._tokens(split)[0], self.trainer and self.trainer.lightning_module
+        for name, ids, attribute in (
+            ("token", tokens.input_ids, "vocab_size"),
+            ("token type", tokens.token_type_ids, "token_types"),
+        ):
+            known = getattr(module, attribute, None)
+            if known is not None and ids is not None and len(ids) and (largest := int(ids.max())) >= known:
+                raise UserError(
+                    f"The tokenizer of model.backbone {self._tokenizer[0]!r} makes {name} {largest} of '{split}', but "
+                    f"the network knows {known} of them, counted from 0; put the tokenizer of this network there."
+                )
 
     def _load_train_and_val(self, stage: str) -> None:
         names = self.splits("val")

@@ -234,9 +234,9 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         bad = self.trainer.strategy.reduce_boolean_decision(bool(self._non_finite), all=False)
         if bad and not self._is_tuning:
             raise UserError(
-                f"The training loss became NaN or infinite in steps {first} to {last}: go on from the last checkpoint, "
-                "which is good, with another trainer.precision (bf16-mixed, 32-true) or trainer.gradient_clip_val, or "
-                "start anew with a lower model.lr or more model.warmup_steps."
+                f"The training loss became NaN or infinite in steps {first} to {last}: start anew with a lower "
+                "model.lr or more model.warmup_steps, or go on from the last checkpoint, if there is one it is good, "
+                "with another trainer.precision (bf16-mixed, 32-true) or trainer.gradient_clip_val."
             )
 
     def _refuse_non_finite_weights(self) -> None:
@@ -245,8 +245,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         if not self.trainer.strategy.reduce_boolean_decision(finite) and not self._is_tuning:
             raise UserError(
                 f"The weights became NaN or infinite before step {self.global_step + 1}, though the loss was finite: "
-                "go on from the last checkpoint, which is good, with trainer.precision 32-true or 64-true, or start "
-                "anew with a lower model.lr."
+                "start anew with a lower model.lr, or go on from the last checkpoint, if there is one it is good, with "
+                "trainer.precision 32-true or 64-true."
             )
 
     @property

@@ -190,8 +190,19 @@ def quiet() -> Iterator[None]:
 
 def max_tokens(net: nn.Module) -> int | None:
     """How many tokens the learned absolute positions of ``net`` reach; None where it has none, as DeBERTa-v3."""
-    for name, module in net.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa's positions begin behind that of padding.
-            return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-    return None
+    positions = _embedding(net, "position_embeddings")
+    if positions is None:
+        return None
+    # RoBERTa's positions begin behind that of padding.
+    return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+
+
+def token_types(net: nn.Module) -> int | None:
+    """How many kinds of tokens ``net`` tells apart, as those of the first and the second text; None where none are."""
+    kinds = _embedding(net, "token_type_embeddings")
+    return None if kinds is None else kinds.num_embeddings
+
+
+def _embedding(net: nn.Module, name: str) -> nn.Embedding | None:
+    found = (each for place, each in net.named_modules() if place.endswith(name) and isinstance(each, nn.Embedding))
+    return next(found, None)

@@ -14,7 +14,7 @@ from srlora_pl.lowrank import Method
 from srlora_pl.tasks import scores
 from srlora_pl.tasks.base import Batch, Task, require
 from srlora_pl.tasks.deberta import use_fast_attention
-from srlora_pl.tasks.encoders import build_encoder, head_names, max_tokens, resolve
+from srlora_pl.tasks.encoders import build_encoder, head_names, max_tokens, resolve, token_types
 
 
 class TextClassifier(Task):
@@ -108,6 +108,17 @@ class TextClassifier(Task):
     def max_tokens(self) -> int | None:
         """How long a text the network has positions for; None where it needs none."""
         return max_tokens(self.net)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the network has embeddings for."""
+        embeddings: Any = self.net.get_input_embeddings()  # type: ignore[operator]
+        return embeddings.num_embeddings
+
+    @property
+    def token_types(self) -> int | None:
+        """How many kinds of tokens the network tells apart; None where it does not."""
+        return token_types(self.net)
 
     def _settle(self, problem: str, score_names: Sequence[str] | None) -> None:
         """Take a problem and its scores, the defaults for None, if they go with the other arguments."""

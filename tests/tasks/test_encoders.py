@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.utils import logging
 
 from srlora_pl.errors import UserError
-from srlora_pl.tasks.encoders import PACKAGED, build_encoder, head_names, max_tokens, resolve
+from srlora_pl.tasks.encoders import PACKAGED, build_encoder, head_names, max_tokens, resolve, token_types
 from tests.tasks.texts import BERT, DEBERTA, folder
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -99,6 +99,7 @@ def test_the_longest_text_that_positions_reach(tmp_path, family, longest):
     config = config | {"model_type": family, "vocab_size": 50, "max_position_embeddings": 20, "pad_token_id": 1}
     net = build_encoder(folder(tmp_path, config), 2, {"pretrained": False})
     assert max_tokens(net) == longest
+    assert token_types(net) == (None if family == "distilbert" else 2)
     assert net(torch.full((1, longest), 3)).logits.shape == (1, 2)
     with pytest.raises((RuntimeError, IndexError)):
         net(torch.full((1, longest + 1), 3))
