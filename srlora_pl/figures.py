@@ -348,6 +348,7 @@ def read_run(folder: Path) -> TrainedRun:
     walks = getattr(methods, method, methods.Method).needs_spectrum or state["switches_done"] > 0
     matrices = state["matrices"].items() if walks else ()
     histories = {name: each["intervals"].clone() for name, each in matrices}
+    last_step += state.get("steps_before", 0)
     return TrainedRun(folder, method, last_step, histories, loss_curve(folder / "metrics.csv"))
 
 

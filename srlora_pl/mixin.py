@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.progress import track
@@ -78,6 +78,10 @@ class SRLoRAMixin(_Module):
         Raises:
             UserError: see `srlora_pl.lowrank.Adaptation`.
         """
+        if "adaptation" in vars(self):
+            raise UserError(
+                f"{type(self).__name__} calls adapt() twice, it can adapt one network: put both into one nn.Module"
+            )
         self.adaptation = Adaptation(net, method, trainable, pretrained, new)
         self.adaptation.once = self._in_the_first_process
 
@@ -100,8 +104,7 @@ class SRLoRAMixin(_Module):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if "adaptation" not in vars(self):
-            raise UserError(f"{type(self).__name__} adapts no network, call self.adapt(net, method) in its __init__")
+        self._require_adapted()
         # 64-true turns parameters into doubles only after this hook; start and load should already be exact to 1e-16
         self.trainer.precision_plugin.convert_module(self)
         if stage != "fit":
@@ -117,6 +120,10 @@ class SRLoRAMixin(_Module):
                 f"Singular directions of {len(spectra)} matrices: {size:.1f} MiB, ready after "
                 f"{time.perf_counter() - begin:.1f} s."
             )
+
+    def _require_adapted(self) -> None:
+        if "adaptation" not in vars(self):
+            raise UserError(f"{type(self).__name__} adapts no network, call self.adapt(net, method) in its __init__")
 
     def _progress(self, matrices: list[Matrix]) -> Iterable[Matrix]:
         shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
@@ -137,6 +144,11 @@ class SRLoRAMixin(_Module):
         if trainer.accumulate_grad_batches < 1:
             raise UserError(
                 f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, it must be 1 or more"
+            )
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+            raise UserError(
+                "the callback GradientAccumulationScheduler makes the run another length than Lightning expects and "
+                "switches are planned for: remove it and set trainer.accumulate_grad_batches"
             )
         for name in ("val_check_interval", "check_val_every_n_epoch"):
             if getattr(trainer, name) == 0:
@@ -175,6 +187,7 @@ class SRLoRAMixin(_Module):
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        self.adaptation.require_trained(self.trainer.optimizers[0])
         if isinstance(self.adaptation.method, SRLoRA):
             self._plan(self.trainer.global_step, self._all_steps())
             # a file written at a switch step, before the switch, is made up for here
@@ -225,6 +238,8 @@ class SRLoRAMixin(_Module):
 
     def on_train_end(self) -> None:
         super().on_train_end()
+        self.adaptation.require_gradients()
+        self.adaptation.untouched(self._trained())  # what trained now may be frozen by the time of a checkpoint
         missed = self.adaptation.switches_missed
         if missed:
             rank_zero_info(
@@ -238,18 +253,19 @@ class SRLoRAMixin(_Module):
         super().on_save_checkpoint(checkpoint)
         if any(layer.merged for layer in self.adaptation.layers.values()):
             raise UserError("the pairs are merged into the weights, call unmerge() before saving a checkpoint")
-        trained = [p for optimizer in self._optimizers() for group in optimizer.param_groups for p in group["params"]]
-        left_out = {id(p) for p in self.adaptation.untouched(trained)} if not self.whole_checkpoints else set()
+        left_out = {id(p) for p in self.adaptation.untouched(self._trained())} if not self.whole_checkpoints else set()
         checkpoint[_CHECKPOINT_KEY] = self.adaptation.state_dict(compact=bool(left_out))
         for name, value in self.state_dict(keep_vars=True).items():
             if id(value) in left_out:
                 checkpoint["state_dict"].pop(name, None)
 
-    def _optimizers(self) -> Sequence[Optimizer]:
-        return [] if self._trainer is None else self.trainer.optimizers
+    def _trained(self) -> list[Tensor]:
+        optimizers: Sequence[Optimizer] = [] if self._trainer is None else self.trainer.optimizers
+        return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self._require_adapted()
         if _CHECKPOINT_KEY not in checkpoint:
             raise UserError("the checkpoint holds no adaptation, it was written by another program or module")
         device = None if self._trainer is None else self.trainer.strategy.root_device

@@ -180,13 +180,13 @@ class SaveAfterValidation(Callback):
 
 
 def with_dropout(home: Path, rank: int, ckpt_path: Path | None = None) -> dict[str, Any]:
-    """Each process draws its own masks and mixtures; the second even starts from other weights, head and pairs."""
+    """Each process draws its own masks and mixtures; the second even starts from other weights and another head."""
     L.seed_everything(3, verbose=False)
     watch, module = Watch(), classifier(home, seed=rank, dropout=0.3, mixup=0.3)
     if ckpt_path is None and rank:
         with torch.no_grad():
-            for parameter in module.parameters():
-                parameter += 1
+            for name, parameter in module.named_parameters():
+                parameter += "lora_" not in name
     options = {"accumulate_grad_batches": 2, "max_steps": 7}
     trainer(home, 2, watch, SaveAfterValidation(), **options).fit(module, FewDigits(2), ckpt_path=ckpt_path)
     return result(module, watch)

@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
     StochasticWeightAveraging,
@@ -385,6 +386,11 @@ class Manual(Toy):
         self.automatic_optimization = False
 
 
+class HeadOnly(Toy):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net.head.requires_grad_(True).parameters(), lr=0.01)
+
+
 @pytest.mark.parametrize(
     ("module", "options", "says"),
     [
@@ -394,6 +400,8 @@ class Manual(Toy):
         (Toy, {"precision": "bf16-true"}, "trainer.precision is 'bf16-true'"),
         (Toy, {"strategy": FSDPStrategy(torch.device("cpu"))}, "trainer.strategy FSDPStrategy"),
         (Manual, {}, "manual optimization"),
+        (Toy, {"callbacks": [GradientAccumulationScheduler({0: 4})]}, "GradientAccumulationScheduler makes the run"),
+        (HeadOnly, {}, "the optimizer does not train the pairs of blocks.0.qkv"),
     ],
 )
 def test_what_cannot_be_right_is_refused_by_name(module, options, says):
@@ -438,6 +446,73 @@ def test_saving_a_merged_model_is_refused(tmp_path):
     module.adaptation.merge()
     with pytest.raises(UserError, match=r"unmerge\(\)"):
         run.save_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_one_module_adapts_one_network():
+    module = Toy()
+    with pytest.raises(UserError, match=r"Toy calls adapt\(\) twice"):
+        module.adapt(toy_net(), srlora())
+
+
+def test_a_module_that_adapts_in_setup_is_told_so_where_it_is_loaded(tmp_path):
+    class Late(Toy):
+        def __init__(self):
+            L.LightningModule.__init__(self)
+            self.net = toy_net()
+            self.optimizer, self.lr, self.options = torch.optim.AdamW, 0.01, {}
+
+        def setup(self, stage):
+            self.adapt(self.net, srlora())
+            super().setup(stage)
+
+    run = trainer(tmp_path, max_steps=5)
+    run.fit(Late(), loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(UserError, match=r"Late adapts no network, call self.adapt\(net, method\) in its __init__"):
+        Late.load_from_checkpoint(tmp_path / "a.ckpt")
+
+
+class Saved(Toy):
+    """As Lightning's guide has it: the hyperparameters are the arguments, and the method is one of them."""
+
+    def __init__(self, method, lr=0.01):
+        super().__init__(method, lr=lr)
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize("method", [LoRA(rank=2), PiSSA(rank=2), srlora()], ids=["lora", "pissa", "srlora"])
+def test_a_method_may_be_a_hyperparameter(method, tmp_path):
+    module, run = Saved(method), trainer(tmp_path, max_steps=5)
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = Saved.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert again.adaptation.method.spec() == method.spec()
+    assert_same(again, module)
+
+
+def test_layers_that_never_get_a_gradient_are_named_at_the_end_of_a_short_run():
+    module = Toy(LoRA(rank=2))
+    module.net.blocks[1].forward = lambda x: x
+    with pytest.raises(UserError, match=r"no gradient has reached blocks\.1\.qkv, .* in 3 steps"):
+        trainer(max_steps=3).fit(module, loader())
+
+
+def test_what_has_trained_once_is_in_the_checkpoint_though_it_is_frozen_again(tmp_path):
+    class Compact(Toy):
+        def __init__(self):
+            L.LightningModule.__init__(self)
+            self.net = toy_net()
+            self.adapt(self.net, srlora(), pretrained=lambda: toy_net().state_dict())
+            self.optimizer, self.lr, self.options = torch.optim.AdamW, 0.01, {}
+
+    module = Compact()
+    embed = module.net.embed.requires_grad_(True)
+    trainer(max_steps=4).fit(module, loader())
+    embed.requires_grad_(False)
+    run = trainer(tmp_path, max_steps=4)
+    run.fit(module, loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert_same(Compact.load_from_checkpoint(tmp_path / "a.ckpt"), module)
 
 
 def test_a_checkpoint_without_an_adaptation_is_refused():

@@ -89,7 +89,7 @@ class Monitor(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *rest: Any) -> None:
         if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
             adaptation = adaptation_of(pl_module)
-            events = chain(_scores(adaptation), _directions(adaptation, trainer.global_step), self._cost(trainer))
+            events = chain(_scores(adaptation), _directions(adaptation, _all_steps(trainer)), self._cost(trainer))
             self._write(trainer, _step_of_curves(trainer), events)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,7 +101,7 @@ class Monitor(Callback):
         adaptation, step = adaptation_of(pl_module), _step_of_curves(trainer)
         self._write(trainer, step, self._change(adaptation, self._part(trainer)))
         if self.figures_at_validation:
-            self._write(trainer, step, _figures(adaptation, trainer.global_step))
+            self._write(trainer, step, _figures(adaptation, _all_steps(trainer)))
         self._since += time.perf_counter() - self._paused
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,7 +110,7 @@ class Monitor(Callback):
             adaptation = adaptation_of(pl_module)
             final = ("hparams", "", (hyperparameters(trainer, pl_module), _final_scores(trainer)))
             self._write(trainer, last, self._change(adaptation, _MEASUREMENTS))
-            self._write(trainer, last, [*_figures(adaptation, last), final])
+            self._write(trainer, last, [*_figures(adaptation, _all_steps(trainer)), final])
 
     def _part(self, trainer: Trainer) -> int:
         """How many tenths of the run are over; of a run without an end its steps."""
@@ -167,7 +167,7 @@ class Monitor(Callback):
         """The events of a checkpoint, which holds no pictures."""
         drawn = any(kind == "image" for kind, _, _ in events)
         kept = [event for event in events if event[0] != "image"]
-        return [*kept, *(_figures(adaptation, self._step + 1) if drawn else ())]
+        return [*kept, *(_figures(adaptation, adaptation.steps_before + self._step + 1) if drawn else ())]
 
 
 def _hparams(writer: Any, tag: str, value: tuple[Mapping[str, Any], Sequence[str]], step: int) -> None:
@@ -191,10 +191,15 @@ def _step_of_curves(trainer: Any) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def _all_steps(trainer: Trainer) -> int:
+    """Optimizer steps of this fit and of earlier ones of the module, as the histories of its pairs count them."""
+    return adaptation_of(trainer.lightning_module).steps_before + trainer.global_step
+
+
 def _scores(adaptation: Adaptation) -> Iterator[Event]:
     for kind, scores in scores_by_kind(adaptation).items():
         yield "scalar", f"scores/{kind}", scores.mean().item()
-        if (positive := scores[scores > 0]).numel():
+        if (positive := scores[(scores > 0) & scores.isfinite()]).numel():
             yield "histogram", f"log10_scores/{kind}", positive.log10()
 
 

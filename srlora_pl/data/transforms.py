@@ -262,12 +262,13 @@ class ImageTransform:
         A large JPEG is decoded at a half, a quarter or an eighth of its size, as long as the crop keeps at
         least twice the pixels per side that it is resized to: several times faster, and hardly to be seen.
         """
-        width = image.width
+        width, height = image.size
         spare = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / 2
         if spare >= 2:
             image.draft(None, (ceil(image.width / spare), ceil(image.height / spare)))
-            shrink = width / image.width
-            box = tuple(round(edge / shrink) for edge in box)  # type: ignore[assignment]
+            # Both sides are rounded up, so each has a scale of its own: no crop reaches beyond what was decoded.
+            x, y = image.width / width, image.height / height
+            box = round(box[0] * x), round(box[1] * y), round(box[2] * x), round(box[3] * y)
         crop, kind = to_rgb(image).crop(box), _FILTERS[self.interpolation].pil
         columns_first = vertical_first(crop.height, crop.width, size)
         between = (crop.width, size[0]) if columns_first else (size[1], crop.height)

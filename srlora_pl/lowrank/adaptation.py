@@ -24,6 +24,8 @@ from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.spectrum import Spectrum, SpectrumCache, fingerprint
 from srlora_pl.lowrank.targets import inject
 
+_PATIENCE = 10  # steps within which every layer must have had a gradient
+
 
 class Adaptation:
     """Puts ``method``'s pairs into ``net``, in place, and carries them through training.
@@ -34,7 +36,8 @@ class Adaptation:
     Args:
         net: changed in place: the chosen linears become `LowRankLinear`, all else is frozen.
         method: what to put where.
-        trainable: dotted names of modules or parameters of ``net`` that train beside the pairs, such as ``head``.
+        trainable: dotted names of modules or parameters of ``net`` that train beside the pairs, such as ``head``;
+            none of an adapted layer.
         pretrained: gives the state of ``net`` as it is now once more, from the file or the name that it came from.
             With it a state can leave out what did not change, see `state_dict` and `untouched`.
         new: dotted names of what ``pretrained`` does not give, if that is more than ``trainable``.
@@ -52,7 +55,9 @@ class Adaptation:
         new: Sequence[str] = (),
     ) -> None:
         self.net, self.method, self.pretrained = net, method, pretrained
-        self.layers: dict[str, LowRankLinear] = inject(net, method)
+        trainable = [trainable] if isinstance(trainable, str) else trainable
+        # A random weight has no directions worth keeping, and nothing gives it once more.
+        self.layers: dict[str, LowRankLinear] = inject(net, method, [*trainable, *new])
         self.matrices = [matrix for name, layer in self.layers.items() for matrix in layer.matrices(name)]
         self.states = {matrix: MatrixState(matrix) for matrix in self.matrices}
         for matrix in self.matrices:
@@ -68,12 +73,15 @@ class Adaptation:
         self.started = not method.needs_spectrum
         self.base_fingerprint: str | None = None  # of W0; known from the start or from a loaded state on
         self.schedules: dict[int, Schedule] = {}  # by rank: with a rank_pattern each rank walks at its own pace
-        self.switches_done = 0
+        self.switches_done = 0  # of the rank that switches most often
         self._done: dict[int, int] = {}  # by rank, since the plan
+        self.steps_before = 0  # of earlier runs, whose steps were counted from 0 too; what `intervals` add to a step
+        self._last_step = 0  # in the count of `intervals`
         # W0 of every layer and the fingerprint, kept from a start until training, for a load that may come between,
         # and from a load until the start that may follow
         self._kept: tuple[dict[str, Tensor], str] | None = None
-        self._seen_all_layers = False
+        self._silent, self._watched = list(self.layers), 0  # layers without a gradient in this many steps
+        self._observes = False  # now, or in the run of a loaded state
         # Runs a function in one process and gives its result, on the CPU, to all that train this net together.
         self.once: Callable[[Callable[[], Any]], Any] = _in_the_only_process
 
@@ -84,10 +92,8 @@ class Adaptation:
             if not any(is_below(name, [entry]) for name in names):
                 near = did_you_mean(entry, {name.rpartition(".")[0] for name in names})
                 raise UserError(f"trainable names {entry!r}, which matches no parameter of the model{near}")
-        adapted = {id(p) for layer in self.layers.values() for p in layer.parameters()}
         for name, parameter in self.net.named_parameters():
-            chosen = is_below(name, trainable)
-            parameter.requires_grad_(id(parameter) in pairs or (chosen and id(parameter) not in adapted))
+            parameter.requires_grad_(id(parameter) in pairs or is_below(name, trainable))
 
     # --- before training -----------------------------------------------------------------------------------------
 
@@ -110,8 +116,13 @@ class Adaptation:
         Raises:
             UserError: the pairs are merged into the weights.
         """
-        if any(layer.merged for layer in self.layers.values()):
-            raise UserError("the pairs are merged into the weights, call unmerge() before training")
+        self._require_unmerged()
+        if (dtype := self.matrices[0].weight.dtype).itemsize < 4:
+            raise UserError(
+                f"the weights are {dtype}, where a start or a switch would round them, keep them in float32"
+            )
+        if not self.started:
+            self._require_new()
         if not self.started or self.base_fingerprint is None:
             if any(p._version != self._base[name] for name, p in self._base_parameters().items()):
                 self.pretrained = None  # other weights were loaded after it was given
@@ -129,6 +140,18 @@ class Adaptation:
                     if device is not None and device != matrix.weight.device:
                         self._replay_start(matrix, state, device)
             self.started = True
+
+    def _require_unmerged(self) -> None:
+        if any(layer.merged for layer in self.layers.values()):
+            raise UserError("the pairs are merged into the weights, call unmerge() before training")
+
+    def _require_new(self) -> None:
+        """Refuse to put trained pairs, and a weight without them, for a pretrained weight."""
+        if any(bool(matrix.A.any() or matrix.B.any()) for matrix in self.matrices):
+            raise UserError(
+                "the pairs hold values before their start, from a state that was loaded: load that of the adaptation "
+                "too, and first (adaptation.load_state_dict), or a whole checkpoint of Lightning"
+            )
 
     def _replay_start(self, matrix: Matrix, state: MatrixState, device: torch.device) -> None:
         """Set the weight to what a compact state will be replayed to on ``device``, which may round differently."""
@@ -198,11 +221,14 @@ class Adaptation:
         Raises:
             UserError: more switches than steps.
         """
-        planned = self.require_room(last_step - first_step)
+        self._take_plan(self.require_room(last_step - first_step), last_step, first_step)
+        if self.schedules:
+            self._warn_of_limits()
+
+    def _take_plan(self, planned: dict[int, int], last_step: int, first_step: int) -> None:
         self.schedules = {rank: Schedule(first_step, last_step, count) for rank, count in planned.items()}
         self._done = dict.fromkeys(planned, 0)
-        if planned:
-            self._warn_of_limits()
+        self.steps_before = max(self.steps_before, self._last_step - first_step)
 
     def require_room(self, steps: int) -> dict[int, int]:
         """N_switch (Eq. 13) of the directions that remain, by rank; empty for methods that never switch.
@@ -231,8 +257,7 @@ class Adaptation:
 
     def forgo_switches(self, last_step: int, first_step: int = 0) -> None:
         """A plan without any switch, for runs too short for one."""
-        self.schedules = {m.rank: Schedule(first_step, last_step, 0) for m in self.matrices}
-        self._done = dict.fromkeys(self.schedules, 0)
+        self._take_plan(dict.fromkeys((matrix.rank for matrix in self.matrices), 0), last_step, first_step)
 
     def _warn_of_limits(self) -> None:
         assert isinstance(self.method, SRLoRA)
@@ -277,10 +302,17 @@ class Adaptation:
             inverse_scale: scalar that undoes the loss scale, where the gradients still carry it.
 
         Raises:
-            UserError: at the first step, for adapted layers that got no gradient: nothing has called them.
+            UserError: before `start`, while the pairs are merged, and for layers that never get a gradient.
         """
-        if not self._seen_all_layers:
-            self._require_gradients()
+        if not self.started:
+            raise UserError("the pairs train from a start only, call start() before the first step")
+        self._require_unmerged()
+        self._kept, self._observes = None, True
+        if self._silent:
+            self._silent = [name for name in self._silent if self.layers[name].lora_B.grad is None]
+            self._watched += 1
+            if self._watched == _PATIENCE:
+                self.require_gradients()
         if self.importance is None:
             return
         if gradients is None:
@@ -288,38 +320,43 @@ class Adaptation:
         own = {id(p.grad) for p in self.importance.parameters}
         self.importance.update(all_finite([each for each in gradients if id(each) not in own]), inverse_scale)
 
-    def _require_gradients(self) -> None:
-        silent = [name for name, layer in self.layers.items() if layer.lora_B.grad is None]
-        if silent:
+    def require_gradients(self) -> None:
+        """Refuse layers that no step observed so far had a gradient for: their pairs do not train.
+
+        `observe` asks this after a few steps, as a step may leave out layers on purpose (LayerDrop).
+        """
+        if self._watched and self._silent:
+            more = f" and {len(self._silent) - 3} more" if len(self._silent) > 3 else ""
             raise UserError(
-                f"the forward pass never called {', '.join(silent[:3])}"
-                + (f" and {len(silent) - 3} more" if len(silent) > 3 else "")
-                + ", so the pairs there cannot train: add these layers to method.exclude_modules"
+                f"no gradient has reached {', '.join(self._silent[:3])}{more} in {self._watched} steps, so the pairs "
+                "there do not train: where the forward pass never calls these layers, add them to "
+                "method.exclude_modules; where it checkpoints them, do so with use_reentrant=False"
             )
-        self._seen_all_layers = True
-        self._kept = None
 
     def switch_if_due(self, step: int, optimizer: Optimizer | None = None) -> bool:
         """Do the switches that are due once optimizer step ``step`` (counted from 1) is over; True if there were any.
 
         How many are due is compared with how many were done, so that a switch that a stopped run missed is made up.
         """
+        if self.importance is not None and not self.schedules:
+            raise UserError("no switch is planned, call plan() before training")
+        self._last_step = self.steps_before + step
         due = {rank: schedule.due(step) for rank, schedule in self.schedules.items()}
         if optimizer is not None and step == 1 and self._recycles_state():
             recompose.check_optimizer(optimizer, self.matrices)
-        switched = False
+        before, switched = max(self._done.values(), default=0), False
         while ranks := {rank for rank in due if due[rank] > self._done[rank]}:
-            self._switch([matrix for matrix in self.matrices if matrix.rank in ranks], step, optimizer)
+            self._switch([matrix for matrix in self.matrices if matrix.rank in ranks], self._last_step, optimizer)
             for rank in ranks:
                 self._done[rank] += 1
-            self.switches_done += 1
             switched = True
+        self.switches_done += max(self._done.values(), default=0) - before
         return switched
 
     def switches_after(self, step: int) -> int:
         """How many switches will have been done once optimizer step ``step`` is over."""
-        missing = (schedule.due(step) - self._done[rank] for rank, schedule in self.schedules.items())
-        return self.switches_done + max(missing, default=0)
+        due = max((schedule.due(step) for schedule in self.schedules.values()), default=0)
+        return self.switches_done + max(due - max(self._done.values(), default=0), 0)
 
     def _recycles_state(self) -> bool:
         return isinstance(self.method, SRLoRA) and self.method.optimizer_state != "keep" and self.switches_to_do > 0
@@ -328,6 +365,11 @@ class Adaptation:
         method, importance = self.method, self.importance
         assert isinstance(method, SRLoRA)
         assert importance is not None
+        self._require_unmerged()
+        if not self._observes:
+            raise UserError("nothing has scored the pairs, call observe() in every step, before that of the optimizer")
+        if optimizer is not None:
+            self.require_trained(optimizer)
         recycled_pairs = self._choose(matrices, method, importance)
         unknown: set[str] = set()
         with full_precision():
@@ -342,13 +384,24 @@ class Adaptation:
                 state.record(recycled.cpu(), fused, step)
                 if self.pretrained is not None and state.outgrows(matrix.shape):
                     state.fused = None
-            importance.reset(None if method.reset_scores == "all" else recycled_pairs)
+            # All of those that walk at this pace; with a rank_pattern the others score on.
+            importance.reset(dict.fromkeys(matrices) if method.reset_scores == "all" else recycled_pairs)
         if unknown:
             warnings.warn(
                 f"{type(optimizer).__name__} keeps {', '.join(sorted(unknown))}, unknown to a switch: set to 0 for "
                 "recycled pairs",
                 stacklevel=2,
             )
+
+    def require_trained(self, optimizer: Optimizer) -> None:
+        """Refuse an ``optimizer`` that does not train the pairs, as one made before they were there."""
+        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, layer in self.layers.items():
+            if not {id(layer.lora_A), id(layer.lora_B)} <= trained:
+                raise UserError(
+                    f"the optimizer does not train the pairs of {name}: make it after the adaptation, from all "
+                    "parameters with requires_grad"
+                )
 
     def _choose(self, matrices: list[Matrix], method: SRLoRA, importance: Importance) -> dict[Matrix, Tensor]:
         """The pairs to recycle, (r',) of each matrix whose spectrum is not used up; one process decides for all."""
@@ -401,8 +454,12 @@ class Adaptation:
     def disabled(self) -> Iterator[None]:
         """Inside, the net computes with the pretrained weights W0 (equal to rounding) and without pairs.
 
-        What trains beside the pairs, such as a head, stays as trained.
+        What trains beside the pairs, such as a head, stays as trained, and so do statistics that a forward pass
+        updates (BatchNorm).
         """
+        if self._is_disabled:
+            yield
+            return
         weights = {name: layer.weight.data for name, layer in self.layers.items()}
         pretrained = self.pretrained_weights()
         try:
@@ -413,9 +470,15 @@ class Adaptation:
             for name, layer in self.layers.items():
                 layer.weight.data, layer.disabled = weights[name], False
 
+    @property
+    def _is_disabled(self) -> bool:
+        return any(layer.disabled for layer in self.layers.values())
+
     @torch.no_grad()
     def pretrained_weights(self) -> dict[str, Tensor]:
         """W0 of every layer; equal to rounding where only W, the fused pairs and the spectra are left to tell it."""
+        if self._is_disabled:
+            return {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         weights = {name: layer.unmerged_weight.clone() for name, layer in self.layers.items()}
         if not (self.started and self.method.needs_spectrum):
             return weights
@@ -445,7 +508,8 @@ class Adaptation:
     # --- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self, compact: bool = False) -> dict[str, Any]:
-        """All that the trajectory depends on besides the parameters; plain containers and tensors.
+        """All that the trajectory depends on besides the parameters; plain containers and tensors, none of which
+        changes as training goes on.
 
         With ``compact`` also the adapted weights W, as what was done to W0 or, where that is smaller, as they are.
         The parameters that this state makes up for are then those that `untouched` names.
@@ -458,9 +522,11 @@ class Adaptation:
             "started": self.started,
             "switches_done": self.switches_done,
             "done": dict(self._done),
+            "steps_before": self.steps_before,
+            "last_step": self._last_step,
             "schedules": {rank: asdict(schedule) for rank, schedule in self.schedules.items()},
-            "smoothed": None if self.importance is None else self.importance.smoothed,
-            "uncertainty": None if self.importance is None else self.importance.uncertainty,
+            "smoothed": None if self.importance is None else self.importance.smoothed.clone(),
+            "uncertainty": None if self.importance is None else self.importance.uncertainty.clone(),
             "matrices": {matrix.name: self._matrix_state(matrix, compact) for matrix in self.matrices},
         }
 
@@ -469,11 +535,11 @@ class Adaptation:
         dense = state.fused is None or (compact and state.outgrows(matrix.shape))
         drawn = None if dense or not self.started else state.drawn
         return {
-            "directions": state.directions,
-            "intervals": state.intervals,
-            "fused": None if dense else state.fused,
+            "directions": state.directions.clone(),
+            "intervals": state.intervals.clone(),
+            "fused": None if dense else list(state.fused or ()),
             "drawn": drawn and (drawn.U, drawn.sigma, drawn.Vh),
-            "weight": matrix.weight.clone() if dense and compact else None,
+            "weight": matrix.of_weight(matrix.layer.unmerged_weight).clone() if dense and compact else None,
         }
 
     def untouched(self, trained: Iterable[Tensor] = ()) -> list[Tensor]:
@@ -513,8 +579,10 @@ class Adaptation:
             self._rebuild(state, {} if fresh else self.pretrained_weights(), device)
         self.started, self.base_fingerprint = state["started"], state["base_fingerprint"]
         self.switches_done, self._done = state["switches_done"], dict(state["done"])
+        self.steps_before, self._last_step = state.get("steps_before", 0), state.get("last_step", 0)
         self.schedules = {rank: Schedule(**schedule) for rank, schedule in state["schedules"].items()}
         self._changed = set(state["changed"])
+        self._observes = state["started"]
         if self.importance is not None:
             averages = self.importance.smoothed.device
             self.importance.smoothed = state["smoothed"].to(averages, copy=True)

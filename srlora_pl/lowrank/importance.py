@@ -1,9 +1,10 @@
 """How important each pair is: AdaLoRA's smoothed sensitivity times uncertainty (Eq. 3 to 7)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from srlora_pl.lowrank.layer import LowRankLinear, Matrix
 
@@ -21,10 +22,15 @@ class Importance:
     """
 
     def __init__(self, layers: Sequence[LowRankLinear], beta1: float, beta2: float) -> None:
-        self.parameters = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
+        self.layers = layers
         self.beta1, self.beta2 = beta1, beta2
         self.smoothed = torch.zeros(sum(p.numel() for p in self.parameters), dtype=self.parameters[0].dtype)
         self.uncertainty = torch.zeros_like(self.smoothed)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The pairs as they are now: loading with ``assign=True`` puts others into the layers."""
+        return [p for layer in self.layers for p in (layer.lora_A, layer.lora_B)]
 
     @torch.no_grad()
     def update(self, finite: Tensor, inverse_scale: Tensor | None = None) -> None:
@@ -35,8 +41,10 @@ class Importance:
                 these are not, the step leaves no trace (a single NaN would stay in the averages for good).
             inverse_scale: scalar that undoes the loss scale of gradients that nobody has unscaled.
         """
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         weights: list[Tensor] = [*self.parameters]
+        if all(p.grad is None for p in weights):
+            return  # a step that was left out
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
         sensitivity = torch.cat([each.flatten() for each in torch._foreach_mul(weights, grads)]).abs_()  # Eq. 3
         self.smoothed, self.uncertainty = self.smoothed.to(sensitivity), self.uncertainty.to(sensitivity)
         finite = finite & sensitivity.amax().isfinite()
@@ -61,14 +69,15 @@ class Importance:
             for m in matrices
         ]
 
-    def reset(self, recycled: dict[Matrix, Tensor] | None = None) -> None:
-        """Start the averages anew: all of them, or only those of the ``recycled`` pairs (indices per matrix)."""
+    def reset(self, recycled: Mapping[Matrix, Tensor | None] | None = None) -> None:
+        """Start the averages anew: all, or those of some matrices, and of these all or some pairs (their indices)."""
         for buffer in (self.smoothed, self.uncertainty):
             if recycled is None:
                 buffer.zero_()
                 continue
             views = self._split(buffer)
-            for matrix, pairs in recycled.items():
+            for matrix, some in recycled.items():
+                pairs: Any = slice(None) if some is None else some
                 matrix.of_A(views[id(matrix.layer.lora_A)])[pairs] = 0
                 matrix.of_B(views[id(matrix.layer.lora_B)])[:, pairs] = 0
 

@@ -1,17 +1,22 @@
 """The adapted linear layer, and the matrices inside it."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from srlora_pl.errors import UserError
 from srlora_pl.lowrank.kernels import low_rank_linear, merged, two_branches
+from srlora_pl.lowrank.precision import full_precision
 
 
 class LowRankLinear(nn.Module):
     """A frozen linear layer plus trainable rank-1 pairs: ``y = x @ (W + scaling * B @ A).T + bias``.
 
     It stands in for the ``nn.Linear`` it is made from and keeps that layer's own ``weight`` (frozen; changed only
-    by a start or a switch) and ``bias``, so its state keeps their names.
+    by a start or a switch) and ``bias``, so its state keeps their names. Its state is that without `merge`, and a state
+    that is loaded undoes it.
 
     Where one linear holds several matrices (a fused qkv, ``parts=3``) each adapted part has pairs of its own.
 
@@ -73,7 +78,7 @@ class LowRankLinear(nn.Module):
         """W_eff = W + scaling * B @ A, a new tensor of shape (out, in)."""
         if self.merged:
             return self.weight.detach().clone()
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with full_precision():
             return merged(self.weight.detach(), self.lora_A, self.lora_B, self.scaling, self._some_parts)
 
     @property
@@ -83,6 +88,7 @@ class LowRankLinear(nn.Module):
 
     def merge(self) -> None:
         """Put the pairs into ``weight``: inference then costs one product. Merging twice is merging once."""
+        self._require_enabled("merge")
         if not self.merged:
             effective = self.merged_weight()
             self._unmerged = self.weight.data
@@ -90,9 +96,23 @@ class LowRankLinear(nn.Module):
 
     def unmerge(self) -> None:
         """Undo `merge`, to the bit: the weight from before is put back, not computed back."""
+        self._require_enabled("unmerge")
         if self._unmerged is not None:
             self.weight.data = self.unmerged_weight
             self._unmerged = None
+
+    def _require_enabled(self, what: str) -> None:
+        if self.disabled:
+            raise UserError(f"{what}() has no meaning while the pairs are disabled(), call it outside")
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged:
+            destination[f"{prefix}weight"] = self.unmerged_weight
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def matrices(self, name: str) -> "list[Matrix]":
         """The adapted matrices of this layer, which is called ``name`` in its network."""

@@ -15,7 +15,8 @@ class MatrixState:
     Attributes:
         spectrum: of the pretrained weight; None until the start.
         directions: which singular direction each pair was last drawn from, (r,).
-        intervals: after which optimizer step each direction was drawn and fused (-1: it is active), (n, 2), int64.
+        intervals: after which optimizer step each direction was drawn and fused (-1: it is active), (n, 2), int64;
+            counted from the first of all runs.
         fused: pairs fused so far, in order, each B (out, r') and A (r', in), on the CPU; None once they take more
             room than the weight itself and W0 can be had again from where it came from.
     """

@@ -74,7 +74,7 @@ class Size:
 
 @full_precision()
 def size_of_change(matrix: Matrix, state: MatrixState) -> Size | None:
-    """W_eff - W0, from all its pairs in float64; None where the fused ones are not kept any more.
+    """W_eff - W0, from all its pairs in float64; None where the fused ones are not kept any more or it diverged.
 
     Takes some k^2 (out + in) operations for k pairs, and never the pretrained weights.
     """
@@ -82,7 +82,8 @@ def size_of_change(matrix: Matrix, state: MatrixState) -> Size | None:
         return None
     B, A = all_pairs(matrix, state)
     # The singular values of a product are those of its small core.
-    return Size.of(torch.linalg.svdvals(_triangle(B) @ _triangle(A.T).T))
+    core = _triangle(B) @ _triangle(A.T).T
+    return Size.of(torch.linalg.svdvals(core)) if core.isfinite().all() else None
 
 
 def _triangle(tall: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from srlora_pl.errors import UserError
 from srlora_pl.lowrank.layer import Matrix
@@ -130,6 +130,11 @@ def _shaped_states(optimizer: Optimizer, parameter: Tensor) -> list[tuple[str, T
 
 def check_optimizer(optimizer: Optimizer, matrices: list[Matrix]) -> None:
     """Refuse, at the first step, an optimizer whose state a later switch could not handle (see `_shaped_states`)."""
+    if isinstance(optimizer, LBFGS):
+        raise UserError(
+            "LBFGS keeps one history of all parameters, in which single pairs cannot be recycled: set "
+            "model.method.optimizer_state to 'keep' or take another optimizer"
+        )
     for matrix in matrices:
         _shaped_states(optimizer, matrix.layer.lora_A)
         _shaped_states(optimizer, matrix.layer.lora_B)

@@ -2,14 +2,14 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank.layer import LowRankLinear
-from srlora_pl.lowrank.methods.base import ALL_LINEAR, Method, name_matches
+from srlora_pl.lowrank.methods.base import ALL_LINEAR, Method, is_below, name_matches
 
 QKV = ("query", "key", "value")
 # The same part of a transformer block in the names of timm and of the transformers families. A name is tried as it
@@ -40,15 +40,24 @@ class Target:
     fused: bool
 
 
-def select(net: nn.Module, method: Method) -> list[Target]:
+def select(net: nn.Module, method: Method, trainable: Sequence[str] = ()) -> list[Target]:
     """The linears of ``net`` that ``method`` asks for, in the network's order.
 
+    Args:
+        trainable: dotted names of what is new or trains whole, where no pairs belong.
+
     Raises:
-        UserError: a name that matches nothing, something that is no plain linear layer, a weight that is tied or
-            read without a call, a weight in half precision, or a rank above min(out, in).
+        UserError: a name that matches nothing, something that is no plain linear layer, a weight that is tied, read
+            without a call or trained whole, a weight in half precision, or a rank above min(out, in).
     """
+    if any(isinstance(module, LowRankLinear) for module in net.modules()):
+        raise UserError("the network has pairs already, adapt a new one")
     modules = {name: module for name, module in net.named_modules() if name}
-    wanted = _all_linear(modules) if method.target_modules == ALL_LINEAR else _named(modules, method)
+    blocks = _inside_blocks(net, modules)
+    if method.target_modules == ALL_LINEAR:
+        wanted = _all_linear({n: m for n, m in blocks.items() if not is_below(n, trainable)}, modules)
+    else:
+        wanted = _named(modules, blocks, method)
     _require_matches(method.exclude_modules, modules, "exclude_modules")
     _require_matches(method.rank_pattern, modules, "rank_pattern")
     _require_matches(method.alpha_pattern, modules, "alpha_pattern")
@@ -65,15 +74,15 @@ def select(net: nn.Module, method: Method) -> list[Target]:
         )
     tied = _tied_weights(net)
     for target in chosen:
-        _require_adaptable(target, modules, tied)
+        _require_adaptable(target, modules, tied, trainable)
         _require_rank(target, method)
     return chosen
 
 
-def inject(net: nn.Module, method: Method) -> dict[str, LowRankLinear]:
+def inject(net: nn.Module, method: Method, trainable: Sequence[str] = ()) -> dict[str, LowRankLinear]:
     """Replace the chosen linears of ``net`` in place by `LowRankLinear`; returns them by name."""
     layers = {}
-    for target in select(net, method):
+    for target in select(net, method, trainable):
         rank = method.rank_of(target.name)
         layer = LowRankLinear(
             target.module,
@@ -89,9 +98,8 @@ def inject(net: nn.Module, method: Method) -> dict[str, LowRankLinear]:
     return layers
 
 
-def _all_linear(modules: dict[str, nn.Module]) -> list[Target]:
-    """Every linear inside the repeated blocks: so never an embedding, a pooler or a head."""
-    inside = _inside_blocks(modules)
+def _all_linear(inside: dict[str, nn.Module], modules: dict[str, nn.Module]) -> list[Target]:
+    """Every linear ``inside`` the repeated blocks: so never an embedding, a pooler or a head."""
     for name, module in inside.items():
         if type(module).__name__ == "Conv1D":
             raise UserError(
@@ -110,9 +118,11 @@ def _all_linear(modules: dict[str, nn.Module]) -> list[Target]:
     return targets
 
 
-def _inside_blocks(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    blocks = [name for name, module in modules.items() if _is_block_list(module)]
-    return {n: m for n, m in modules.items() if any(n.startswith(f"{block}.") for block in blocks)}
+def _inside_blocks(net: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    if _is_block_list(net) and len(list(net.children())) > 1:
+        return modules
+    blocks = tuple(f"{name}." for name, module in modules.items() if _is_block_list(module))
+    return {name: module for name, module in modules.items() if name.startswith(blocks)}
 
 
 def _is_block_list(module: nn.Module) -> bool:
@@ -125,11 +135,11 @@ def _is_block_list(module: nn.Module) -> bool:
     )
 
 
-def _named(modules: dict[str, nn.Module], method: Method) -> list[Target]:
+def _named(modules: dict[str, nn.Module], blocks: dict[str, nn.Module], method: Method) -> list[Target]:
     given = method.target_modules
     chosen: dict[str, set[int]] = defaultdict(set)
     for pattern in [given] if isinstance(given, str) else given:
-        found = _resolve(pattern, modules)
+        found = _resolve(pattern, modules, blocks)
         if not found:
             leaves = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
             near = did_you_mean(pattern.rpartition(".")[2], leaves) or f"; it has {', '.join(sorted(leaves))}"
@@ -149,16 +159,15 @@ def _named(modules: dict[str, nn.Module], method: Method) -> list[Target]:
     ]
 
 
-def _resolve(pattern: str, modules: dict[str, nn.Module]) -> dict[str, set[int]]:
+def _resolve(pattern: str, modules: dict[str, nn.Module], blocks: dict[str, nn.Module]) -> dict[str, set[int]]:
     """The modules that ``pattern`` means, and for a fused qkv which of its parts."""
     found = {name: {0, 1, 2} for name in modules if name_matches(pattern, name)}
     family = next((role for role, names in ALIASES.items() if pattern == role or pattern in names), None)
     if found or family is None:
         return found
-    inside = _inside_blocks(modules)
-    found = {n: {0, 1, 2} for n in inside if any(name_matches(alias, n) for alias in ALIASES[family])}
+    found = {n: {0, 1, 2} for n in blocks if any(name_matches(alias, n) for alias in ALIASES[family])}
     if family in QKV:
-        found |= {n: {QKV.index(family)} for n in inside if _is_fused(n, modules)}
+        found |= {n: {QKV.index(family)} for n in blocks if _is_fused(n, modules)}
     return found
 
 
@@ -186,7 +195,9 @@ def _require_matches(patterns: Iterable[str], modules: dict[str, nn.Module], whe
             )
 
 
-def _require_adaptable(target: Target, modules: dict[str, nn.Module], tied: dict[str, str]) -> None:
+def _require_adaptable(
+    target: Target, modules: dict[str, nn.Module], tied: dict[str, str], trainable: Sequence[str]
+) -> None:
     parent, _, child = target.name.rpartition(".")
     owner = modules.get(parent)
     if _bypasses(owner, child):
@@ -199,6 +210,21 @@ def _require_adaptable(target: Target, modules: dict[str, nn.Module], tied: dict
             f"{target.name} is a {type(target.module).__name__}, not a plain nn.Linear, and cannot be adapted: "
             f"add {child!r} to exclude_modules"
         )
+    if _has_hooks(target.module):
+        raise UserError(
+            f"{target.name} has hooks (weight_norm, prune or your own), which are not called once it is adapted: "
+            f"remove them before, or add {child!r} to exclude_modules"
+        )
+    if is_below(target.name, trainable):
+        raise UserError(
+            f"{target.name} is to have pairs, but is new or trains whole, as part of a head or of trainable: add "
+            f"{target.name!r} to exclude_modules"
+        )
+    if whole := [entry for entry in trainable if is_below(entry, [target.name])]:
+        raise UserError(
+            f"trainable names {whole[0]!r}, but {target.name} is to have pairs, beside which nothing in it trains: "
+            f"leave the one out, or add {target.name!r} to exclude_modules"
+        )
     if target.name in tied:
         raise UserError(
             f"the weight of {target.name} is tied to {tied[target.name]} and cannot be adapted alone, "
@@ -209,6 +235,10 @@ def _require_adaptable(target: Target, modules: dict[str, nn.Module], tied: dict
             f"the weight of {target.name} is {target.module.weight.dtype}, where a switch would round it: load the "
             "model in float32 and let trainer.precision do the rest"
         )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks") and "state_dict" not in name)
 
 
 def _bypasses(owner: nn.Module | None, child: str) -> bool:

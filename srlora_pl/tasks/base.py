@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -100,15 +101,12 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         method = as_method(method)
         self.save_hyperparameters({**arguments, "method": method.spec()})
         self.adapter = PeftFolder.read(arguments["adapter"]) if arguments.get("adapter") else None
-
-        def with_adapter(net: nn.Module) -> nn.Module:
-            return net if self.adapter is None else self.adapter.prepare(net, method, heads)
-
-        self.net = with_adapter(net)
+        prepare = partial(_with_adapter, self.adapter, method, heads)
+        self.net = prepare(net)
         self.heads = tuple(f"net.{head}." for head in heads)
         # Random weights come from nowhere again, so their checkpoints are whole.
         random = not (arguments["backbone_checkpoint"] or (arguments["backbone_kwargs"] or {}).get("pretrained", True))
-        self.adapt(self.net, method, heads, None if random else lambda: with_adapter(make()).state_dict(), new)
+        self.adapt(self.net, method, heads, None if random else partial(_pretrained_state, make, prepare), new)
         if self.adapter is not None:
             self.adapter.hand_over(self.adaptation)
         self.score_with(scores, main_score)
@@ -340,6 +338,16 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
                     f"The checkpoint was trained on other classes: number {place} is {theirs!r} there and {ours!r} in "
                     "this data; name the classes of the data as they were, or start anew without --ckpt_path."
                 )
+
+
+def _with_adapter(adapter: PeftFolder | None, method: Method, heads: Sequence[str], net: nn.Module) -> nn.Module:
+    return net if adapter is None else adapter.prepare(net, method, heads)
+
+
+def _pretrained_state(
+    make: Callable[[], nn.Module], prepare: Callable[[nn.Module], nn.Module]
+) -> Mapping[str, Tensor]:  # a function with a name, as a module may be pickled
+    return prepare(make()).state_dict()
 
 
 def _collect(scores: dict[str, Metric]) -> MetricCollection:

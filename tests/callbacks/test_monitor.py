@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -92,6 +93,24 @@ def test_scores_are_those_of_the_pairs(run: Watched) -> None:
         assert shown[-1].histogram_value.max == pytest.approx(expected.max().log10().item(), rel=1e-5)
 
 
+class Diverges(Callback):
+    def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
+        if trainer.global_step == 6:
+            module.adaptation.importance.smoothed.fill_(torch.inf)
+            module.adaptation.layers["blocks.0.fc1"].lora_A.data.fill_(torch.inf)
+
+
+def test_what_diverged_is_left_out(tmp_path: Path) -> None:
+    """It is for the module to end such a run, with its own words."""
+    watching = {"callbacks": [Diverges(), Monitor()], "logger": TensorBoardLogger(tmp_path, ""), "log_every_n_steps": 1}
+    run = trainer(tmp_path, max_steps=6, **watching)
+    run.fit(Toy(), loader())
+    events = EventAccumulator(run.log_dir, {"histograms": 0, "scalars": 0}).Reload()
+    assert [event.step for event in events.Histograms("log10_scores/fc2")] == [0, 1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("scores/fc2")][5:] == [np.inf]
+    assert "change_norm/fc1" in events.Tags()["scalars"]
+
+
 def test_directions_and_ages(run: Watched) -> None:
     """Two of four pairs are recycled after steps 3, 6 and 9; a row shows the state before the switch of its step."""
     assert run.curve("srlora/directions") == (LOGGED, [4, 6, 6, 8, 10, 10])
@@ -144,7 +163,7 @@ def test_the_card_says_what_ran_on_what(run: Watched) -> None:
     trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert f"{trained:,} of {sum(p.numel() for p in module.parameters()):,} parameters train" in text
     assert f"torch {torch.__version__.partition('+')[0]}" in text
-    assert "SRLoRA: target_rank 12" in text
+    assert "SRLoRA: rank 4, target_rank 12" in text
     assert "| attn.proj | 2 | 32 x 32 | 4 | 12 | 512 |" in text
     assert card.step == 0
 

@@ -1,5 +1,7 @@
 """Batched crops and resizes against PIL itself."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -157,6 +159,14 @@ def test_large_jpeg_is_read_smaller(tmp_path: object) -> None:
         image.load()  # too late for a draft
         full = crop.train_one(image, crop.numbers(keys(1)))
     assert (out.float() - full.float()).abs().max() <= 4
+
+
+@pytest.mark.parametrize("size", [(1801, 1800), (1801, 2400), (4001, 3000), (1800, 2401)])
+def test_a_large_jpeg_is_read_smaller_to_its_last_row_and_column(size: tuple[int, int], tmp_path: Path) -> None:
+    Image.new("RGB", size, "white").save(tmp_path / "white.jpg")
+    with Image.open(tmp_path / "white.jpg") as image:
+        assert int(transform((224, 224), "bicubic").test_one(image).min()) == 255
+        assert image.size < size
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV"])

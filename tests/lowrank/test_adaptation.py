@@ -1,13 +1,16 @@
 """The invariants of a start, of switches and of what one can do with an adapted network."""
 
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, Spectrum, SRLoRA
+from srlora_pl.lowrank.kernels import merged as merge
 from srlora_pl.lowrank.precision import full_precision
 from tests.toys import toy_batches, toy_net, train
 
@@ -170,7 +173,50 @@ def test_merged_pairs_hide_nothing(method):
     assert torch.equal(net(x), after)
 
 
-def test_merge_is_exact_idempotent_and_undone_to_the_bit():
+def test_a_merged_network_has_the_state_of_an_unmerged_one():
+    net, adaptation, _ = trained(srlora())
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    x = toy_batches(1)[0][0]
+    before = net(x)
+    adaptation.merge()
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    net.load_state_dict({name: value + 1 if "lora" in name else value for name, value in state.items()})
+    assert not any(layer.merged for layer in adaptation.layers.values())
+    assert (net(x) - before).abs().max() > 1e-2
+    net.load_state_dict(state)
+    assert torch.equal(net(x), before)
+
+
+def test_pairs_train_only_while_they_are_not_merged():
+    _, adaptation, optimizer = trained(srlora(), steps=5)
+    adaptation.merge()
+    for step in (adaptation.observe, lambda: adaptation._switch(adaptation.matrices, 6, optimizer)):
+        with pytest.raises(UserError, match=r"merged into the weights, call unmerge\(\) before training"):
+            step()
+
+
+def test_disabled_pairs_are_neither_merged_nor_unmerged_and_stay_so_outside_an_inner_block():
+    net, adaptation, _ = trained(srlora())
+    x = toy_batches(1)[0][0]
+    after = net(x)
+    with adaptation.disabled():
+        pretrained = net(x)
+        with adaptation.disabled():
+            assert torch.equal(net(x), pretrained)
+        for name, weight in adaptation.pretrained_weights().items():
+            assert torch.equal(weight, adaptation.layers[name].weight)
+        assert torch.equal(net(x), pretrained)
+        for change in (adaptation.merge, adaptation.unmerge):
+            with pytest.raises(UserError, match=r"merge\(\) has no meaning while the pairs are disabled\(\)"):
+                change()
+    assert torch.equal(net(x), after)
+
+
+def _precision():
+    return torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")
+
+
+def test_merge_is_exact_idempotent_and_undone_to_the_bit(monkeypatch):
     net, adaptation, _ = trained(srlora())
     x = toy_batches(1)[0][0]
     before, state = net(x), {k: v.clone() for k, v in net.state_dict().items()}
@@ -181,6 +227,18 @@ def test_merge_is_exact_idempotent_and_undone_to_the_bit():
         assert torch.equal(layer.weight, weight)
         assert torch.equal(layer.merged_weight(), weight)
     torch.testing.assert_close(net(x), before, rtol=0, atol=2e-5)
+    adaptation.unmerge()
+    seen = []
+    monkeypatch.setattr("srlora_pl.lowrank.layer.merged", lambda *a: seen.append(_precision()) or merge(*a))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            adaptation.merge()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {("highest", False)}
+    for layer, weight in zip(adaptation.layers.values(), merged, strict=True):
+        assert torch.equal(layer.weight, weight)
     adaptation.unmerge()
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
     assert torch.equal(net(x), before)
@@ -272,14 +330,224 @@ def test_a_step_with_a_non_finite_gradient_leaves_no_trace_in_the_averages(poiso
     assert not torch.equal(adaptation.importance.smoothed, before[0])
 
 
-def test_an_adapted_layer_that_was_never_called_is_named():
+def step_of(net, adaptation):
+    nn.functional.cross_entropy(net(toy_batches(1)[0][0]), toy_batches(1)[0][1]).backward()
+    adaptation.observe()
+    net.zero_grad()
+
+
+def test_adapted_layers_that_never_get_a_gradient_are_named():
     net = toy_net()
     adaptation = Adaptation(net, srlora())
     adaptation.start()
     net.blocks[1].forward = lambda x: x
-    nn.functional.cross_entropy(net(toy_batches(1)[0][0]), toy_batches(1)[0][1]).backward()
-    with pytest.raises(UserError, match=r"never called blocks\.1\.qkv, .* and 1 more"):
+    for _ in range(9):
+        step_of(net, adaptation)
+    with pytest.raises(UserError, match=r"no gradient has reached blocks\.1\.qkv, .* and 1 more in 10 steps"):
+        step_of(net, adaptation)
+
+
+def test_a_layer_may_be_left_out_of_some_steps():
+    net = toy_net()
+    adaptation = Adaptation(net, srlora())
+    adaptation.start()
+    forward, net.blocks[1].forward = net.blocks[1].forward, lambda x: x
+    for _ in range(5):
+        step_of(net, adaptation)
+    net.blocks[1].forward = forward
+    for _ in range(10):
+        step_of(net, adaptation)
+    adaptation.require_gradients()
+
+
+def test_a_layer_without_a_gradient_scores_as_with_a_gradient_of_0():
+    _, adaptation, _ = trained(srlora(), steps=5)
+    state, layer = adaptation.state_dict(), adaptation.layers["blocks.0.fc1"]
+    averages = []
+    for nothing in (None, torch.zeros_like(layer.lora_B)):
+        adaptation.importance.smoothed.copy_(state["smoothed"])
+        layer.lora_B.grad = nothing
         adaptation.observe()
+        averages.append(adaptation.importance.smoothed.clone())
+    assert torch.equal(*averages)
+    assert not torch.equal(averages[0], state["smoothed"])
+
+
+def test_a_step_that_was_left_out_leaves_no_trace():
+    _, adaptation, _ = trained(srlora(), steps=5)
+    before = adaptation.importance.smoothed.clone(), adaptation.importance.uncertainty.clone()
+    adaptation.net.zero_grad()
+    adaptation.observe()
+    assert torch.equal(adaptation.importance.smoothed, before[0])
+    assert torch.equal(adaptation.importance.uncertainty, before[1])
+
+
+# --- several ranks, several runs -------------------------------------------------------------------------------------
+
+
+def test_each_rank_scores_until_its_own_switch():
+    """Rank 4 switches after steps 10 and 20, rank 2 after every fifth; a switch of the one is none of the other."""
+    method = srlora(rank_pattern={"fc1": 2})
+    net = toy_net()
+    adaptation = Adaptation(net, method)
+    adaptation.start()
+    adaptation.plan(40)
+    assert {rank: schedule.step_of(1) for rank, schedule in adaptation.schedules.items()} == {2: 4, 4: 10}
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    scores = {rank: [] for rank in (2, 4)}
+    for step in range(1, 10):
+        train(net, adaptation, optimizer, toy_batches(1, seed=step), first_step=step - 1)
+        for rank in scores:
+            matrices = [matrix for matrix in adaptation.matrices if matrix.rank == rank]
+            scores[rank].append(sum(each.sum() for each in adaptation.importance.pair_scores(matrices)).item())
+    assert [step for step, score in enumerate(scores[2], start=1) if score == 0] == [4, 8]
+    assert 0 not in scores[4]
+
+
+def test_switches_are_counted_by_the_rank_that_does_most():
+    net = toy_net()
+    adaptation = Adaptation(net, srlora(rank_pattern={"fc1": 2}))
+    adaptation.start()
+    adaptation.plan(60)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    for step in range(60):
+        expected = adaptation.switches_after(step + 1)
+        assert adaptation.switches_done + adaptation.switches_missed == adaptation.switches_to_do == 9
+        train(net, adaptation, optimizer, toy_batches(1), first_step=step)
+        assert adaptation.switches_done == expected
+    assert adaptation.switches_done == 9
+
+
+def test_a_history_goes_on_over_runs_that_count_from_0():
+    """Eight steps of twenty, with a switch after the fifth; then a run of its own, with switches after 4 and 8."""
+    net = toy_net()
+    adaptation = Adaptation(net, srlora())
+    adaptation.start()
+    adaptation.plan(20)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    train(net, adaptation, optimizer, toy_batches(8))
+    adaptation.plan(12)
+    assert adaptation.steps_before == 8
+    train(net, adaptation, optimizer, toy_batches(12))
+    for state in adaptation.states.values():
+        assert state.intervals[:, 0].unique().tolist() == [0, 5, 12, 16]
+        drawn, fused = state.intervals.unbind(1)
+        assert ((fused < 0) | (fused > drawn)).all()
+    again = Adaptation(toy_net(), srlora())
+    again.load_state_dict(adaptation.state_dict())
+    again.plan(24)
+    assert again.steps_before == 20
+
+
+# --- calls that a plain loop may forget ------------------------------------------------------------------------------
+
+
+def test_training_without_a_start_is_refused():
+    net = toy_net()
+    with pytest.raises(UserError, match=r"call start\(\) before the first step"):
+        step_of(net, Adaptation(net, PiSSA(rank=2)))
+    net = toy_net()
+    step_of(net, Adaptation(net, LoRA(rank=2)))  # needs none
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "says"),
+    [
+        ("plan", r"no switch is planned, call plan\(\)"),
+        ("observe", r"nothing has scored the pairs, call observe\(\)"),
+        ("optimizer", r"the optimizer does not train the pairs of blocks\.0\.qkv: make it after the adaptation"),
+    ],
+)
+def test_a_switch_without_what_it_needs_is_refused(forgotten, says):
+    net = toy_net()
+    adaptation = Adaptation(net, srlora(), trainable="head")
+    trains = net.head.parameters() if forgotten == "optimizer" else net.parameters()
+    optimizer = torch.optim.SGD([p for p in trains if p.requires_grad], lr=0.01)
+    adaptation.start()
+    if forgotten != "plan":
+        adaptation.plan(4)
+    if forgotten != "observe":
+        step_of(net, adaptation)
+    with pytest.raises(UserError, match=says):
+        adaptation.switch_if_due(1, optimizer)
+
+
+def test_trained_pairs_without_their_history_are_not_started_over():
+    net, adaptation, _ = trained(srlora())
+    other = toy_net()
+    restored = Adaptation(other, srlora())
+    other.load_state_dict(net.state_dict())
+    with pytest.raises(UserError, match=r"hold values before their start, .*adaptation\.load_state_dict"):
+        restored.start()
+    other = toy_net()
+    Adaptation(other, srlora()).load_state_dict(adaptation.state_dict())
+    other.load_state_dict(net.state_dict())
+    x = toy_batches(1)[0][0]
+    assert torch.equal(other(x), net(x))
+
+
+def test_weights_made_coarser_after_the_adaptation_are_refused():
+    adaptation = Adaptation(toy_net(), srlora())
+    adaptation.net.bfloat16()
+    with pytest.raises(UserError, match=r"the weights are torch\.bfloat16"):
+        adaptation.start()
+
+
+def test_lbfgs_is_refused_at_the_first_step():
+    net = toy_net()
+    adaptation = Adaptation(net, srlora(), trainable=["head"])
+    adaptation.start()
+    adaptation.plan(8)
+    step_of(net, adaptation)
+    with pytest.raises(UserError, match=r"LBFGS keeps one history of all parameters"):
+        adaptation.switch_if_due(1, torch.optim.LBFGS([*net.head.parameters()]))
+
+
+@pytest.mark.parametrize("where", ["it came from", "it was loaded"])
+def test_a_state_is_of_its_moment(where):
+    """Whatever training does afterwards, in the adaptation that it came from and where it was loaded."""
+    net = toy_net()
+    adaptation = Adaptation(net, srlora())
+    adaptation.start()
+    adaptation.plan(40)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    train(net, adaptation, optimizer, toy_batches(12))
+    state = adaptation.state_dict()
+    copy = deepcopy(state)
+    if where == "it was loaded":
+        weights, net = net.state_dict(), toy_net()
+        adaptation = Adaptation(net, srlora())
+        adaptation.start()
+        adaptation.load_state_dict(state)
+        net.load_state_dict(weights)
+    done = adaptation.switches_done
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    train(net, adaptation, optimizer, toy_batches(28), first_step=12)
+    assert adaptation.switches_done > done
+    flat, expected = (tree_flatten(each)[0] for each in (state, copy))
+    assert len(flat) == len(expected)
+    for a, b in zip(flat, expected, strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_a_state_of_other_layers_is_refused():
+    _, adaptation, _ = trained(srlora(), steps=5)
+    with pytest.raises(UserError, match="the checkpoint adapts other layers than this model has"):
+        Adaptation(toy_net(depth=3), srlora()).load_state_dict(adaptation.state_dict())
+
+
+def test_parameters_may_be_replaced_as_a_whole():
+    net = toy_net()
+    adaptation = Adaptation(net, srlora())
+    adaptation.start()
+    net.load_state_dict({name: value.clone() for name, value in net.state_dict().items()}, assign=True)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    adaptation.plan(40)
+    train(net, adaptation, optimizer, toy_batches(40))
+    expected, reference, _ = trained(srlora())
+    assert reference.switches_done == adaptation.switches_done > 0
+    x = toy_batches(1)[0][0]
+    assert torch.equal(net(x), expected(x))
 
 
 # --- limits of the plan ----------------------------------------------------------------------------------------------
@@ -292,6 +560,27 @@ def plan(method, steps, **net):
         warnings.simplefilter("always")
         adaptation.plan(steps)
     return adaptation, [str(w.message) for w in caught]
+
+
+def test_a_switch_after_every_step_is_allowed():
+    adaptation, _ = plan(srlora(), 4)
+    assert [adaptation.schedules[4].step_of(i) for i in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_the_largest_spectrum_and_the_furthest_matrix_decide_how_many_switches_there_are():
+    """min(out, in) is 5 for embed and 12 for fc1; at rank 2 a switch takes one direction more."""
+    net = toy_net()
+    adaptation = Adaptation(net, SRLoRA(rank=2, alpha=4.0, target_rank=12, target_modules=["embed", "fc1"]))
+    adaptation.start()
+    with pytest.warns(UserWarning, match=r"fewer than 12 .*: embed \(5\)"):
+        adaptation.plan(20)
+    assert adaptation.switches_planned == 10
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    train(net, adaptation, optimizer, toy_batches(12))
+    assert {state.next_direction for state in adaptation.states.values()} == {5, 8}
+    with pytest.warns(UserWarning, match=r"fewer than 12"):
+        adaptation.plan(40, 12)
+    assert adaptation.switches_planned == 12 - 8
 
 
 def test_more_switches_than_steps_is_an_error():

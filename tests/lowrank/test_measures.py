@@ -66,6 +66,14 @@ def test_a_matrix_whose_fused_pairs_are_gone_is_left_out():
     assert size_of_change(matrix, adaptation.states[matrix]) is None
 
 
+def test_a_change_that_diverged_is_not_measured():
+    adaptation, _ = trained(PiSSA(rank=2), steps=1)
+    matrix = adaptation.matrices[0]
+    assert size_of_change(matrix, adaptation.states[matrix]) is not None
+    matrix.A[0, 0] = math.inf
+    assert size_of_change(matrix, adaptation.states[matrix]) is None
+
+
 def test_kinds_are_places_in_a_block():
     adaptation, _ = trained(LoRA(rank=2), steps=0)
     kinds = by_kind(adaptation.matrices)

@@ -4,9 +4,10 @@ import torch
 import torchvision
 import transformers
 from torch import nn
+from torch.nn.utils import weight_norm
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, SRLoRA
+from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA, SRLoRA
 from srlora_pl.lowrank.targets import block_and_kind
 from tests.toys import toy_net
 
@@ -139,7 +140,36 @@ def test_trainable_names_train_and_all_else_is_frozen():
     assert {name.rpartition(".")[2] for name in trainable} == {"lora_A", "lora_B", "weight", "bias"}
     assert {name for name in trainable if "lora" not in name} == {"head.weight", "head.bias"}
     with pytest.raises(UserError, match=r"'haed'.*did you mean 'head'"):
-        Adaptation(toy_net(), LoRA(rank=2), trainable=["haed"])
+        Adaptation(toy_net(), LoRA(rank=2), trainable="haed")
+
+
+def test_a_head_of_blocks_trains_whole_and_gets_no_pairs():
+    net = toy_net()
+    net.head = nn.Sequential(toy_net().blocks[0], net.head)
+    adaptation = Adaptation(net, LoRA(rank=2), trainable="head")
+    assert not any(name.startswith("head") for name in adaptation.layers)
+    assert all(parameter.requires_grad for parameter in net.head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("trainable", "new", "says"),
+    [
+        ([], ["head"], r"head is to have pairs, but is new or trains whole, .*add 'head' to exclude_modules"),
+        (["head"], [], r"head is to have pairs, but is new or trains whole, .*add 'head' to exclude_modules"),
+        (["blocks.0.fc1.bias"], [], r"trainable names 'blocks\.0\.fc1\.bias', but blocks\.0\.fc1 is to have pairs"),
+    ],
+)
+def test_nothing_is_adapted_that_is_new_or_trains_whole(trainable, new, says):
+    with pytest.raises(UserError, match=says):
+        Adaptation(toy_net(), LoRA(rank=2, target_modules=["head", "fc1"]), trainable, new=new)
+
+
+def test_a_network_may_be_a_list_of_blocks():
+    net = nn.Sequential(*toy_net().blocks)
+    assert [m.name for m in Adaptation(net, LoRA(rank=2, target_modules=["fc1", "query"])).matrices] == [
+        "0.qkv[q]", "0.fc1", "1.qkv[q]", "1.fc1",
+    ]  # fmt: skip
+    assert len(Adaptation(nn.Sequential(*toy_net().blocks), LoRA(rank=2)).matrices) == 12
 
 
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -183,6 +213,18 @@ def half():
     return toy_net(dtype=torch.bfloat16)
 
 
+def normed():
+    net = toy_net()
+    weight_norm(net.blocks[1].fc1)
+    return net
+
+
+def twice():
+    net = toy_net()
+    Adaptation(net, LoRA(rank=2))
+    return net
+
+
 @pytest.mark.parametrize(
     ("build", "options", "says"),
     [
@@ -197,7 +239,10 @@ def half():
         (toy_net, {"rank": 0}, r"rank is 0"),
         (toy_net, {"alpha": 0.0}, r"alpha is 0"),
         (toy_net, {"dropout": 1.0}, r"dropout is 1"),
+        (toy_net, {"rank": 2.5}, r"rank is 2.5, it must be a whole number"),
         (half, {}, r"blocks\.0\.qkv is torch\.bfloat16"),
+        (normed, {}, r"blocks\.1\.fc1 has hooks \(weight_norm"),
+        (twice, {}, r"the network has pairs already"),
         (Tied, {}, r"blocks\.0\.fc1 is tied to blocks\.1\.fc1"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), {}, r"found no linear layer inside repeated blocks"),
         (
@@ -257,6 +302,7 @@ def test_what_cannot_be_adapted_is_refused_by_name(build, options, says):
         ({"fusion_ratio": 0.5, "rank": 1}, r"0.5 x rank 1 = 0.5"),
         ({"fusion_ratio": 0.5, "rank_pattern": {"fc1": 3}}, r"0.5 x rank 3 = 1.5"),
         ({"target_rank": 7}, r"target_rank is 7.*rank 8"),
+        ({"target_rank": 12.5}, r"target_rank is 12.5, it must be a whole number"),
         ({"beta1": 1.0}, r"beta1 is 1.0"),
         ({"beta2": 0.0}, r"beta2 is 0.0"),
         ({"reset_scores": "none"}, r"reset_scores is 'none'.*all, recycled"),
@@ -266,6 +312,20 @@ def test_what_cannot_be_adapted_is_refused_by_name(build, options, says):
 def test_srloras_own_values(options, says):
     with pytest.raises(UserError, match=says):
         SRLoRA(**options)
+
+
+def test_the_rank_comes_first_for_every_method():
+    assert {method(3).rank for method in (LoRA, PiSSA)} == {3}
+    assert (SRLoRA(4, target_rank=12).rank, SRLoRA(4, target_rank=12).target_rank) == (4, 12)
+    with pytest.raises(TypeError):
+        SRLoRA(4, 12)
+
+
+def test_lists_and_single_names_mean_the_same():
+    lists = LoRA(rank=2, exclude_modules=["fc1"], layers=[0, 2])
+    names = LoRA(rank=2, exclude_modules="fc1", layers="0,2")
+    chosen = [Adaptation(toy_net(depth=3), method).layers.keys() for method in (lists, names)]
+    assert chosen[0] == chosen[1] == {f"blocks.{i}.{kind}" for i in (0, 2) for kind in ("qkv", "proj", "fc2")}
 
 
 def test_separate_qkv_bias_is_called_and_so_can_be_adapted():

@@ -1,5 +1,6 @@
 import inspect
 import math
+import pickle
 from typing import Any
 
 import lightning as L
@@ -39,6 +40,15 @@ def test_vit_base_has_the_papers_number_of_adapter_parameters():
     assert sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in adapters) == 1_327_104
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == 1_327_104 + 768 * 100 + 100
+
+
+def test_a_model_may_be_pickled_whole():
+    model = ImageClassifier("vit_tiny_in64", 10, SRLoRA(rank=4, target_rank=8)).eval()
+    again = pickle.loads(pickle.dumps(model))
+    image = torch.randn(2, 3, 64, 64)
+    assert torch.equal(again(image), model(image))
+    again.adaptation.start()
+    torch.testing.assert_close(again(image), model(image), rtol=0, atol=1e-5)
 
 
 def test_head_and_adapters_train_and_nothing_else_moves(classifier, trainer, loader):

@@ -33,7 +33,7 @@ class Method:
             that match the end of a layer's dotted name. ``query``, ``key`` and ``value`` also mean these parts of
             a fused qkv.
         exclude_modules: names or regular expressions of layers to leave out.
-        layers: only these blocks, such as ``6-11`` or ``0,3-5``.
+        layers: only these blocks, such as ``6-11`` or ``0,3-5``, or a list of their numbers.
         rank_pattern: ranks of their own for layers that match a name or regular expression; the first match counts.
         alpha_pattern: the same for alpha.
         dropout: on the input of the pairs, in [0, 1).
@@ -48,24 +48,26 @@ class Method:
     def __init__(
         self,
         rank: int = 8,
+        *,
         alpha: float = 8.0,
         target_modules: str | list[str] = ALL_LINEAR,
-        exclude_modules: list[str] | None = None,
-        layers: str | int | None = None,
+        exclude_modules: str | list[str] | None = None,
+        layers: str | int | list[int] | None = None,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         dropout: float = 0.0,
         use_rslora: bool = False,
     ) -> None:
         self.rank, self.alpha, self.dropout, self.use_rslora = rank, alpha, dropout, use_rslora
-        self.target_modules, self.exclude_modules = target_modules, exclude_modules or []
+        self.target_modules = target_modules
+        self.exclude_modules = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
         self.layers, self._layers = layers, _parse_layers(layers)
         self.rank_pattern, self.alpha_pattern = rank_pattern or {}, alpha_pattern or {}
         for value, where in [
             (rank, "rank"),
             *((v, f"rank_pattern[{k!r}]") for k, v in self.rank_pattern.items()),
         ]:
-            if value < 1:
+            if not isinstance(value, int) or value < 1:
                 raise UserError(f"method.{where} is {value}, it must be a whole number of at least 1")
         for alpha_, where in [
             (alpha, "alpha"),
@@ -110,7 +112,7 @@ class Method:
             for cls in type(self).__mro__
             if "__init__" in vars(cls) and cls is not object
             for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items()
-            if name != "self" and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
         ]
         home = type(self).__module__
         path = "srlora_pl" if home.startswith("srlora_pl.lowrank.") else home
@@ -120,11 +122,11 @@ class Method:
         }
 
 
-def _parse_layers(layers: str | int | None) -> set[int] | None:
+def _parse_layers(layers: str | int | list[int] | None) -> set[int] | None:
     if layers is None:
         return None
     chosen: set[int] = set()
-    for part in str(layers).replace(" ", "").split(","):
+    for part in str(layers).strip("[]").replace(" ", "").split(","):
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not found:
             raise UserError(f"method.layers is {layers!r}, write block numbers such as 6-11 or 0,3-5")

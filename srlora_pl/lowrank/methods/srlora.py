@@ -11,6 +11,7 @@ class SRLoRA(PiSSA):
     """PiSSA that at intervals fuses its least important pairs and re-draws them from unused singular directions.
 
     Args:
+        rank: pairs per matrix, r.
         target_rank: how far down the spectrum training may walk, r_target.
         fusion_ratio: share of the pairs that a switch recycles, gamma; gamma * rank must be a whole number.
         beta1: decay of the smoothed sensitivity (Eq. 4).
@@ -26,6 +27,8 @@ class SRLoRA(PiSSA):
 
     def __init__(
         self,
+        rank: int = 8,
+        *,
         target_rank: int = 128,
         fusion_ratio: float = 0.5,
         beta1: float = 0.85,
@@ -34,7 +37,7 @@ class SRLoRA(PiSSA):
         optimizer_state: Literal["warm", "zero", "keep"] = "warm",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(rank, **kwargs)
         self.target_rank, self.fusion_ratio, self.beta1, self.beta2 = target_rank, fusion_ratio, beta1, beta2
         self.reset_scores, self.optimizer_state = reset_scores, optimizer_state
         for value, where in ((beta1, "beta1"), (beta2, "beta2")):
@@ -46,10 +49,12 @@ class SRLoRA(PiSSA):
         ):
             if choice not in known:
                 raise UserError(f"method.{where} is {choice!r}, it must be one of {', '.join(known)}")
-        for rank in {self.rank, *self.rank_pattern.values()}:
-            self.recycled_rank(rank)
-            if target_rank < rank:
-                raise UserError(f"method.target_rank is {target_rank}, it must be at least the rank {rank}")
+        for each in {rank, *self.rank_pattern.values()}:
+            self.recycled_rank(each)
+            if not isinstance(target_rank, int) or target_rank < each:
+                raise UserError(
+                    f"method.target_rank is {target_rank}, it must be a whole number of at least the rank {each}"
+                )
 
     def recycled_rank(self, rank: int) -> int:
         """r' = gamma * rank: how many pairs of a matrix of this rank one switch recycles."""
