@@ -1,5 +1,6 @@
 """Folders that the PEFT library wrote as a start: the outputs are peft's own, whatever goes on from there."""
 
+import copy
 import json
 import pickle
 from functools import partial
@@ -11,11 +12,13 @@ import timm
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from srlora_pl import ImageClassifier, LoRA, PiSSA, SRLoRA, UserError, export_model
-from srlora_pl.peft_format import PeftFolder
+from srlora_pl.lowrank.export import Factors
+from srlora_pl.peft_format import PeftFolder, write
 from tests.models import CLASSES, batch_for, encoder_folder, fit, image_task, text_task, vit_folder
 from tests.tasks.texts import BERT
 
@@ -177,6 +180,36 @@ def test_our_own_export_is_a_start(home, tmp_path):
     torch.testing.assert_close(logits(again, batch), logits(task, batch), atol=1e-5, rtol=0)
 
 
+class TwoNames(nn.Module):
+    """Two layers of which one name, taken for a regular expression, matches the other's."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ModuleDict({"0": nn.Linear(6, 5)})
+        self.up_0, self.down = nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.down(self.up_0(self.up["0"](x)))
+
+
+def test_a_rank_of_its_own_is_that_of_one_layer_only(tmp_path):
+    torch.manual_seed(0)
+    net = TwoNames()
+    ranks = {"up.0": 3, "up_0": 2, "down": 2}
+    sizes = {name: net.get_submodule(name).weight.shape for name in ranks}
+    factors = {
+        name: Factors(torch.randn(out, ranks[name]), torch.randn(ranks[name], in_), 1.0)
+        for name, (out, in_) in sizes.items()
+    }
+    write(tmp_path, factors, {}, "nowhere", None)
+    assert {name: pair.rank for name, pair in PeftFolder.read(str(tmp_path)).pairs.items()} == ranks
+    with_peft = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path)
+    for name, pair in factors.items():
+        net.get_submodule(name).weight.data += pair.B @ pair.A
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(with_peft(x), net(x), atol=1e-5, rtol=1e-5)
+
+
 class Batches(torch.utils.data.Dataset):
     def __init__(self, task):
         self.batch = batch_for(task, 16) | {"index": torch.arange(16)}
@@ -254,7 +287,10 @@ FOREIGN = {
     "biases": ({"config": {"bias": "lora_only"}}, "has bias 'lora_only', only a plain LoRA"),
     "lora_bias": ({"config": {"lora_bias": True}}, "has lora_bias True"),
     "a setting of the future": ({"config": {"use_magic": 1}}, "has use_magic 1"),
-    "pissa": ({"config": {"init_lora_weights": "pissa_niter_4"}}, "'pissa_niter_4', which changed the base"),
+    **{
+        start: ({"config": {"init_lora_weights": start}}, f"'{start}', which changed the base")
+        for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
+    },
     "no rank": ({"config": {"r": None}}, "gives no r and lora_alpha"),
     "alpha in words": ({"config": {"lora_alpha": "8"}}, "gives no r and lora_alpha"),
     "pattern in words": ({"config": {"rank_pattern": {"fc1": "3"}}}, "'3' in rank_pattern, where numbers belong"),

@@ -178,3 +178,22 @@ def test_no_validation_is_lost_or_done_twice(case, tmp_path):
         if len({(t.global_step, t.current_epoch) for t in trainers}) > 1:
             wrong.append(f"counters {file.stem} {[(t.global_step, t.current_epoch) for t in trainers]}")
     assert not wrong, wrong
+
+
+def test_without_the_callback_that_stopped_it_a_run_goes_on(tmp_path):
+    """Whether its file is of the validation that stopped it or of the end."""
+
+    def stops():
+        return EarlyStopping("val/loss", min_delta=9.0, patience=2)
+
+    options = {"max_steps": 30, "enable_checkpointing": False}
+    expected = fit(Rows(), **options)
+    stopped = fit(Rows(), stops(), SaveEverywhere(tmp_path), max_steps=30)
+    assert stopped.trainer.global_step == 15
+    for name in ("3-train_end-15", "3-validation_end-15"):
+        file = tmp_path / f"{name}.ckpt"
+        assert torch.load(file, weights_only=True)["exact_resume"]["should_stop"]
+        resumed = fit(Rows(), ckpt_path=file, **options)
+        assert resumed.trainer.global_step == 30
+        assert torch.equal(resumed.layer.weight, expected.layer.weight)
+        assert fit(Rows(), stops(), ckpt_path=file, **options).trainer.global_step == 15

@@ -1,8 +1,10 @@
 """A run planned for N steps, stopped anywhere and resumed, equals the uninterrupted one bit for bit."""
 
+import random
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import timm
 import torch
@@ -278,6 +280,19 @@ def test_another_seed_is_refused(tmp_path):
     L.seed_everything(4, verbose=False)
     with pytest.raises(UserError, match="seed"):
         trainer(tmp_path).fit(model(), datamodule=SmallDigits(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_every_micro_batch_draws_numbers_of_its_own(tmp_path):
+    class Draws(Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_train_batch_end(self, *args):
+            self.seen.append((torch.rand(()).item(), np.random.rand(), random.random()))
+
+    draws = Draws()
+    fit(tmp_path, draws, accumulate_grad_batches=2, max_steps=7)
+    assert [len(set(each)) for each in zip(*draws.seen, strict=True)] == [14, 14, 14]
 
 
 def test_the_seed_matters(tmp_path):

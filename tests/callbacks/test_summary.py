@@ -1,8 +1,10 @@
 """summary.json tells how training ended, whatever is loaded for the test after it."""
 
 import json
+from types import SimpleNamespace
 
 import lightning as L
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
@@ -12,22 +14,28 @@ from tests.tasks.conftest import CLASSES, SMALL_VIT, samples
 
 
 class There(L.Callback):
-    """Whether the file is there, at the start of training and after its steps."""
+    """Whether the file is there, at the start of training and after its steps; stops after ``last``."""
 
-    def __init__(self, path):
-        self.path, self.seen = path, []
+    def __init__(self, path, last):
+        self.path, self.last, self.seen = path, last, []
 
     def on_train_start(self, *_):
         self.seen.append(self.path.exists())
 
-    def on_train_batch_end(self, *_):
+    def on_train_batch_end(self, trainer, *_):
         self.seen.append(self.path.exists())
+        trainer.should_stop = trainer.global_step == self.last
 
 
-def test_the_switches_are_those_of_the_whole_run(tmp_path):
+def small_model():
     torch.manual_seed(0)
-    model = ImageClassifier("vit_tiny_patch16_224", CLASSES, SRLoRA(rank=2, target_rank=6), SMALL_VIT)
-    summary, there = Summary(tmp_path), There(tmp_path / "summary.json")
+    return ImageClassifier("vit_tiny_patch16_224", CLASSES, SRLoRA(rank=2, target_rank=6), SMALL_VIT)
+
+
+@pytest.mark.parametrize(("last", "switches"), [(8, 3), (5, 2)])
+def test_the_switches_are_those_of_the_whole_run(last, switches, tmp_path):
+    model = small_model()
+    summary, there = Summary(tmp_path), There(tmp_path / "summary.json", last)
     there.path.write_text("of an earlier end")
     trainer = L.Trainer(
         accelerator="cpu",
@@ -41,10 +49,27 @@ def test_the_switches_are_those_of_the_whole_run(tmp_path):
     )
     loader = DataLoader(samples(32), batch_size=4)
     trainer.fit(model, loader)
-    assert there.seen == [True] + 8 * [False]
-    assert model.adaptation.switches_done == 3
+    assert there.seen == [True] + last * [False]
+    assert model.adaptation.switches_done == switches
     model.adaptation.switches_done = 1  # as an earlier checkpoint would set it
     summary.write(trainer, model, {"test/score": 0.5}, {})
     found = json.loads((tmp_path / "summary.json").read_text())
-    assert (found["switches"], found["steps"], found["scores"]) == (3, 8, {"test/score": 0.5})
+    assert (found["switches"], found["steps"], found["scores"]) == (switches, last, {"test/score": 0.5})
     assert found["seconds"] == summary.seconds > 0
+
+
+def test_seconds_add_up_over_the_processes_of_a_run(tmp_path, monkeypatch):
+    clock = iter([100.0, 103.0, 104.5, 20.0, 21.0, 27.0])
+    monkeypatch.setattr("srlora_pl.callbacks.summary.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    first, second, model = Summary(tmp_path), Summary(tmp_path), small_model()
+    first.on_fit_start(None, model)
+    saved = first.state_dict()  # as a checkpoint in the middle of a run keeps it
+    assert saved == {"seconds": 3.0}
+    first.on_fit_end(None, model)
+    assert first.seconds == 4.5  # the end stops the clock
+    second.load_state_dict(saved)
+    assert second.seconds == 3.0
+    second.on_fit_start(None, model)
+    assert second.seconds == 4.0
+    second.on_fit_end(None, model)
+    assert second.state_dict() == {"seconds": 10.0}

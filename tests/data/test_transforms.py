@@ -134,9 +134,55 @@ def test_boxes_follow_torchvision() -> None:
     assert abs(ours.flip.double().mean() - 0.5) < 0.04
 
 
-def test_crop_that_never_fits_is_the_central_one() -> None:
-    boxes = random_boxes(torch.full((1, DRAWS), 0.5, dtype=torch.float64), 100, 10, (1.0, 1.0), hflip=False)
-    assert [int(part) for part in boxes] == [(100 - 13) // 2, 0, 13, 10, 0]
+NEARLY_1 = 1 - 2**-53
+
+
+def draws(areas: list[float], ratios: list[float], top: float = 0.0, left: float = 0.0, flip: float = 0.0) -> Tensor:
+    """One row of ``numbers``: areas and ratios of ten tries, the last repeated, then place and flip."""
+    tries = [*areas, *areas[-1:] * (10 - len(areas)), *ratios, *ratios[-1:] * (10 - len(ratios))]
+    return torch.tensor([[*tries, top, left, flip]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "box"),
+    [
+        # a quarter of 1,200 x 900 pixels is 450 x 600, 519.6 x 519.6, the geometric mean of the ratios, or 600 x 450
+        (draws([0.0], [0.0], 0.25, 0.75, 0.49), [150, 338, 600, 450, True]),
+        (draws([0.0], [0.5], 0.0, 0.0, 0.5), [0, 0, 520, 520, False]),
+        (draws([0.0], [NEARLY_1], NEARLY_1, NEARLY_1), [750, 300, 450, 600, True]),
+        (draws([1 / 3], [0.5], 0.5, 0.1), [233, 16, 735, 735, True]),  # a half
+    ],
+)
+def test_a_crop_is_what_its_numbers_say(numbers: Tensor, box: list[int]) -> None:
+    assert [int(part) for part in random_boxes(numbers, 1200, 900, (0.25, 1.0), hflip=True)] == box
+    assert not random_boxes(numbers, 1200, 900, (0.25, 1.0), hflip=False).flip
+
+
+@pytest.mark.parametrize("earlier", [0, 3, 9])
+def test_the_first_of_ten_tries_that_fits_counts(earlier: int) -> None:
+    """The whole area of a strip as a square does not fit, a twentieth does, and so do the larger ones after it."""
+    numbers = draws([NEARLY_1] * earlier + [0.0] + [0.02] * (9 - earlier), [0.5])
+    assert [int(part) for part in random_boxes(numbers, 100, 10, (0.05, 1.0), hflip=False)] == [0, 0, 7, 7, False]
+
+
+@pytest.mark.parametrize("ratio", [0.0, NEARLY_1])
+def test_a_crop_has_a_pixel_each_way(ratio: float) -> None:
+    """0.2 pixels round to none in width or in height, so the second try counts."""
+    boxes = random_boxes(draws([0.0, NEARLY_1], [ratio, 0.5]), 2, 2, (0.05, 1.0), hflip=False)
+    assert [int(part) for part in boxes] == [0, 0, 2, 2, False]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "box"),
+    [
+        (100, 10, [(100 - 13) // 2, 0, 13, 10]),
+        (10, 100, [0, (100 - 13) // 2, 10, 13]),
+        (80, 100, [0, 0, 80, 100]),
+    ],
+)
+def test_crop_that_never_fits_is_the_central_one(height: int, width: int, box: list[int]) -> None:
+    numbers = torch.full((1, DRAWS), 0.5, dtype=torch.float64)
+    assert [int(part) for part in random_boxes(numbers, height, width, (1.0, 1.0), hflip=False)] == [*box, False]
 
 
 def test_normalise_is_the_formula_and_makes_grey_rgb() -> None:
@@ -174,9 +220,13 @@ def test_every_8_bit_mode_becomes_rgb(mode: str) -> None:
     assert to_rgb(Image.new(mode, (3, 2))).mode == "RGB"
 
 
-def test_16_bit_keeps_its_upper_bits_and_floats_are_refused() -> None:
-    deep = Image.fromarray(np.array([[0, 255, 256, 65535]], dtype=np.uint16))
-    assert np.array(to_rgb(deep))[0, :, 0].tolist() == [0, 0, 1, 255]
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16", "<u2"), ("I;16L", "<u2"), ("I;16B", ">u2"), ("I;16N", "=u2")])
+def test_16_bit_keeps_its_upper_bits(mode: str, dtype: str) -> None:
+    deep = Image.frombytes(mode, (4, 1), np.array([0, 255, 256, 65535], dtype=dtype).tobytes())
+    assert np.array(to_rgb(deep))[0].tolist() == [[0] * 3, [0] * 3, [1] * 3, [255] * 3]
+
+
+def test_floats_are_refused() -> None:
     with pytest.raises(UserError, match="mode 'F'"):
         to_rgb(Image.new("F", (2, 2)))
 

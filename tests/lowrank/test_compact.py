@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, Spectrum, SRLoRA
+from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA, Spectrum, SRLoRA
+from srlora_pl.lowrank.matrix_state import MatrixState
 from tests.toys import toy_batches, toy_net, train
 
 STEPS = 40
@@ -136,6 +137,23 @@ def test_the_directions_of_the_file_are_those_that_were_taken_out(order, monkeyp
     for matrix, state in theirs.states.items():
         own = adaptation.states[adaptation.matrices[theirs.matrices.index(matrix)]]
         assert torch.equal(state.spectrum.U, own.spectrum.U)
+
+
+@pytest.mark.parametrize(("out", "in_", "rank"), [(3, 2, 1), (2, 3, 1), (40, 24, 2), (24, 40, 3)])
+def test_a_ledger_is_kept_while_it_has_no_more_numbers_than_the_weight(out, in_, rank):
+    """Of a single pair of 3 x 2 it has just as many."""
+    (matrix,) = LowRankLinear(nn.Linear(in_, out), rank, 1.0).matrices("fc")
+    state = MatrixState(matrix)
+    state.spectrum = Spectrum.of(torch.eye(out, in_), min(out, in_))
+    fits = []
+    for step in range(min(out, in_) // rank):
+        if step:
+            state.record(torch.arange(rank), (matrix.B, matrix.A), step)
+        kept = [state.drawn.U, state.drawn.sigma, state.drawn.Vh, *(each for pair in state.fused for each in pair)]
+        fits.append(sum(each.numel() for each in kept) <= out * in_)
+        assert state.outgrows((out, in_)) != fits[-1]
+    assert fits[0]
+    assert not fits[-1]
 
 
 def test_what_somebody_else_trains_is_kept():

@@ -104,6 +104,29 @@ def test_the_factors_are_the_whole_change(name):
         assert each.size == pytest.approx(float(exact[layer].norm()), rel=1e-4)
 
 
+@pytest.mark.parametrize("export", [plain_copy, change])
+def test_a_reduced_matmul_precision_does_not_reach_what_is_exported(export, monkeypatch):
+    """Not every processor computes differently at a lower setting, so look at the setting itself."""
+    adaptation, _ = trained(SRLORA(target_rank=8), pretrained=toy_net().state_dict)
+    for state in adaptation.states.values():
+        state.fused = None  # so that the difference of weights is computed
+    seen, merge = [], LowRankLinear.merged_weight
+
+    def watched(layer):
+        seen.append((torch.get_float32_matmul_precision(), torch.is_autocast_enabled("cpu")))
+        return merge(layer)
+
+    monkeypatch.setattr(LowRankLinear, "merged_weight", watched)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            export(adaptation)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == [("highest", False)] * len(adaptation.layers)
+
+
 def test_in_float64_the_factors_are_exact():
     adaptation, before = trained(SRLORA(target_rank=8), dtype=torch.float64, dim=48, hidden=64)
     for layer, each in change(adaptation).items():

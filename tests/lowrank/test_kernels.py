@@ -134,6 +134,28 @@ def test_under_autocast_it_is_nearer_to_the_exact_result_than_two_branches(kind,
     assert errors[merge_on_the_fly] < torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_autocast_the_other_input_of_the_pairs_is_cast_like_the_first(kind):
+    """Dropout gives the pairs an input in fp32 where the layer before was a norm."""
+    given = operands(kind, (16, 32), torch.float32, in_=64, out=48, r=8)
+    given["A"].data *= 0.2
+    other = torch.randn_like(given["x"], requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = two_branches(**given, pairs_input=other)
+    nothing = torch.zeros_like(given["weight"])
+    exact = formula(**given | {"B": torch.zeros_like(given["B"])})
+    exact = exact + formula(**given | {"x": other, "weight": nothing, "bias": None})
+    assert y.dtype == torch.bfloat16
+    eps = torch.finfo(torch.bfloat16).eps
+    assert (y - exact).norm() / exact.norm() < eps
+    upstream = torch.randn_like(exact)
+    leaves = [given["x"], other, given["bias"], given["A"], given["B"]]
+    mine, theirs = (torch.autograd.grad((each * upstream).sum(), leaves) for each in (y, exact))
+    for one, other_one in zip(mine, theirs, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other_one).norm() / other_one.norm() < 4 * eps
+
+
 def test_the_merged_weight_is_not_kept_for_the_backward_pass():
     given = operands("plain", (64,), torch.float32, in_=32, out=32)
     kept = []

@@ -41,4 +41,5 @@ def test_switches_are_even_never_at_the_end_and_never_two_at_once(first, planned
     assert all(b - a in (0, 1) for a, b in itertools.pairwise(due))
     at = [t for t, (a, b) in enumerate(itertools.pairwise(due), start=first + 1) if b > a]
     assert at == [first + i * (last - first) // planned for i in range(1, planned)]
+    assert at == [schedule.step_of(i) for i in range(1, planned)]
     assert last not in at

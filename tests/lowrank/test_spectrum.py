@@ -25,7 +25,7 @@ def test_equals_numpys_svd(out, in_, k, seed):
         np.testing.assert_allclose(product, np.outer(U[:, j], Vt[j]), atol=1e-12 / gap)
 
 
-@pytest.mark.parametrize("decay", [0.9, 0.5])
+@pytest.mark.parametrize("decay", [0.9, 0.77, 0.5])  # the last of 48 at 7e-3, 5e-6 and, cut off, 7e-15
 @pytest.mark.parametrize("shape", [(64, 48), (48, 64)])
 def test_far_directions_are_exact_and_orthonormal(shape, decay):
     """Down to where the Gram matrix alone would have lost its digits."""
@@ -80,6 +80,10 @@ def test_fingerprint_sees_every_bit_and_name():
     base = fingerprint({"a": weight})
     assert base == fingerprint({"a": weight.clone()}) == fingerprint({"a": weight.double()})
     assert len({base, fingerprint({"a": changed}), fingerprint({"b": weight}), fingerprint({"a": weight.T})}) == 4
+    finer = weight.double()
+    finer[3, 4] = torch.nextafter(finer[3, 4], torch.tensor(9.0, dtype=torch.float64))
+    assert torch.equal(finer.float(), weight)
+    assert fingerprint({"a": finer}) != base
 
 
 # --- the cache ---

@@ -64,8 +64,10 @@ def functional_loss(net):
 @pytest.mark.parametrize("state", ["warm", "zero", "keep"])
 @pytest.mark.parametrize("reset", ["all", "recycled"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_trajectory_equals_the_plain_algorithm(name, reset, state):
-    net, W0s, adaptation, optimizer = run_package(OPTIMIZERS[name], reset_scores=reset, optimizer_state=state)
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.85, 0.85), (0.7, 0.95)])
+def test_trajectory_equals_the_plain_algorithm(beta1, beta2, name, reset, state):
+    options = {"reset_scores": reset, "optimizer_state": state, "beta1": beta1, "beta2": beta2}
+    net, W0s, adaptation, optimizer = run_package(OPTIMIZERS[name], **options)
     planned = (TARGET - RANK) // 2
     reference = ReferenceSRLoRA(
         W0s,
@@ -76,6 +78,8 @@ def test_trajectory_equals_the_plain_algorithm(name, reset, state):
         optimizer=OPTIMIZERS[name],
         reset=reset,
         state=state,
+        beta1=beta1,
+        beta2=beta2,
     )
     loss = functional_loss(net)
     for step, batch in enumerate(toy_batches(STEPS, dtype=torch.float64)):

@@ -74,6 +74,34 @@ def test_outputs_attentions_and_gradients_are_those_of_transformers(length, buck
         assert rows.sum() >= min(2 * length - 1, 7)
 
 
+class Squared(nn.Module):
+    """In place of dropout: it acts on each value alone too, and is the same in every shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square()
+
+
+@pytest.mark.parametrize("places", [["dropout"], ["pos_dropout"], ["dropout", "pos_dropout"]])
+def test_dropout_has_the_places_that_it_has_in_transformers(places):
+    slow, fast = slow_and_fast(initializer_range=0.3)  # with smaller weights all attend to all alike
+    plain = fast(**tokens(5)).logits
+    for net in (slow, fast):
+        for layer in net.deberta.encoder.layer:
+            for place in places:
+                setattr(layer.attention.self, place, Squared())
+    expected, found = slow(**tokens(5)).logits, fast(**tokens(5)).logits
+    assert (expected - plain).abs().max() > 1e-2
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_stays_what_it_was(training):
+    slow, _ = slow_and_fast()
+    slow.train(training)
+    use_fast_attention(slow, "toy")
+    assert {module.training for module in slow.modules()} == {training}
+
+
 def test_dropout_acts_in_training_only():
     _, fast = slow_and_fast(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
     batch = tokens(5)

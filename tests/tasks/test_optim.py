@@ -33,6 +33,11 @@ def test_schedule_closed_form():
     assert schedule_factor("cosine", 501, 500, 10) == schedule_factor("linear", 501, 500, 10) == 0.0
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_a_run_may_be_all_warmup(schedule):
+    assert [schedule_factor(schedule, step, 4, 4) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
 def test_one_group_per_learning_rate_and_decay():
     net = nn.ModuleDict({"body": nn.Linear(3, 3), "norm": nn.LayerNorm(3), "head": nn.Linear(3, 2)})
     net["body"].bias.requires_grad_(False)

@@ -335,10 +335,12 @@ def test_a_checkpoint_of_another_model_is_refused(classifier, trainer, tmp_path)
     run.save_checkpoint(tmp_path / "a.ckpt")
     for change, words in [
         ({"train_pooler": False}, r"written with model.train_pooler True, but this run has False"),
+        ({"problem": "multi_label"}, r"written with model.problem 'single_label', but this run has 'multi_label'"),
         ({"backbone_kwargs": {"num_hidden_layers": 1}}, r"written with model.backbone_kwargs"),
     ]:
-        with pytest.raises(UserError, match=words):
-            trainer().fit(classifier(**change), datamodule=data, ckpt_path=tmp_path / "a.ckpt")
+        for start in (trainer().fit, trainer().test):
+            with pytest.raises(UserError, match=words):
+                start(classifier(**change), datamodule=data, ckpt_path=tmp_path / "a.ckpt")
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(classifier, trainer, tmp_path):
