@@ -107,7 +107,7 @@ class FastDisentangledAttention(nn.Module):
         assert relative_pos is not None
         assert rel_embeddings is not None
         samples, length, _ = hidden_states.shape
-        live = self.pos_dropout(rel_embeddings[relative_pos])
+        live = self.pos_dropout(rel_embeddings)[relative_pos]  # distances of one row have one mask
         both = torch.cat([hidden_states.flatten(0, 1), live])
         query, query_of = self._by_head(self.query_proj(both)).split([samples * length, len(live)], 1)
         key, key_of = self._by_head(self.key_proj(both)).split([samples * length, len(live)], 1)

@@ -94,6 +94,22 @@ def test_dropout_has_the_places_that_it_has_in_transformers(places):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("length", [5, 30])
+def test_dropped_positions_are_those_of_transformers(length):
+    slow, fast = slow_and_fast(initializer_range=0.3)
+    for net in (slow, fast):
+        for layer in net.train().deberta.encoder.layer:
+            layer.attention.self.pos_dropout = nn.Dropout(0.5)
+    plain = fast.eval()(**tokens(length)).logits
+    fast.train()
+    logits = []
+    for net in (slow, fast):
+        torch.manual_seed(1)
+        logits.append(net(**tokens(length)).logits)
+    assert (logits[0] - plain).abs().max() > 1e-2
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_stays_what_it_was(training):
     slow, _ = slow_and_fast()

@@ -74,7 +74,7 @@ class Method:
             *((v, f"alpha_pattern[{k!r}]") for k, v in self.alpha_pattern.items()),
         ]:
             if not (alpha_ > 0 and math.isfinite(alpha_)):
-                raise UserError(f"method.{where} is {alpha_}, it must be above 0")
+                raise UserError(f"method.{where} is {alpha_}, it must be a finite number above 0")
         if not 0 <= dropout < 1:
             raise UserError(f"method.dropout is {dropout}, it must lie in [0, 1)")
         patterns = [target_modules] if isinstance(target_modules, str) else target_modules
