@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from srlora_pl import ImageClassifier, SRLoRA
+from srlora_pl import ImageClassifier, SRLoRA, system
 from srlora_pl.callbacks import Summary
 from tests.tasks.conftest import CLASSES, SMALL_VIT, samples
 
@@ -24,8 +24,10 @@ class There(L.Callback):
         self.seen.append(self.path.exists())
 
 
-def test_the_switches_are_those_of_the_whole_run(tmp_path):
+def test_the_switches_and_the_commit_are_those_of_the_run(tmp_path, monkeypatch):
     torch.manual_seed(0)
+    commits = iter(("abc", "of a change while it ran"))
+    monkeypatch.setattr(system, "commit", lambda: next(commits))
     model = ImageClassifier("vit_tiny_patch16_224", CLASSES, SRLoRA(rank=2, target_rank=6), SMALL_VIT)
     summary, there = Summary(tmp_path), There(tmp_path / "summary.json")
     there.path.write_text("of an earlier end")
@@ -47,4 +49,5 @@ def test_the_switches_are_those_of_the_whole_run(tmp_path):
     summary.write(trainer, model, {"test/score": 0.5}, {})
     found = json.loads((tmp_path / "summary.json").read_text())
     assert (found["switches"], found["steps"], found["scores"]) == (3, 8, {"test/score": 0.5})
+    assert found["commit"] == "abc"
     assert found["seconds"] == summary.seconds > 0
