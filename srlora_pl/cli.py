@@ -48,7 +48,7 @@ options:
   --seeds N            runs of each method, by default 5, with the seeds from the config's own on
   --grid KEY=V,V,...   settings to choose among for each method, by validation of the first seed; may be repeated
   --dry-run            list the runs, estimate the time, and stop
-  --KEY VALUE          any setting, for all runs, such as --data.root glue/"""
+  --KEY VALUE          any setting but the seed and the method, for all runs, such as --data.root glue/"""
 
 FIGURES_HELP = """usage: python cli.py figures --run FOLDER [--run FOLDER ...] [--layer N] [--output FOLDER]
 

@@ -56,7 +56,8 @@ def read(path: str) -> Node:
 
 def load(text: str) -> Any:
     """What the YAML ``text`` says; an empty one says {}."""
-    return yaml.load(text, _Loader) or {}
+    content = yaml.load(text, _Loader)
+    return {} if content is None else content
 
 
 def write(settings: Node) -> str:

@@ -1,14 +1,16 @@
-"""What a run ran on: versions of libraries, the device, and how much memory it took."""
+"""What a run ran on: its code, versions of libraries, the device, and how much memory it took."""
 
 import ctypes
 import platform
 import resource
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+REPOSITORY = Path(__file__).parents[1]
 _LARGEST = 2**31 - 1  # that mallopt(3) takes
 _LIBRARIES = ("srlora_pl", "torch", "torchvision", "lightning", "timm", "transformers", "peft")
 
@@ -23,6 +25,20 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def commit() -> str | None:
+    """Of this package's code, with a + if it was changed; None outside a repository of its own."""
+    if not (REPOSITORY / ".git").exists():  # installed, perhaps below somebody else's repository
+        return None
+    try:
+        found, changes = (
+            subprocess.run(["git", "-C", str(REPOSITORY), *words], capture_output=True, text=True, check=True).stdout
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.strip() + ("+" if changes.strip() else "")
 
 
 def device_name(device: torch.device) -> str:

@@ -23,6 +23,13 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
     assert arguments == {"lr": 1e-4, "big": 5000.0, "text": "e4", "n": -0.2}
 
 
+@pytest.mark.parametrize("text", ["0", "false", "[]"])
+def test_a_file_of_nothing_but_a_value_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "settings.yaml").write_text(text)
+    with pytest.raises(UserError, match="must hold settings as 'key: value' lines, not "):
+        read(str(tmp_path / "settings.yaml"))
+
+
 def test_later_files_win_key_by_key() -> None:
     settings, method = combine([task(rank=4), {"model": {"init_args": {"lr": 0.2}}, "trainer": {"max_steps": 3}}])
     assert settings["model"]["init_args"]["lr"] == 0.2

@@ -40,6 +40,29 @@ def test_peak_memory_grows_with_what_is_held():
     assert system.peak_memory_bytes(CPU) >= held.nbytes
 
 
+def test_the_commit_is_that_of_the_code_and_says_whether_it_was_changed(tmp_path, monkeypatch):
+    def git(*words):
+        who = ("-c", "user.name=me", "-c", "user.email=me@here")
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    monkeypatch.setattr(system, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert system.commit() is None
+    git("init", "-q")
+    assert system.commit() is None  # no commit yet
+    (tmp_path / "code.py").write_text("1")
+    git("add", "code.py")
+    git("commit", "-q", "-m", "first")
+    assert system.commit() == git("rev-parse", "HEAD").strip()
+    (tmp_path / "notes.txt").touch()
+    assert not system.commit().endswith("+")
+    (tmp_path / "code.py").write_text("2")
+    assert system.commit() == git("rev-parse", "HEAD").strip() + "+"
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.setattr(system, "REPOSITORY", tmp_path / "site-packages")
+    assert system.commit() is None  # that repository is somebody else's
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told so")
 def test_freed_memory_is_used_again():
     faults = "resource.getrusage(resource.RUSAGE_SELF).ru_minflt"

@@ -28,6 +28,7 @@ class Summary(Callback):
         self.path = folder / FILE
         self._earlier, self._begin = 0.0, 0.0
         self._is_stale = True
+        self._commit: str | None = None  # at the beginning: the files may be changed while the run goes on
         self._switches = 0  # at the end of training: the test that follows loads an earlier checkpoint
 
     @property
@@ -36,6 +37,7 @@ class Summary(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin = time.perf_counter()
+        self._commit = system.commit()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._is_stale and trainer.is_global_zero:
@@ -73,6 +75,7 @@ class Summary(Callback):
             "peak_memory": system.peak_memory_bytes(device),
             "parameters": parameter_counts(module),
             "device": system.device_name(device),
+            "commit": self._commit,
             "versions": system.versions(),
         }
         with replacing(self.path) as file:

@@ -5,26 +5,41 @@ import hashlib
 import json
 import math
 import re
-import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from srlora_pl import config, figures, system
 from srlora_pl.comparison.cells import Cell, Plan, Runner, runner, writing_to
 from srlora_pl.comparison.paper import NUMBERS, TABLES
-from srlora_pl.comparison.results import Outcome, at_the_edge, best_point, table
+from srlora_pl.comparison.results import Outcome, at_the_edge, best_point, made_with, table, unequal_terms
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.files import relative, replacing
 
-_REPOSITORY = Path(__file__).parents[2]
 _PLAN = "plan.json"
 _PROBE_STEPS = 4
+_METHODS = "--methods says which are compared, an overlay of your own can be named there"
+# What a comparison itself gives to every run, and what to do instead.
+_OWN = {
+    "seed_everything": "--seeds counts from seed_everything in the config file, set it there",
+    "ckpt_path": "every run begins anew or goes on from where it was, leave it out",
+    "trainer.default_root_dir": "the runs' folders are in that of --output, leave it out",
+    "model.method": _METHODS,
+    "model.method.class_path": _METHODS,
+}
+_NOTHING = "No method has finished all its runs with the first seed, so there is nothing to compare.\n"
+_FLATTERED = (
+    "* The grid was chosen from by the same data that the scores are of, so they flatter: "
+    "set data.val_fraction above 0."
+)
+# What makes a task that of the paper's numbers, beside its config file.
+_TASK = {"model.backbone", "data.task", "data.name"}
 
 
 def compare(given: Namespace, options: Sequence[str]) -> int:
@@ -71,6 +86,7 @@ def plans_of(given: Namespace, options: tuple[str, ...]) -> list[Plan]:
     if given.seeds < 1:
         raise UserError(f"--seeds is {given.seeds}, it must be 1 or more")
     output, grid = Path(given.output), _grid(given.grid)
+    _refuse_settings(_keys(options), list(grid))
     tasks = {name: (str(_own_file(f"{name}.yaml")),) for name in names} or {"": tuple(given.config)}
     plans = []
     for name, files in tasks.items():
@@ -98,11 +114,11 @@ def _methods(names: Sequence[str]) -> dict[str, Path]:
 
 def _own_file(name: str) -> Path:
     """``name`` in ``configs/``, here or where this package lies."""
-    for home in (Path(), _REPOSITORY):
+    for home in (Path(), system.REPOSITORY):
         if (file := home / "configs" / name).is_file():
             return file
-    near = did_you_mean(Path(name).stem, [file.stem for file in (_REPOSITORY / "configs" / name).parent.glob("*.yaml")])
-    raise UserError(f"there is no configs/{name}{near}, give the path of a YAML file")
+    known = (file.stem for file in (system.REPOSITORY / "configs" / name).parent.glob("*.yaml"))
+    raise UserError(f"there is no configs/{name}{did_you_mean(Path(name).stem, known)}, give the path of a YAML file")
 
 
 def _grid(entries: Sequence[str]) -> dict[str, list[str]]:
@@ -113,12 +129,41 @@ def _grid(entries: Sequence[str]) -> dict[str, list[str]]:
         found = [value.strip() for value in re.split(r",(?![^\[]*\])", values)]
         if not (key and equals and all(found)):
             raise UserError(f"--grid {entry!r} must be a setting and its values, such as model.lr=0.001,0.003")
-        if len(set(found)) < len(found):
+        if len(set(map(_meaning, found))) < len(found):
             raise UserError(f"--grid {entry!r} names a value twice")
         if key in grid:
             raise UserError(f"--grid gives {key} twice, put all its values behind one {key}=")
         grid[key] = found
     return grid
+
+
+def _meaning(value: str) -> str:
+    """The same for 0.001 and 1e-3, as runs read them, but not for 1 and 1.0, a number and a share of batches."""
+    try:
+        return repr(config.load(value))
+    except (yaml.YAMLError, ValueError):  # broken, or no date
+        return value
+
+
+def _keys(options: Sequence[str]) -> list[str]:
+    """The settings that ``options`` give, written either way: ``--key value`` or ``--key=value``."""
+    return [word[2:].partition("=")[0] for word in options if word.startswith("--")]
+
+
+def _plain(key: str) -> str:
+    """One of the ways to write it: classes' arguments may stand behind ``init_args`` or not, ``+`` appends to lists."""
+    return key.replace(".init_args", "").rstrip("+")
+
+
+def _refuse_settings(options: Sequence[str], grid: Sequence[str]) -> None:
+    """Refuse what would overrule the plan, or what the plan would overrule in silence."""
+    places = {f"--{key}": key for key in options} | {f"--grid {key}": key for key in grid}
+    for place, key in places.items():
+        if advice := _OWN.get(_plain(key)):
+            raise UserError(f"{place} is not for you to give: {advice}")
+    for key in grid:
+        if _plain(key) in map(_plain, options):
+            raise UserError(f"--grid {key} is an option too: give the one or the other")
 
 
 def _keep_plan(plan: Plan) -> None:
@@ -151,34 +196,53 @@ def _digests(plan: Plan) -> dict[str, str]:
 
 def _run(plan: Plan, work: Runner, console: Console) -> tuple[list[Outcome], dict[str, Cell]]:
     """All finished runs, and each method's cell that was the best of the grid."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True), console=console
-    ) as bar:
+    with _progress(console) as bar:
         task = bar.add_task("", total=plan.size)
 
         def finished(cells: Sequence[Cell]) -> Iterator[Outcome]:
             for cell in cells:
                 bar.update(task, description=cell.name)
                 if work.run(plan, cell):
-                    outcome = Outcome.read(cell, plan.summary(cell) or {})
-                    if len(plan.points) > 1 and not outcome.summary["best"]:
-                        raise UserError(
-                            "a grid is chosen from by validation, but the runs have none: set data.val_fraction above 0"
-                        )
-                    yield outcome
+                    yield from _finished(plan, [cell])
                 else:
                     console.print(f"failed: {cell.name}: {work.failed[str(plan.folder / cell.name)]}", markup=False)
                 bar.advance(task)
 
         outcomes = list(finished(plan.trials))
-        best = {}
-        for method in plan.methods:
-            mine = [outcome for outcome in outcomes if outcome.cell.method == method]
-            if len(mine) == len(plan.points):  # else the best of what is left may not be the best
-                best[method] = best_point(mine) if len(plan.points) > 1 else mine[0].cell
-        outcomes += finished(plan.repetitions({method: cell.point for method, cell in best.items()}))
+        best = _best(plan, outcomes)
+        outcomes += finished(_repetitions(plan, best))
     return outcomes, best
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+
+
+def _finished(plan: Plan, cells: Sequence[Cell]) -> list[Outcome]:
+    """What is there already of ``cells``.
+
+    Raises:
+        UserError: they are points of a grid, and validation tells nothing of them.
+    """
+    outcomes = [Outcome.read(cell, summary) for cell in cells if (summary := plan.summary(cell))]
+    if len(plan.points) > 1 and not all(outcome.summary["best"] for outcome in outcomes):
+        raise UserError("a grid is chosen from by validation, but the runs have none: set data.val_fraction above 0")
+    return outcomes
+
+
+def _best(plan: Plan, trials: Sequence[Outcome]) -> dict[str, Cell]:
+    """Each method's best point; of a method that lacks one there is none, as the best may be the one that it lacks."""
+    best = {}
+    for method in plan.methods:
+        mine = [outcome for outcome in trials if outcome.cell.method == method]
+        if len(mine) == len(plan.points):
+            best[method] = best_point(mine) if len(plan.points) > 1 else mine[0].cell
+    return best
+
+
+def _repetitions(plan: Plan, best: Mapping[str, Cell]) -> list[Cell]:
+    return plan.repetitions({method: cell.point for method, cell in best.items()})
 
 
 # -- what it ends with
@@ -190,7 +254,8 @@ def _write(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) ->
         method: [each for each in outcomes if each.cell.method == method and each.cell.point == cell.point]
         for method, cell in best.items()
     }
-    rows = [outcome.row() for outcome in outcomes]
+    rows, made = [outcome.row() for outcome in outcomes], made_with(outcomes)
+    differing = [name for name, found in made.items() if len(found) > 1]
     _write_csv(plan.folder / "results.csv", rows)
     about = {
         "configs": list(plan.configs),
@@ -199,16 +264,25 @@ def _write(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) ->
         "grid": {key: list(values) for key, values in plan.grid.items()},
         "chosen": {method: dict(cell.point) for method, cell in best.items()},
         "seeds": list(plan.seeds),
-        "commit": _commit(),
+        "commit": system.commit(),  # of what writes this; of the runs:
+        "commits": made.pop("commit"),
         "devices": sorted({outcome.summary["device"] for outcome in outcomes}),
-        "versions": system.versions(),
+        "versions": made,
     }
     _write_text(plan.folder / "results.json", json.dumps(about | {"runs": rows}, indent=1))
-    lines = [table(chosen, NUMBERS.get(Path(plan.configs[0]).stem, {})), *at_the_edge(plan.grid, best)]
+    lines = [table(chosen, _papers(plan)) if chosen else _NOTHING, *_left_out(plan, outcomes, best)]
+    lines += [*at_the_edge(plan.grid, best), *unequal_terms(chosen)]
+    if len(plan.points) > 1 and outcomes[0].tests_what_chose:
+        lines.append(_FLATTERED)
+    if differing:
+        lines.append(
+            f"* Not all runs had the same {', '.join(differing)}, see results.json: begin anew in another --output."
+        )
     text = "\n".join(lines).rstrip("\n") + "\n"
     _write_text(plan.folder / "results.md", text)
-    curves = {method: each[0].curve("train/loss") for method, each in chosen.items() if each}
-    if curves:
+    curves = {method: each[0].curve("train/loss") for method, each in chosen.items()}
+    # A run shorter than trainer.log_every_n_steps logs no loss.
+    if curves := {method: curve for method, curve in curves.items() if curve[0]}:
         figures.write([figures.drawing_of_losses(curves, plan.folder)])
     return text
 
@@ -225,16 +299,27 @@ def _write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def _commit() -> str | None:
-    """Of the code that runs, with a + if it was changed; None outside a repository."""
-    try:
-        commit, changes = (
-            subprocess.run(["git", "-C", str(_REPOSITORY), *words], capture_output=True, text=True, check=True).stdout
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit.strip() + ("+" if changes.strip() else "")
+def _left_out(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) -> list[str]:
+    """A line for each method without a best point."""
+    lines, done = [], {outcome.cell for outcome in outcomes}
+    for method in (method for method in plan.methods if method not in best):
+        failed = [cell.name for cell in plan.trials if cell.method == method and cell not in done]
+        why = "its run with the first seed failed: mend it, or take it out of --methods"
+        if (points := len(plan.points)) > 1:
+            why = f"{len(failed)} of {points} points of the grid failed ({', '.join(failed)}): "
+            why += "take the value out of --grid, or mend it"
+        lines.append(f"* {method} is left out: {why}.")
+    return lines
+
+
+def _papers(plan: Plan) -> Mapping[str, Mapping[str, float]]:
+    """The paper's numbers, where the config file is this package's own and nothing makes another task of it."""
+    file, more = Path(plan.configs[0]), [*plan.configs[1:], *map(str, plan.methods.values())]
+    own = system.REPOSITORY / "configs" / file.name
+    given = {*map(_plain, (*_keys(plan.options), *plan.grid))}
+    given |= {key for each in more for key in config.keys(config.read(each))}
+    is_own = own.is_file() and own.read_bytes() == file.read_bytes() and not given & _TASK
+    return NUMBERS.get(file.stem, {}) if is_own else {}
 
 
 # -- a look ahead
@@ -243,6 +328,8 @@ def _commit() -> str | None:
 def _dry_run(plan: Plan, console: Console) -> None:
     """List the runs, and say how long they would train, from a few steps of the first one."""
     cells = plan.trials
+    trials = _finished(plan, cells)
+    repeated = _finished(plan, _repetitions(plan, _best(plan, trials)))
     seconds, steps = _probe(plan, cells[0])
     console.print(f"{plan.folder}: {plan.size} runs of {steps:,} steps", markup=False)
     for cell in cells:
@@ -251,7 +338,7 @@ def _dry_run(plan: Plan, console: Console) -> None:
     if len(plan.seeds) > 1:
         rest = f"seeds {plan.seeds[1]} to {plan.seeds[-1]}" if len(plan.seeds) > 2 else f"seed {plan.seeds[1]}"
         console.print(f"  then each method's best point with {rest}", markup=False)
-    left = plan.size - sum(plan.summary(cell) is not None for cell in cells)
+    left = plan.size - len(trials) - len(repeated)
     hours = seconds * steps * left / 3600
     console.print(
         f"  training the {left} that are left, alone, about {hours:.1f} h: {seconds:.3g} s a step over {_PROBE_STEPS} "

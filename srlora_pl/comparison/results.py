@@ -11,9 +11,11 @@ from typing import Any
 
 from scipy.stats import ttest_rel
 
+from srlora_pl import config
 from srlora_pl.comparison.cells import Cell
 from srlora_pl.markdown import markdown
 
+_ROUNDING = 1e-6  # of scores in single precision; a sample more in 40,000 changes one by 2.5e-5
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -48,6 +50,12 @@ class Outcome:
         """The task's main one."""
         return next(value for name, value in self.scores.items() if name.endswith("/score"))
 
+    @property
+    def tests_what_chose(self) -> bool:
+        """Whether validation and test are the same data, GLUE's dev set."""
+        data = config.read(str(Path(self.summary["folder"], "config.yaml")))["data"]
+        return data["class_path"].endswith("GLUEData") and data["init_args"]["val_fraction"] == 0
+
     def curve(self, name: str) -> tuple[list[float], list[float]]:
         """Optimizer steps, and the values that ``name`` had at them."""
         points = [(row["step"] + 1, row[name]) for row in self.metrics if name in row]
@@ -76,6 +84,7 @@ class Outcome:
             **self.scores,
             **{key: self.summary[key] for key in ("steps", "switches", "seconds", "peak_memory")},
             **{f"{kind} parameters": count for kind, count in self.summary["parameters"].items()},
+            "commit": self.summary.get("commit"),
         }
 
 
@@ -111,10 +120,13 @@ class Difference:
     def between(cls, first: Mapping[int, float], second: Mapping[int, float]) -> "Difference | None":
         """From scores by seed; None with fewer than two seeds in common, or differences that are all the same."""
         seeds = sorted(first.keys() & second.keys())
-        differences = [first[seed] - second[seed] for seed in seeds]
-        if len(seeds) < 2 or max(differences) == min(differences):
+        pairs = [(first[seed], second[seed]) for seed in seeds]
+        differences = [one - other for one, other in pairs]
+        # The test would take for a spread what rounding makes of equal differences, and so call them significant.
+        least = _ROUNDING * max((abs(score) for pair in pairs for score in pair), default=0.0)
+        if len(seeds) < 2 or max(differences) - min(differences) <= least:
             return None
-        test = ttest_rel([first[seed] for seed in seeds], [second[seed] for seed in seeds])
+        test = ttest_rel(*zip(*pairs, strict=True))
         interval = test.confidence_interval(0.95)
         mean = statistics.fmean(differences)
         return cls(mean, float(interval.low), float(interval.high), float(test.pvalue), len(seeds))
@@ -173,7 +185,8 @@ def _differences(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
         found = Difference.between(*scores)
         if found is None:
             few = len(scores[0].keys() & scores[1].keys()) < 2
-            why = "too few seeds in common to tell a difference" if few else "the same difference with every seed"
+            same = "the difference is the same with every seed, so nothing can be tested"
+            why = "too few seeds in common to tell a difference" if few else same
             lines.append(f"* {first} against {second}: {why}.")
             continue
         verdict = "significant at 5 %" if found.p < 0.05 else "not significant at 5 %"
@@ -198,6 +211,27 @@ def at_the_edge(grid: Mapping[str, Sequence[str]], best: Mapping[str, Cell]) -> 
                 end = "lowest" if float(text) == values[0] else "highest"
                 lines.append(f"* {method} chose {key} {text}, the {end} of the grid: the best may lie beyond it.")
     return lines
+
+
+def unequal_terms(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
+    """A line where methods trained other numbers of parameters, or of steps, than others."""
+    differing = []
+    for name in ("trained parameters", "steps"):
+        counts = {method: sorted({each.row()[name] for each in runs}) for method, runs in outcomes.items()}
+        if len(set(map(tuple, counts.values()))) > 1:
+            spans = (
+                f"{method} {' to '.join(f'{n:,}' for n in dict.fromkeys((all_[0], all_[-1])))}"
+                for method, all_ in counts.items()
+            )
+            differing.append(f"{name} ({', '.join(spans)})")
+    return [f"* The methods are not on equal terms: {', '.join(differing)}."] if differing else []
+
+
+def made_with(outcomes: Iterable[Outcome]) -> dict[str, list[str | None]]:
+    """Each ``commit`` and each version of a library that the runs had; None where it is not known."""
+    each = [{"commit": outcome.summary.get("commit"), **outcome.summary["versions"]} for outcome in outcomes]
+    names = dict.fromkeys(name for versions in each for name in versions)
+    return {name: list(dict.fromkeys(versions.get(name) for versions in each)) for name in names}
 
 
 def _shown(scores: Mapping[str, float]) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from srlora_pl import ImageClassifier, SRLoRA
+from srlora_pl import ImageClassifier, SRLoRA, system
 from srlora_pl.callbacks import Summary
 from tests.tasks.conftest import CLASSES, SMALL_VIT, samples
 
@@ -33,7 +33,9 @@ def small_model():
 
 
 @pytest.mark.parametrize(("last", "switches"), [(8, 3), (5, 2)])
-def test_the_switches_are_those_of_the_whole_run(last, switches, tmp_path):
+def test_the_switches_and_the_commit_are_those_of_the_whole_run(last, switches, tmp_path, monkeypatch):
+    commits = iter(("abc", "of a change while it ran"))
+    monkeypatch.setattr(system, "commit", lambda: next(commits))
     model = small_model()
     summary, there = Summary(tmp_path), There(tmp_path / "summary.json", last)
     there.path.write_text("of an earlier end")
@@ -55,6 +57,7 @@ def test_the_switches_are_those_of_the_whole_run(last, switches, tmp_path):
     summary.write(trainer, model, {"test/score": 0.5}, {})
     found = json.loads((tmp_path / "summary.json").read_text())
     assert (found["switches"], found["steps"], found["scores"]) == (switches, last, {"test/score": 0.5})
+    assert found["commit"] == "abc"
     assert found["seconds"] == summary.seconds > 0
 
 

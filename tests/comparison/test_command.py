@@ -1,6 +1,8 @@
 """The compare command, on short real runs."""
 
 import csv
+import io
+import itertools
 import json
 import signal
 import subprocess
@@ -8,14 +10,17 @@ import sys
 import time
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from srlora_pl import cli
 from srlora_pl.comparison import command
 from srlora_pl.comparison.cells import Cell
 from srlora_pl.comparison.command import plans_of
+from srlora_pl.comparison.paper import NUMBERS
 from srlora_pl.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +41,28 @@ def task(tmp_path: Path) -> Path:
 def given(**values) -> Namespace:
     defaults = {"config": [], "table": None, "methods": None, "seeds": 5, "grid": [], "output": "out"}
     return Namespace(**(defaults | values))
+
+
+def finish(output: Path, name: str, score: float = 0.5, losses: str = "1,2.5\n", data: Any = None, **more: Any) -> None:
+    """What a finished run of the cell ``name`` leaves, as far as a comparison looks at it."""
+    folder = output / name / "small-method/version_0"
+    folder.mkdir(parents=True)
+    summary = {
+        "scores": {"test/score": score, "test/accuracy": score},
+        "best": {"monitor": "val/loss", "mode": "min", "value": 1 - score},
+        "steps": 12,
+        "switches": 0,
+        "seconds": 1.0,
+        "peak_memory": 1,
+        "parameters": {"adapters": 1, "trained": 2, "all": 3},
+        "device": "some CPU",
+        "versions": {"torch": "2.0"},
+        "commit": "abc",
+    }
+    (folder / "summary.json").write_text(json.dumps(summary | more))
+    (folder / "metrics.csv").write_text(f"step,train/loss\n{losses}")
+    data = data or {"class_path": "srlora_pl.ImageData", "init_args": {"val_fraction": 0.1}}
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": data}))
 
 
 def test_a_plan_is_the_grid_with_one_seed_and_the_best_points_with_the_others(task):
@@ -94,6 +121,8 @@ def test_the_papers_tables():
         ({"config": ["TASK"], "methods": "lora,lora"}, "names lora twice"),
         ({"config": ["TASK"], "grid": ["model.lr"]}, "must be a setting and its values"),
         ({"config": ["TASK"], "grid": ["model.lr=1,1"]}, "names a value twice"),
+        ({"config": ["TASK"], "grid": ["model.lr=0.001,1e-3"]}, "names a value twice"),
+        ({"config": ["TASK"], "grid": ["data.crop_scale=[0.5,1],[0.50, 1]"]}, "names a value twice"),
         ({"config": ["TASK"], "grid": ["model.lr=1", "model.lr=2"]}, "--grid gives model.lr twice"),
         ({"config": ["TASK"], "methods": "lora,"}, "--methods has an empty name"),
     ],
@@ -102,6 +131,36 @@ def test_what_cannot_be_compared_is_refused(values, words, task):
     values = {key: [str(task)] if value == ["TASK"] else value for key, value in values.items()}
     with pytest.raises(UserError, match=words):
         plans_of(given(**values), ())
+
+
+@pytest.mark.parametrize(
+    ("key", "advice"),
+    [
+        ("seed_everything", "--seeds counts from seed_everything in the config file, set it there"),
+        ("ckpt_path", "leave it out"),
+        ("trainer.default_root_dir", "in that of --output"),
+        ("model.method", "an overlay of your own can be named there"),
+        ("model.method.class_path", "an overlay of your own can be named there"),
+        ("model.init_args.method", "an overlay of your own can be named there"),
+    ],
+)
+def test_what_compare_itself_sets_is_refused(key, advice, task):
+    for words in ((f"--{key}", "1"), (f"--{key}=1",)):
+        with pytest.raises(UserError, match=f"^--{key} is not for you to give: .*{advice}"):
+            plans_of(given(config=[str(task)]), ("--model.lr", "1", *words))
+    with pytest.raises(UserError, match=f"^--grid {key} is not for you to give: .*{advice}"):
+        plans_of(given(config=[str(task)], grid=[f"{key}=1,2"]), ())
+
+
+def test_one_place_for_a_setting(task):
+    for option in (["--model.lr", "1"], ["--model.init_args.lr=1"]):
+        with pytest.raises(UserError, match=r"^--grid model\.lr is an option too: "):
+            plans_of(given(config=[str(task)], grid=["model.lr=1,2"]), tuple(option))
+
+
+def test_a_zero_is_a_value_of_its_own_and_whole_numbers_are_not_shares(task):
+    grid = ["trainer.limit_train_batches=0,false,1,1.0"]
+    assert len(plans_of(given(config=[str(task)], grid=grid), ("--model.method.rank", "4"))[0].points) == 4
 
 
 def test_commas_inside_brackets_belong_to_a_value(task):
@@ -177,8 +236,11 @@ def test_a_run_that_fails_is_reported_and_does_not_stop_the_rest(task, tmp_path,
     assert "failed: broken-seed0: error: " in out
     assert "exit code 2" in out
     assert "log.txt" in out
-    _, rows = table_and_scores(output)
+    text, rows = table_and_scores(output)
     assert [row["cell"] for row in rows] == ["pissa-seed0"]
+    line = "* broken is left out: its run with the first seed failed: mend it, or take it out of --methods.\n"
+    assert line in out
+    assert line in text
 
 
 def test_runs_of_other_settings_are_not_mixed(task, tmp_path, capsys):
@@ -251,10 +313,17 @@ def test_a_dry_run_lists_the_runs_and_trains_none(task, tmp_path, capsys):
 
 def test_nothing_is_chosen_from_a_grid_with_a_hole(task, tmp_path, capsys):
     output = tmp_path / "out"
+    finish(output, "lora-lr0.1-seed0")
     words = ["compare", "--config", str(task), "--methods", "lora", "--seeds", "2", "--output", str(output)]
     assert cli.main([*words, "--grid", "model.lr=0.1,-1"]) == 1
-    assert "failed: lora-lr-1-seed0: error: " in capsys.readouterr().out
-    assert (output / "lora-lr0.1-seed0").is_dir()
+    out, text = capsys.readouterr().out, (output / "results.md").read_text()
+    assert "failed: lora-lr-1-seed0: error: " in out
+    assert text == (
+        "No method has finished all its runs with the first seed, so there is nothing to compare.\n\n"
+        "* lora is left out: 1 of 2 points of the grid failed (lora-lr-1-seed0): take the value out of --grid, or "
+        "mend it.\n"
+    )
+    assert text in out
     assert not list(output.glob("*-seed1"))
 
 
@@ -277,3 +346,86 @@ def test_a_dry_run_counts_the_micro_batches_of_a_step(task, tmp_path, monkeypatc
 
 def test_the_name_of_a_cell_is_a_folder():
     assert Cell("my/own.yaml", (("data.root", "a/b"),), 3).name == "own-roota_b-seed3"
+
+
+CELLS = ("lora-seed0", "srlora-seed0", "lora-seed1", "srlora-seed1")
+
+
+def test_runs_too_short_for_a_training_loss_end_with_tables_and_no_figure(task, tmp_path, capsys):
+    for cell in CELLS:
+        finish(tmp_path / "out", cell, losses="")
+    assert cli.main(compare(task, tmp_path / "out")) == 0
+    assert "| lora | - | 2 | 50.00 ± 0.00 |" in capsys.readouterr().out
+    assert not list((tmp_path / "out").glob("training_loss.*"))
+
+
+def test_a_method_without_a_training_loss_is_left_out_of_the_figure(task, tmp_path, monkeypatch):
+    drawn: list[str] = []
+    draw = command.figures.training_loss
+    monkeypatch.setattr(command.figures, "training_loss", lambda curves: drawn.extend(curves) or draw(curves))
+    for cell in CELLS:
+        finish(tmp_path / "out", cell, losses="" if cell.startswith("lora") else "1,2.5\n")
+    assert cli.main(compare(task, tmp_path / "out")) == 0
+    assert drawn == ["srlora"]
+    assert (tmp_path / "out/training_loss.svg").is_file()
+
+
+@pytest.mark.parametrize(("of", "share", "told"), [("GLUEData", 0.0, 1), ("GLUEData", 0.1, 0), ("ImageData", 0.0, 0)])
+def test_a_choice_by_the_data_that_are_reported_is_told(of, share, told, task, tmp_path, capsys):
+    output = tmp_path / "out"
+    data = {"class_path": f"srlora_pl.{of}", "init_args": {"val_fraction": share}}
+    for method, lr in itertools.product(("lora", "srlora"), ("0.1", "0.2")):
+        finish(output, f"{method}-lr{lr}-seed0", data=data)
+    words = compare(task, output, "--grid", "model.lr=0.1,0.2", "--seeds", "1")
+    assert cli.main(words) == 0
+    line = "* The grid was chosen from by the same data that the scores are of, so they flatter"
+    assert capsys.readouterr().out.count(line) == (output / "results.md").read_text().count(line) == told
+
+
+def test_results_name_the_commits_and_versions_of_their_runs(task, tmp_path):
+    output = tmp_path / "out"
+    for cell, commit in zip(CELLS, ("abc", "abc", "def+", None), strict=True):
+        finish(output, cell, commit=commit, versions={"torch": "2.1" if commit == "def+" else "2.0"})
+    assert cli.main(compare(task, output)) == 0
+    about = json.loads((output / "results.json").read_text())
+    assert (about["commits"], about["versions"]) == (["abc", "def+", None], {"torch": ["2.0", "2.1"]})
+    assert [run["commit"] for run in about["runs"]] == ["abc", "abc", "def+", None]
+    assert "* Not all runs had the same commit, torch" in (output / "results.md").read_text()
+
+
+def test_the_papers_numbers_stand_beside_those_of_its_own_tasks_only(tmp_path):
+    own, name = ROOT / "configs/vit_cifar100_srlora.yaml", "vit_cifar100_srlora"
+
+    def numbers(*files: Path, options: tuple[str, ...] = (), grid: tuple[str, ...] = ()) -> Any:
+        return command._papers(plans_of(given(config=[str(file) for file in files], grid=grid), options)[0])
+
+    (longer := tmp_path / "longer.yaml").write_text("trainer: {max_epochs: 9}")
+    (other := tmp_path / "other.yaml").write_text("model: {init_args: {backbone: vit_tiny_in64}}")
+    (copy := tmp_path / own.name).write_bytes(own.read_bytes())
+    assert numbers(own) == numbers(own, longer) == numbers(copy) == NUMBERS[name]
+    assert numbers(own, options=("--model.lr", "1")) == NUMBERS[name]
+    assert numbers(own, options=("--model.backbone", "other")) == {}
+    assert numbers(own, options=("--data.init_args.name=digits",)) == {}
+    assert numbers(ROOT / "configs/deberta_cola_srlora.yaml", grid=("data.task=rte",)) == {}
+    assert numbers(own, other) == {}
+    copy.write_text(own.read_text().replace("lr: ", "lr: 1"))
+    assert numbers(copy) == {}
+
+
+def test_a_dry_run_counts_what_has_finished(task, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "_probe", lambda plan, cell: (1.0, 12))
+    output = tmp_path / "out"
+    left = iter((5, 4, 3, 2, 1, 0))
+    finish(output, "lora-lr0.1-seed1")  # not the best point
+    scores = {"lora-lr0.1-seed0": 0.1, "lora-lr0.2-seed0": 0.2, "srlora-lr0.1-seed0": 0.4, "srlora-lr0.2-seed0": 0.3}
+    for cell in (*scores, "lora-lr0.2-seed1", "srlora-lr0.1-seed1"):
+        finish(output, cell, scores.get(cell, 0.5))
+        assert cli.main(compare(task, output, "--grid", "model.lr=0.1,0.2", "--dry-run")) == 0
+        assert f"training the {next(left)} that are left" in capsys.readouterr().out
+
+
+def test_nothing_is_left_of_a_finished_comparison():
+    console = Console(file=io.StringIO(), width=200, get_time=itertools.count(0, 100).__next__)
+    with command._progress(console) as bar:
+        bar.advance(bar.add_task("lora-seed0", total=1))
+    assert "left 0:00:00" in console.file.getvalue()

@@ -2,12 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from srlora_pl.comparison.cells import Cell
-from srlora_pl.comparison.results import Difference, Outcome, at_the_edge, best_point, table
+from srlora_pl.comparison.results import Difference, Outcome, at_the_edge, best_point, made_with, table, unequal_terms
 
 POINT = (("model.lr", "0.1"),)
 
@@ -70,6 +72,20 @@ def test_nothing_is_said_of_a_difference_that_cannot_be_told():
     assert Difference.between({0: 1.0, 1: 2.0}, {0: 2.0, 1: 3.0}) is None
 
 
+@pytest.mark.parametrize("precision", [float, lambda value: torch.tensor(value).item()], ids=["double", "single"])
+def test_rounding_is_no_spread(precision):
+    scores = [
+        {seed: precision(value) for seed, value in enumerate(each)} for each in ((0.9, 0.8, 0.7), (0.8, 0.7, 0.6))
+    ]
+    assert len({one - other for one, other in zip(scores[0].values(), scores[1].values(), strict=True)}) > 1
+    assert Difference.between(*scores) is None
+    runs = {m: [outcome(m, seed, score) for seed, score in each.items()] for m, each in zip("ab", scores, strict=True)}
+    assert "* a against b: the difference is the same with every seed, so nothing can be tested." in table(runs, {})
+    assert (
+        Difference.between({0: 0.9, 1: 0.8}, {0: 0.9, 1: 0.8 + 1 / 40_000}) is not None
+    )  # one sample of QQP's dev set
+
+
 def test_the_table():
     runs = {
         "lora": [outcome(seed=seed, score=score) for seed, score in enumerate([0.5, 0.6, 0.7])],
@@ -106,8 +122,30 @@ def test_a_best_point_at_the_edge_of_the_grid_is_told():
     ]
 
 
+def altered(run: Outcome, **summary) -> Outcome:
+    return replace(run, summary={**run.summary, **summary})
+
+
+def test_methods_that_trained_more_are_named():
+    lora, srlora = outcome(), outcome("srlora")
+    assert unequal_terms({"lora": [lora, lora], "srlora": [srlora]}) == []
+    assert unequal_terms({"lora": [lora], "srlora": [altered(srlora, parameters={"trained": 1234})]}) == [
+        "* The methods are not on equal terms: trained parameters (lora 6, srlora 1,234)."
+    ]
+    runs = {"lora": [lora, altered(lora, steps=50)], "srlora": [srlora]}
+    assert unequal_terms(runs) == ["* The methods are not on equal terms: steps (lora 40 to 50, srlora 40)."]
+
+
+def test_runs_of_other_code_or_libraries_are_told_apart():
+    first = altered(outcome(), commit="abc", versions={"torch": "2.0", "peft": "0.1"})
+    assert made_with([first, first]) == {"commit": ["abc"], "torch": ["2.0"], "peft": ["0.1"]}
+    earlier = altered(outcome(), versions={"torch": "2.0"})  # of before commits were kept
+    assert made_with([first, earlier]) == {"commit": ["abc", None], "torch": ["2.0"], "peft": ["0.1", None]}
+
+
 def test_a_row_is_plain_data():
     row = json.loads(json.dumps(outcome().row()))
     assert (row["model.lr"], row["seed"], row["best val/loss"], row["val/loss at 50%"]) == ("0.1", 0, 1.0, 3.0)
     assert row["val/score at 100%"] == 0.9
+    assert row["commit"] is None
     assert (row["seconds"], row["trained parameters"], row["test/score"]) == (7.0, 6, 0.5)
