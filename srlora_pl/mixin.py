@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -238,7 +238,10 @@ class SRLoRAMixin(_Module):
 
     def on_train_end(self) -> None:
         super().on_train_end()
-        self.adaptation.require_gradients()
+        try:
+            self.adaptation.require_gradients()
+        except UserError as error:  # of a run so short that it may be chance, and it is over
+            rank_zero_warn(str(error))
         self.adaptation.untouched(self._trained())  # what trained now may be frozen by the time of a checkpoint
         missed = self.adaptation.switches_missed
         if missed:

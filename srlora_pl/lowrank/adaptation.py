@@ -24,7 +24,7 @@ from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.spectrum import Spectrum, SpectrumCache, fingerprint
 from srlora_pl.lowrank.targets import inject
 
-_PATIENCE = 10  # steps within which every layer must have had a gradient
+_PATIENCE = 20  # steps within which every layer must have had a gradient
 
 
 class Adaptation:

@@ -213,6 +213,22 @@ def half():
     return toy_net(dtype=torch.bfloat16)
 
 
+class Special(nn.Linear):
+    """What it computes is its own affair."""
+
+
+def special():
+    net = toy_net()
+    net.blocks[0].fc1 = Special(12, 20)
+    return net
+
+
+def wide():
+    net = toy_net()
+    net.blocks[1].qkv = nn.Linear(20, 3 * 12)
+    return nn.ModuleDict({"blocks": net.blocks[1:]})
+
+
 def normed():
     net = toy_net()
     weight_norm(net.blocks[1].fc1)
@@ -232,6 +248,7 @@ def twice():
         (toy_net, {"target_modules": ["prof"]}, r"'prof'.*did you mean 'proj'"),
         (toy_net, {"exclude_modules": ["fc3"]}, r"exclude_modules names 'fc3'.*did you mean 'fc\d'"),
         (toy_net, {"rank_pattern": {"prj": 2}}, r"rank_pattern names 'prj'.*did you mean 'proj'"),
+        (toy_net, {"alpha_pattern": {"prj": 2.0}}, r"alpha_pattern names 'prj'.*did you mean 'proj'"),
         (toy_net, {"layers": "7-9"}, r"layers='7-9' leaves no linear layer"),
         (toy_net, {"layers": "a-b"}, r"layers is 'a-b'"),
         (toy_net, {"target_modules": ["fc("]}, r"'fc\(', which is no regular expression"),
@@ -241,6 +258,8 @@ def twice():
         (toy_net, {"dropout": 1.0}, r"dropout is 1"),
         (toy_net, {"rank": 2.5}, r"rank is 2.5, it must be a whole number"),
         (half, {}, r"blocks\.0\.qkv is torch\.bfloat16"),
+        (special, {}, r"blocks\.0\.fc1 is a Special, not a plain nn\.Linear"),
+        (wide, {"target_modules": "qkv", "rank": 13}, r"rank 13 is above min\(out, in\) = 12 of blocks\.0\.qkv"),
         (normed, {}, r"blocks\.1\.fc1 has hooks \(weight_norm"),
         (twice, {}, r"the network has pairs already"),
         (Tied, {}, r"blocks\.0\.fc1 is tied to blocks\.1\.fc1"),
