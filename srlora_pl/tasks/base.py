@@ -344,9 +344,8 @@ def _with_adapter(adapter: PeftFolder | None, method: Method, heads: Sequence[st
     return net if adapter is None else adapter.prepare(net, method, heads)
 
 
-def _pretrained_state(
-    make: Callable[[], nn.Module], prepare: Callable[[nn.Module], nn.Module]
-) -> Mapping[str, Tensor]:  # a function with a name, as a module may be pickled
+def _pretrained_state(make: Callable[[], nn.Module], prepare: Callable[[nn.Module], nn.Module]) -> Mapping[str, Tensor]:
+    """What training begins from, once more; a function with a name, so that a module can be pickled."""
     return prepare(make()).state_dict()
 
 
