@@ -22,14 +22,18 @@ def srlora(**options):
     return SRLoRA(**{"rank": 4, "alpha": 8.0, "target_rank": 12, **options})
 
 
-def trained(method, steps=40, dtype=torch.float32, optimizer=torch.optim.AdamW, **options):
+def begun(method, steps, dtype=torch.float32, optimizer=torch.optim.AdamW, **options):
     net = toy_net(dtype=dtype)
     adaptation = Adaptation(net, method)
     adaptation.start()
     adaptation.plan(steps)
-    opt = optimizer([p for p in net.parameters() if p.requires_grad], lr=0.01, **options)
-    train(net, adaptation, opt, toy_batches(steps, dtype=dtype))
-    return net, adaptation, opt
+    return net, adaptation, optimizer([p for p in net.parameters() if p.requires_grad], lr=0.01, **options)
+
+
+def trained(method, steps=40, dtype=torch.float32, optimizer=torch.optim.AdamW, **options):
+    run = begun(method, steps, dtype, optimizer, **options)
+    train(*run, toy_batches(steps, dtype=dtype))
+    return run
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -388,12 +392,8 @@ def test_a_step_that_was_left_out_leaves_no_trace():
 def test_each_rank_scores_until_its_own_switch():
     """Rank 4 switches after steps 10 and 20, rank 2 after every fifth; a switch of the one is none of the other."""
     method = srlora(rank_pattern={"fc1": 2})
-    net = toy_net()
-    adaptation = Adaptation(net, method)
-    adaptation.start()
-    adaptation.plan(40)
+    net, adaptation, optimizer = begun(method, 40)
     assert {rank: schedule.step_of(1) for rank, schedule in adaptation.schedules.items()} == {2: 4, 4: 10}
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
     scores = {rank: [] for rank in (2, 4)}
     for step in range(1, 10):
         train(net, adaptation, optimizer, toy_batches(1, seed=step), first_step=step - 1)
@@ -405,11 +405,7 @@ def test_each_rank_scores_until_its_own_switch():
 
 
 def test_switches_are_counted_by_the_rank_that_does_most():
-    net = toy_net()
-    adaptation = Adaptation(net, srlora(rank_pattern={"fc1": 2}))
-    adaptation.start()
-    adaptation.plan(60)
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    net, adaptation, optimizer = begun(srlora(rank_pattern={"fc1": 2}), 60)
     for step in range(60):
         expected = adaptation.switches_after(step + 1)
         assert adaptation.switches_done + adaptation.switches_missed == adaptation.switches_to_do == 9
@@ -420,11 +416,7 @@ def test_switches_are_counted_by_the_rank_that_does_most():
 
 def test_a_history_goes_on_over_runs_that_count_from_0():
     """Eight steps of twenty, with a switch after the fifth; then a run of its own, with switches after 4 and 8."""
-    net = toy_net()
-    adaptation = Adaptation(net, srlora())
-    adaptation.start()
-    adaptation.plan(20)
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    net, adaptation, optimizer = begun(srlora(), 20)
     train(net, adaptation, optimizer, toy_batches(8))
     adaptation.plan(12)
     assert adaptation.steps_before == 8
@@ -506,11 +498,7 @@ def test_lbfgs_is_refused_at_the_first_step():
 @pytest.mark.parametrize("where", ["it came from", "it was loaded"])
 def test_a_state_is_of_its_moment(where):
     """Whatever training does afterwards, in the adaptation that it came from and where it was loaded."""
-    net = toy_net()
-    adaptation = Adaptation(net, srlora())
-    adaptation.start()
-    adaptation.plan(40)
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    net, adaptation, optimizer = begun(srlora(), 40)
     train(net, adaptation, optimizer, toy_batches(12))
     state = adaptation.state_dict()
     copy = deepcopy(state)
