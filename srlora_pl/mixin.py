@@ -273,6 +273,7 @@ class SRLoRAMixin(_Module):
             raise UserError("the checkpoint holds no adaptation, it was written by another program or module")
         device = None if self._trainer is None else self.trainer.strategy.root_device
         self.adaptation.load_state_dict(checkpoint[_CHECKPOINT_KEY], device)
+        self.adaptation.reached(checkpoint.get("global_step", 0))  # files are written before the end of their step
         if checkpoint[_CHECKPOINT_KEY]["compact"]:
             # What the file leaves out is in place by now; this keeps the strict load that follows.
             checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}

@@ -228,6 +228,15 @@ def test_fit_twice_keeps_the_state_and_plans_over_its_own_steps():
     assert module.adaptation.switches_done == 9
 
 
+def test_a_file_counts_its_own_step(tmp_path):
+    """Lightning writes it before that step's end, where it switches."""
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=10, save_top_k=-1)
+    trainer(tmp_path, max_steps=40, callbacks=[save], enable_checkpointing=True).fit(Toy(), loader())
+    module = Toy.load_from_checkpoint(tmp_path / "step=20.ckpt")
+    trainer(max_steps=8).fit(module, loader())
+    assert module.adaptation.steps_before == 20
+
+
 def test_a_longer_run_on_the_same_trainer_spreads_what_is_left(capsys):
     module = Toy()
     run = trainer(max_steps=20)

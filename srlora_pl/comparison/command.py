@@ -34,10 +34,7 @@ _OWN = {
     "model.method.class_path": _METHODS,
 }
 _NOTHING = "No method has finished all its runs with the first seed, so there is nothing to compare.\n"
-_FLATTERED = (
-    "* The grid was chosen from by the same data that the scores are of, so they flatter: "
-    "set data.val_fraction above 0."
-)
+_FLATTERED = "* The grid was chosen from by the same data that the scores are of, so they flatter: {}."
 # What makes a task that of the paper's numbers, beside its config file.
 _TASK = {"model.backbone", "data.task", "data.name"}
 
@@ -272,8 +269,8 @@ def _write(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) ->
     _write_text(plan.folder / "results.json", json.dumps(about | {"runs": rows}, indent=1))
     lines = [table(chosen, _papers(plan)) if chosen else _NOTHING, *_left_out(plan, outcomes, best)]
     lines += [*at_the_edge(plan.grid, best), *unequal_terms(chosen)]
-    if len(plan.points) > 1 and outcomes[0].tests_what_chose:
-        lines.append(_FLATTERED)
+    if len(plan.points) > 1 and (remedy := outcomes[0].remedy):
+        lines.append(_FLATTERED.format(remedy))
     if differing:
         lines.append(
             f"* Not all runs had the same {', '.join(differing)}, see results.json: begin anew in another --output."

@@ -18,7 +18,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, STL10
@@ -90,8 +91,16 @@ class Pictures:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    with contextlib.suppress(*_BROKEN):  # EXIF data that cannot be read are no reason; bad pixels are met again
-        ImageOps.exif_transpose(image, in_place=True)
+    """Turned as its EXIF data say; what cannot be read of these is passed over, broken pixels are not."""
+    if not isinstance(image, JpegImageFile):  # whose EXIF data come first, so that its pixels can be read smaller yet
+        image.load()
+    orientation = 1
+    with contextlib.suppress(*_BROKEN):
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation != 1:
+        image.load()
+        with contextlib.suppress(*_BROKEN):
+            ImageOps.exif_transpose(image, in_place=True)
     return image
 
 

@@ -117,10 +117,9 @@ class Adaptation:
             UserError: the pairs are merged into the weights.
         """
         self._require_unmerged()
-        if (dtype := self.matrices[0].weight.dtype).itemsize < 4:
-            raise UserError(
-                f"the weights are {dtype}, where a start or a switch would round them, keep them in float32"
-            )
+        coarse = [matrix.weight.dtype for matrix in self.matrices if matrix.weight.dtype.itemsize < 4]
+        if coarse and self.method.needs_spectrum:
+            raise UserError(f"the weights are {coarse[0]}, which a start or a switch would round, keep them in float32")
         if not self.started:
             self._require_new()
         if not self.started or self.base_fingerprint is None:
@@ -340,18 +339,22 @@ class Adaptation:
         """
         if self.importance is not None and not self.schedules:
             raise UserError("no switch is planned, call plan() before training")
-        self._last_step = self.steps_before + step
+        self.reached(step)
         due = {rank: schedule.due(step) for rank, schedule in self.schedules.items()}
         if optimizer is not None and step == 1 and self._recycles_state():
             recompose.check_optimizer(optimizer, self.matrices)
         before, switched = max(self._done.values(), default=0), False
         while ranks := {rank for rank in due if due[rank] > self._done[rank]}:
-            self._switch([matrix for matrix in self.matrices if matrix.rank in ranks], self._last_step, optimizer)
+            self._switch([m for m in self.matrices if m.rank in ranks], self.steps_before + step, optimizer)
             for rank in ranks:
                 self._done[rank] += 1
             switched = True
         self.switches_done += max(self._done.values(), default=0) - before
         return switched
+
+    def reached(self, step: int) -> None:
+        """Optimizer step ``step`` of this run is over: another one, which counts from 0 again, goes on from there."""
+        self._last_step = max(self._last_step, self.steps_before + step)
 
     def switches_after(self, step: int) -> int:
         """How many switches will have been done once optimizer step ``step`` is over."""
@@ -396,8 +399,10 @@ class Adaptation:
     def require_trained(self, optimizer: Optimizer) -> None:
         """Refuse an ``optimizer`` that does not train the pairs, as one made before they were there."""
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not trained:
+            return  # Lightning's stand-in for no optimizer
         for name, layer in self.layers.items():
-            if not {id(layer.lora_A), id(layer.lora_B)} <= trained:
+            if not {id(p) for p in (layer.lora_A, layer.lora_B) if p.requires_grad} <= trained:
                 raise UserError(
                     f"the optimizer does not train the pairs of {name}: make it after the adaptation, from all "
                     "parameters with requires_grad"

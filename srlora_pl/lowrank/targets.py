@@ -119,7 +119,8 @@ def _all_linear(inside: dict[str, nn.Module], modules: dict[str, nn.Module]) -> 
 
 
 def _inside_blocks(net: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    if _is_block_list(net) and len(list(net.children())) > 1:
+    children = list(net.children())
+    if _is_block_list(net) and len(children) > 1 and not isinstance(children[0], nn.ModuleList | nn.Sequential):
         return modules
     blocks = tuple(f"{name}." for name, module in modules.items() if _is_block_list(module))
     return {name: module for name, module in modules.items() if name.startswith(blocks)}

@@ -378,8 +378,16 @@ def test_a_choice_by_the_data_that_are_reported_is_told(of, share, told, task, t
         finish(output, f"{method}-lr{lr}-seed0", data=data)
     words = compare(task, output, "--grid", "model.lr=0.1,0.2", "--seeds", "1")
     assert cli.main(words) == 0
-    line = "* The grid was chosen from by the same data that the scores are of, so they flatter"
+    line = "* The grid was chosen from by the same data that the scores are of, so they flatter: set data.val_fraction"
     assert capsys.readouterr().out.count(line) == (output / "results.md").read_text().count(line) == told
+
+
+def test_a_choice_by_validation_is_told_where_there_is_nothing_else_to_report(task, tmp_path, capsys):
+    output = tmp_path / "out"
+    for method, lr in itertools.product(("lora", "srlora"), ("0.1", "0.2")):
+        finish(output, f"{method}-lr{lr}-seed0", scores={"val/score": 0.5, "val/accuracy": 0.5})
+    assert cli.main(compare(task, output, "--grid", "model.lr=0.1,0.2", "--seeds", "1")) == 0
+    assert "so they flatter: give the data a labelled test split.\n" in capsys.readouterr().out
 
 
 def test_results_name_the_commits_and_versions_of_their_runs(task, tmp_path):

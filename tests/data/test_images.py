@@ -4,6 +4,7 @@ import functools
 import http.server
 import io
 import pickle
+import re
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from torchvision.datasets import CIFAR10
 
 from srlora_pl.data.images import FileImages, ImageData, MemoryImages
 from srlora_pl.data.sources import Files, picture_files
-from srlora_pl.data.transforms import check_mode
+from srlora_pl.data.transforms import ImageTransform, check_mode, to_rgb
 from srlora_pl.errors import UserError
 
 from .conftest import attach
@@ -393,6 +394,32 @@ def test_a_photo_with_broken_exif_data_is_read(tmp_path: Path) -> None:
     seen = picture_files(tmp_path, "data.predict_root").images
     assert isinstance(seen, Files)
     assert seen.decode(0, lambda image: image.size) == (4, 6)
+
+
+@pytest.mark.parametrize("turned", [1, 6])
+@pytest.mark.parametrize("kind", ["jpg", "png", "gif", "tiff"])
+def test_a_picture_that_is_broken_in_the_middle_is_refused(kind: str, turned: int, tmp_path: Path) -> None:
+    """PIL raises for broken pixels once, and gives the half-filled picture when it is asked again."""
+    pixels = np.random.default_rng(0).integers(0, 256, (150, 150, 3), np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turned
+    options = {"compression": "tiff_lzw"} if kind == "tiff" else {}
+    file = tmp_path / f"photo.{kind}"
+    Image.fromarray(pixels).save(file, **({"exif": exif} if kind in ("jpg", "png") else {}), **options)
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(255 - byte for byte in content[middle : middle + 200])
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^The image {re.escape(str(file))} is broken"):
+        Files([file]).decode(0, to_rgb)
+
+
+def test_a_large_photo_is_read_smaller(tmp_path: Path) -> None:
+    Image.new("RGB", (1600, 1200), "red").save(tmp_path / "photo.jpg")
+    transform = ImageTransform((64, 64), (0.5,) * 3, (0.5,) * 3, "bicubic")
+    sizes: list[tuple[int, int]] = []
+    Files([tmp_path / "photo.jpg"]).decode(0, lambda image: (transform.test_one(image), sizes.append(image.size)))
+    assert sizes == [(200, 150)]
 
 
 def test_heads_are_looked_at_without_their_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

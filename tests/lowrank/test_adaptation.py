@@ -478,11 +478,27 @@ def test_trained_pairs_without_their_history_are_not_started_over():
     assert torch.equal(other(x), net(x))
 
 
-def test_weights_made_coarser_after_the_adaptation_are_refused():
+def test_weights_made_coarser_after_the_adaptation_are_refused_where_they_change():
     adaptation = Adaptation(toy_net(), srlora())
-    adaptation.net.bfloat16()
+    adaptation.net.blocks[1].fc2.bfloat16()
     with pytest.raises(UserError, match=r"the weights are torch\.bfloat16"):
         adaptation.start()
+    adaptation = Adaptation(toy_net(), LoRA(rank=2))
+    adaptation.net.bfloat16()
+    adaptation.start()
+
+
+def test_one_side_of_the_pairs_may_be_frozen():
+    """As LoRA-FA does (Zhang et al. 2023, arXiv 2308.03303)."""
+    net = toy_net()
+    adaptation = Adaptation(net, srlora())
+    for layer in adaptation.layers.values():
+        layer.lora_A.requires_grad_(False)
+    adaptation.start()
+    adaptation.plan(20)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    train(net, adaptation, optimizer, toy_batches(20))
+    assert adaptation.switches_done == 3
 
 
 def test_lbfgs_is_refused_at_the_first_step():

@@ -172,6 +172,13 @@ def test_a_network_may_be_a_list_of_blocks():
     assert len(Adaptation(nn.Sequential(*toy_net().blocks), LoRA(rank=2)).matrices) == 12
 
 
+def test_a_backbone_and_a_head_one_after_the_other_are_no_blocks():
+    net = toy_net()
+    body = nn.Sequential(net.embed, nn.Sequential(*net.blocks))
+    adaptation = Adaptation(nn.Sequential(body, nn.Sequential(nn.LayerNorm(12), net.head)), LoRA(rank=2))
+    assert {layer.rpartition(".")[0] for layer in adaptation.layers} == {"0.1.0", "0.1.1"}
+
+
 SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 FAMILIES = {
     "deberta-v2": transformers.DebertaV2Config(
