@@ -254,8 +254,7 @@ class SRLoRAMixin(_Module):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if any(layer.merged for layer in self.adaptation.layers.values()):
-            raise UserError("the pairs are merged into the weights, call unmerge() before saving a checkpoint")
+        self.adaptation.require_unmerged(before="saving a checkpoint")
         left_out = {id(p) for p in self.adaptation.untouched(self._trained())} if not self.whole_checkpoints else set()
         checkpoint[_CHECKPOINT_KEY] = self.adaptation.state_dict(compact=bool(left_out))
         for name, value in self.state_dict(keep_vars=True).items():

@@ -116,7 +116,7 @@ class Adaptation:
         Raises:
             UserError: the pairs are merged into the weights.
         """
-        self._require_unmerged()
+        self.require_unmerged()
         coarse = [matrix.weight.dtype for matrix in self.matrices if matrix.weight.dtype.itemsize < 4]
         if coarse and self.method.needs_spectrum:
             raise UserError(f"the weights are {coarse[0]}, which a start or a switch would round, keep them in float32")
@@ -140,9 +140,10 @@ class Adaptation:
                         self._replay_start(matrix, state, device)
             self.started = True
 
-    def _require_unmerged(self) -> None:
+    def require_unmerged(self, before: str = "training") -> None:
+        """Refuse pairs that are merged into the weights ``before`` something that needs both."""
         if any(layer.merged for layer in self.layers.values()):
-            raise UserError("the pairs are merged into the weights, call unmerge() before training")
+            raise UserError(f"the pairs are merged into the weights, call unmerge() before {before}")
 
     def _require_new(self) -> None:
         """Refuse to put trained pairs, and a weight without them, for a pretrained weight."""
@@ -305,7 +306,7 @@ class Adaptation:
         """
         if not self.started:
             raise UserError("the pairs train from a start only, call start() before the first step")
-        self._require_unmerged()
+        self.require_unmerged()
         self._kept, self._observes = None, True
         if self._silent:
             self._silent = [name for name in self._silent if self.layers[name].lora_B.grad is None]
@@ -343,13 +344,13 @@ class Adaptation:
         due = {rank: schedule.due(step) for rank, schedule in self.schedules.items()}
         if optimizer is not None and step == 1 and self._recycles_state():
             recompose.check_optimizer(optimizer, self.matrices)
-        before, switched = max(self._done.values(), default=0), False
+        before, switched = self._most_done, False
         while ranks := {rank for rank in due if due[rank] > self._done[rank]}:
             self._switch([m for m in self.matrices if m.rank in ranks], self.steps_before + step, optimizer)
             for rank in ranks:
                 self._done[rank] += 1
             switched = True
-        self.switches_done += max(self._done.values(), default=0) - before
+        self.switches_done += self._most_done - before
         return switched
 
     def reached(self, step: int) -> None:
@@ -359,7 +360,12 @@ class Adaptation:
     def switches_after(self, step: int) -> int:
         """How many switches will have been done once optimizer step ``step`` is over."""
         due = max((schedule.due(step) for schedule in self.schedules.values()), default=0)
-        return self.switches_done + max(due - max(self._done.values(), default=0), 0)
+        return self.switches_done + max(due - self._most_done, 0)
+
+    @property
+    def _most_done(self) -> int:
+        """Switches since the plan, of the rank that has done most."""
+        return max(self._done.values(), default=0)
 
     def _recycles_state(self) -> bool:
         return isinstance(self.method, SRLoRA) and self.method.optimizer_state != "keep" and self.switches_to_do > 0
@@ -368,7 +374,7 @@ class Adaptation:
         method, importance = self.method, self.importance
         assert isinstance(method, SRLoRA)
         assert importance is not None
-        self._require_unmerged()
+        self.require_unmerged()
         if not self._observes:
             raise UserError("nothing has scored the pairs, call observe() in every step, before that of the optimizer")
         if optimizer is not None:
