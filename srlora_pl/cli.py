@@ -5,15 +5,17 @@ user can mend into one sentence. torch and Lightning are imported when a run is 
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import sys
 import traceback
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
 from srlora_pl import config
-from srlora_pl.errors import START_AGAIN, WORKER_DIED, Interrupted, UserError, causes, did_you_mean
+from srlora_pl.errors import START_AGAIN, WORKER_DIED, Interrupted, UserError, causes, did_you_mean, is_utf8
 
 COMMANDS = {
     "fit": "train, then test the best checkpoint where the test data have labels",
@@ -93,6 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     SIGTERM. Errors of the program itself keep their traceback.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    with contextlib.suppress(AttributeError):  # whatever names a run is to tell must not end it
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return _dispatch(arguments)
     except Interrupted as stop:
@@ -122,12 +126,20 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "figures":
         return _figures(options)
     files, options = _split_configs(options)
+    _require_utf8(options)
     contents = [config.read(file) for file in files]
 
     from srlora_pl.run import Run
 
     Run(command, files, contents, options).start()
     return 0
+
+
+def _require_utf8(options: list[str]) -> None:
+    """Refuse a name that neither settings nor torch's files can have; that of the predictions is free."""
+    for before, option in pairwise(("", *options)):
+        if "--output" not in (before, option.partition("=")[0]) and not is_utf8(option):
+            raise UserError(f"{option!r} on the command line is not UTF-8: rename the file or folder")
 
 
 class _Options(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from typing import Any
 
 
 class UserError(ValueError):
@@ -38,6 +39,25 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """`` (did you mean 'x'?)`` for the nearest of ``known``, or an empty string when nothing is near."""
-    near = get_close_matches(name, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    """`` (did you mean 'x'?)`` for the nearest of ``known``, or an empty string when nothing is near.
+
+    Capitals and spaces around a name make no difference here.
+    """
+    plain = {each.strip().casefold(): each for each in known}
+    near = get_close_matches(name.strip().casefold(), plain, n=1)
+    return f" (did you mean {plain[near[0]]!r}?)" if near else ""
+
+
+def listed(names: Iterable[Any]) -> str:
+    """``a, b, c``."""
+    return ", ".join(map(str, names))
+
+
+def one_line(error: BaseException) -> str:
+    """What a library's error says, as a part of a sentence."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name, of a file for example, can be written into a text; other bytes are surrogates in it."""
+    return name.encode(errors="ignore").decode() == name

@@ -85,6 +85,8 @@ COMMAND_LINE: dict[str, Case] = {
     "choice": ([*FIT, "--model.schedule", "cosin"], ["--model.schedule", "'cosine', 'linear'", "'cosin'"]),
     "pair": ([*FIT, "--data.crop_scale", "[0.1]"], ["--data.crop_scale", "2 elements", "[0.1]"]),
     "number of classes": ([*FIT, "--model.num_classes", "7"], ["model.num_classes 7", "leave it out"]),
+    "name that is not UTF-8": ([*FIT, "--name", "caf\udce9"], [r"'caf\udce9'", "UTF-8", "rename"]),
+    "folder that is not UTF-8": ([*PREDICT, "--data.predict_root=caf\udce9"], [r"caf\udce9'", "UTF-8", "rename"]),
     "name that is a path": ([*FIT, "--name", "../elsewhere"], ["--name '../elsewhere'", "without folders"]),
     "folder for runs": ([*FIT, "--trainer.default_root_dir", "small.yaml"], ["trainer.default_root_dir", "small.yaml"]),
     "predict without weights": (["predict", "--config", "small.yaml"], ["--ckpt_path"]),

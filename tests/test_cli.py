@@ -227,6 +227,24 @@ def test_own_pictures_are_predicted_without_the_data_of_the_training(run: Finish
     assert written[0] == written[1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems take no such name")
+def test_names_that_are_not_utf8_are_predicted_and_written(
+    run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (20, 30)).save(tmp_path / "photos" / "caf\udce9.png")
+    out = tmp_path / "caf\udce9.csv"
+    options = ["--ckpt_path", run.best, "--data.predict_root", tmp_path / "photos", "--output", out]
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, "utf-8", write_through=True))
+    with contextlib.chdir(run.home):
+        assert main(["predict", "--config", "small.yaml", *map(str, options)]) == 0
+    (row,) = csv.DictReader(out.open(newline=""))
+    assert row["sample"] == f"{tmp_path}/photos/caf\\udce9.png"
+    assert rb"written to " in screen.getvalue()
+    assert rb"caf\udce9.csv" in screen.getvalue()
+
+
 def test_predictions_go_to_the_run_by_default(run: Finished) -> None:
     code, out, _ = cli("predict", "--config", "small.yaml", "--ckpt_path", run.best, home=run.home)
     assert code == 0

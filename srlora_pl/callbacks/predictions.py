@@ -1,10 +1,10 @@
 """The files that ``predict`` writes."""
 
 import csv
-import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -71,13 +71,14 @@ class PredictionWriter(BasePredictionWriter):
         self._save(self.path, ",", rows)
 
     def _save(self, path: Path, delimiter: str, rows: list[Row]) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        # A row ends in CR and LF at first, so that a name with either of them is quoted.
+        writer: Any = csv.DictWriter(SimpleNamespace(write=str), list(rows[0]), delimiter=delimiter)
+        lines = [writer.writeheader(), *map(writer.writerow, rows)]
+        text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
         try:
             with replacing(path) as file:
-                file.write(text.getvalue().encode())
+                # A name that is not UTF-8 keeps its bytes, as Python writes them: \\udce9 for 0xe9.
+                file.write(text.encode(errors="backslashreplace"))
         except OSError as error:
             raise UserError(
                 f"The predictions could not be written to {path} ({error.strerror}): name another place with --output."

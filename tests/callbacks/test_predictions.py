@@ -85,6 +85,20 @@ def test_several_labels_a_sample(tmp_path):
     assert second["label"] == ""
 
 
+def test_any_name_of_a_file_is_one_field(tmp_path):
+    """Of a name that is not UTF-8 each byte is written as Python writes it."""
+    names = ["caf\udce9.png", "a\nb", "a\rb", "a\r\nb", "a,b", 'a"b', "\x07", " ", "\U0001f600", "", "\ud800"]
+    data = SimpleNamespace(class_names=["x\ny", "z"], sample_name=names.__getitem__)
+    writer, count = PredictionWriter(tmp_path / "out.csv"), len(names)
+    labels = torch.arange(count) % 2
+    write(writer, data, [{"index": torch.arange(count), "label": labels, "probability": torch.ones(count)}])
+    with writer.path.open(newline="") as file:
+        seen = list(csv.DictReader(file))
+    assert [row["sample"] for row in seen] == ["caf\\udce9.png", *names[1:-1], "\\ud800"]
+    assert [row["label"] for row in seen] == (["x\ny", "z"] * count)[:count]
+    assert b"\r\n" not in writer.path.read_bytes().replace(b'"a\r\nb"', b"")
+
+
 LABEL_WORDS = {
     "cola": ["0", "1"],
     "sst2": ["0", "1"],
