@@ -1,5 +1,6 @@
 """Images for classification: known data sets, the user's own folder, or a data set of ``datasets``."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -7,8 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys, stratified_split, user_error_as_batch
-from srlora_pl.data.sources import NamesOnly, Pictures, Split, find_source, into_memory, picture_files
+from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys, user_error_as_batch
+from srlora_pl.data.folders import picture_files
+from srlora_pl.data.pictures import Pictures, Split, into_memory
+from srlora_pl.data.sources import NamesOnly, find_source
+from srlora_pl.data.splits import hold_out
 from srlora_pl.data.transforms import ImageTransform
 from srlora_pl.errors import UserError
 
@@ -28,7 +32,8 @@ class ImageData(DataModule):
         name: ``digits`` (shipped), ``mnist``, ``cifar10``, ``cifar100`` or ``stl10`` (downloaded into ``root`` when
             missing); None for data of your own at ``root``.
         root: a folder; without ``name`` one with a folder of images per class (or ``train/``, ``val/``, ``test/``
-            with such folders in them), a folder of a data set of ``datasets``, or that data set's name on the hub.
+            with such folders in them, also as ``Training/``, ``valid/`` and the like), a folder of a data set of
+            ``datasets``, or that data set's name on the hub. Hidden folders and files are left out.
         batch_size: images in a batch, per device.
         val_fraction: share of the training data held out for validation, in [0, 1).
         seed: of that split only.
@@ -103,6 +108,7 @@ class ImageData(DataModule):
             self.test_set = self._images(self._split("test"))
         elif stage == "predict":
             self._load_predict()
+        self.left_out = dict(sum((split.left_out for split in self._splits.values()), Counter()))
 
     def _load_train_and_val(self) -> None:
         train = self._split("train")
@@ -110,22 +116,15 @@ class ImageData(DataModule):
         if self.source.has("val"):
             self.train_set, self.val_set = self._images(train), self._images(self._split("val"))
             return
-        kept, held = stratified_split(train.labels, self.val_fraction, self.seed)
-        if self.val_fraction > 0 and not len(held):
-            raise UserError(
-                f"data.val_fraction {self.val_fraction} of {len(kept)} training images is not one image; "
-                f"use a larger fraction."
-            )
+        kept, held = hold_out(train.labels, self.val_fraction, self.seed, "image")
         self.train_set = self._images(train, kept)
         self.val_set = self._images(train, held) if len(held) else None
 
     def _load_predict(self) -> None:
-        if self.predict_root is not None:
-            split = _decoded(picture_files(Path(self.predict_root), "data.predict_root"))
-        elif self.source.has("test"):
-            split = self._split("test")
-        else:
+        if self.predict_root is None and not self.source.has("test"):
             raise UserError("The data has no test split to predict; set data.predict_root to images.")
+        self._splits.pop("predict", None)  # the folder, or what is in it, may be another by now
+        split = self._split("test" if self.predict_root is None else "predict")
         self._name = split.name
         self.predict_set = self._images(Split(split.images, None))
 
@@ -140,7 +139,11 @@ class ImageData(DataModule):
 
     def _split(self, name: str) -> Split:
         if name not in self._splits:
-            self._splits[name] = _decoded(self.source.load(name))
+            own = self.predict_root if name == "predict" else None
+            split = self.source.load(name) if own is None else picture_files(Path(own), "data.predict_root")
+            if not isinstance(split.images, Tensor):
+                split.images = into_memory(split.images)
+            self._splits[name] = split
         return self._splits[name]
 
     def _images(self, split: Split, rows: Tensor | None = None) -> "MemoryImages | FileImages":
@@ -212,13 +215,6 @@ class FileImages(KeyedDataset):
             for row, own in zip(rows.tolist(), numbers, strict=True)
         ]
         return torch.stack(images)
-
-
-def _decoded(split: Split) -> Split:
-    """The split with its images in memory, if they are small and alike."""
-    if isinstance(split.images, Tensor):
-        return split
-    return Split(into_memory(split.images), split.labels, split.name)
 
 
 def _batch(

@@ -10,8 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from srlora_pl.cache import cache_folder
-from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys, stratified_split
+from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys
 from srlora_pl.data.labels import Problem
+from srlora_pl.data.splits import hold_out
 from srlora_pl.data.tokens import Tokens, load_tokenizer, tokenize
 from srlora_pl.errors import UserError
 from srlora_pl.randomness import derive, run_seed
@@ -158,12 +159,7 @@ class TextDataModule(DataModule):
         kept = torch.arange(len(tokens))
         if not names and self.val_fraction > 0:
             strata = labels if self.problem == "single_label" else torch.zeros(len(tokens), dtype=torch.int64)
-            kept, held = stratified_split(strata, self.val_fraction, self.seed)
-            if not len(held):
-                raise UserError(
-                    f"data.val_fraction {self.val_fraction} of {len(tokens)} training texts is not one text; "
-                    f"use a larger fraction."
-                )
+            kept, held = hold_out(strata, self.val_fraction, self.seed, "text")
             self.val_set = self._set(tokens, labels, held, by_length=True)
         self.train_set = self._set(tokens, labels, kept, by_length=False)
 

@@ -115,7 +115,7 @@ def test_both_paths_give_the_same_batches(image_tree: Tree, monkeypatch: pytest.
     root = str(image_tree({"a": (40, 24), "b": (40, 24)}, count=8))
     memory = ready(root=root)
     assert isinstance(memory.train_set, MemoryImages)
-    monkeypatch.setattr("srlora_pl.data.sources.SMALL", 30)
+    monkeypatch.setattr("srlora_pl.data.pictures.SMALL", 30)
     for workers in (0, 2):
         files = ready(root=root, num_workers=workers)
         assert isinstance(files.train_set, FileImages)
@@ -431,6 +431,15 @@ def test_heads_are_looked_at_without_their_pixels(tmp_path: Path, monkeypatch: p
     seen.look(0, check_mode)
 
 
+def test_a_picture_that_may_not_be_read_is_not_called_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, **_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", refused)
+    with pytest.raises(UserError, match=r"The image .*a.png may not be read \(Permission denied\); change its perm"):
+        Files([tmp_path / "a.png"]).decode(0, to_rgb)
+
+
 def test_predict_root_missing_or_empty(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data.predict_root '.*none' does not exist"):
         ready("predict", name="digits", predict_root=str(tmp_path / "none"))
@@ -479,16 +488,37 @@ def spoil(path: Path, kind: str) -> Path:
     return path
 
 
-def test_images_of_other_kinds_are_named(image_tree, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_left_out_is_counted_and_said(image_tree: Tree, caplog: pytest.LogCaptureFixture) -> None:
     root = image_tree({"cat": (20, 24), "dog": (24, 20)})
-    for name in ("cat/a.GIF", "dog/b.avif", "dog/notes.txt", "dog/.c.gif"):
+    for name in ("cat/a.GIF", "dog/b.HEIC", "dog/c.heic", "dog/notes.txt", "dog/.c.gif", "dog/raw"):
         (root / name).write_bytes(b"x")
-    with caplog.at_level("INFO"):
-        ready(root=str(root))
-    (said,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
-    assert said.startswith(
-        f"2 files in '{root}' that end in .avif, .gif are left out: images are read that end in .jpg"
-    )
+    kinds = {".gif": 1, ".heic": 2, ".txt": 1, "hidden": 1, "no ending": 1}
+    for options in ({"root": str(root)}, {"name": "digits", "predict_root": str(root)}):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            data = ready("predict" if "name" in options else "fit", **options)
+        assert data.left_out == kinds
+        (said,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+        assert said.startswith(f"In '{root}' are left out: 2 .heic, 1 .gif, ")
+        assert "end in .jpg" in said
+        data.setup("predict" if "name" in options else "fit")
+        assert data.left_out == kinds  # the same files, counted once
+
+
+def test_pictures_that_came_later_are_predicted(image_tree: Tree) -> None:
+    root = image_tree({"first": (9, 9)}, count=2)
+    data = ready("predict", name="digits", predict_root=str(root))
+    image_tree({"second": (9, 9)}, count=3)
+    data.setup("predict")
+    assert len(data.predict_set) == 5  # type: ignore[arg-type]
+
+
+def test_one_picture_in_every_class(image_tree: Tree) -> None:
+    root = str(image_tree({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, count=1))
+    for fraction in (0.4, 0.9):
+        with pytest.raises(UserError, match=rf"val_fraction is {fraction}, but no class has two training images"):
+            ready(root=root, val_fraction=fraction, batch_size=2)
+    assert len(ready(root=root, val_fraction=0.0, batch_size=2).train_set) == 3  # type: ignore[arg-type]
 
 
 def test_model_without_data_config() -> None:

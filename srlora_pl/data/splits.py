@@ -1,0 +1,49 @@
+"""Splits of a data set: what they are called, and one that is held out of the training data."""
+
+import re
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from srlora_pl.data.base import stratified_split
+from srlora_pl.errors import UserError
+
+_SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+
+
+def split_of(name: str) -> str | None:
+    """``train``, ``val`` or ``test`` for the name of a split, in any letters (``Training``, ``val_set``), or None."""
+    word = re.sub(r"[\s_.-]*(set|split|data|images)?$", "", name.strip().casefold())
+    return next((split for split, names in _SPLITS.items() if word in names), None)
+
+
+def hold_out(strata: Tensor, fraction: float, seed: int, kind: str) -> tuple[Tensor, Tensor]:
+    """`stratified_split` for ``data.val_fraction``, with a word on the classes of which no sample is held out.
+
+    ``kind``: what a sample is, an image or a text.
+
+    Raises:
+        UserError: ``fraction`` is above 0, but nothing can be held out.
+    """
+    kept, held = stratified_split(strata, fraction, seed)
+    counts = strata.bincount()
+    if fraction > 0 and not len(held):
+        if counts.max() < 2:
+            raise UserError(
+                f"data.val_fraction is {fraction}, but no class has two training {kind}s, so that none can be held "
+                f"out; set it to 0, or give a validation split of your own."
+            )
+        raise UserError(
+            f"data.val_fraction {fraction} of {len(strata)} training {kind}s is not one {kind}; use a larger fraction."
+        )
+    unseen = (counts > 0) & (strata[held].bincount(minlength=len(counts)) == 0)
+    if len(held) and unseen.any():
+        rank_zero_info(
+            f"{int(unseen.sum())} of the {len(counts)} classes have too few training {kind}s for data.val_fraction "
+            f"{fraction} to hold one out: validation does not see them."
+        )
+    return kept, held
