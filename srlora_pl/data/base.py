@@ -39,6 +39,10 @@ class KeyedDataset(Dataset):
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         raise NotImplementedError
 
+    def extremes(self) -> tuple[int, int]:
+        """Two samples between which, in what a network finds hard, all others lie, as far as that can be told."""
+        return 0, len(self) - 1
+
 
 # What is scored or predicted: one data set, several that are scored apart, or none.
 Sets = KeyedDataset | list[KeyedDataset] | None
@@ -114,6 +118,15 @@ class DataModule(L.LightningDataModule):
         if self.train_set is None:
             raise RuntimeError("setup('fit') has not run yet")
         return self.train_set
+
+    def trial_batch(self) -> Batch:
+        """A batch of two training samples, one where there is no other, that moves no loader and no random state.
+
+        Raises:
+            UserError: one of them cannot be read.
+        """
+        keys: list[Key] = [(index, 0) for index in sorted(set(self._train().extremes()))]
+        return _raise_user_error(self._train().__getitems__(keys))
 
     # -- loaders
 

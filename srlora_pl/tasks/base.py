@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
 
 from srlora_pl.checkpoints import class_names, keep_to_own_folders
+from srlora_pl.data.base import DataModule
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Method
 from srlora_pl.lowrank.importance import all_finite
@@ -24,6 +25,7 @@ from srlora_pl.lowrank.precision import MatmulPrecision
 from srlora_pl.mixin import SRLoRAMixin
 from srlora_pl.peft_format import PeftFolder
 from srlora_pl.resume import ExactResume
+from srlora_pl.tasks.guards import require_that_a_batch_passes
 from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, param_groups, schedule_factor
 from srlora_pl.tasks.scores import Mean
 
@@ -177,6 +179,9 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     def on_fit_start(self) -> None:
         self._refuse_unknown_scores()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, DataModule) and type(self).__module__.startswith("srlora_pl."):
+            require_that_a_batch_passes(self, data)  # of a user's own task it is not known what else it does
         super().on_fit_start()
 
     def _refuse_unknown_scores(self) -> None:
