@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from srlora_pl.data.base import Batch, DataModule
+from srlora_pl.data.base import DataModule
 from srlora_pl.errors import UserError
 
 
