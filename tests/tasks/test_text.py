@@ -316,6 +316,18 @@ def test_a_checkpoint_makes_the_model_again(classifier, trainer, tmp_path, metho
     assert again.class_weights.tolist() == [1.0, 2.0]
 
 
+def test_data_of_other_classes_than_those_of_the_fit_are_refused(classifier, trainer):
+    rows = samples(12, CLASSES[:12])
+    model, run = classifier(), trainer(max_steps=2)
+    run.fit(model, datamodule=ShuffledData(rows))
+    for use in (run.validate, run.test, run.predict):
+        with pytest.raises(UserError, match=r"trained on other classes: number 0 is '0' there and '1' in this data"):
+            use(model, datamodule=Data(rows, class_names=["1", "0"]))
+    run.test(model, datamodule=Data(rows, class_names=["0", "1"]))
+    trainer(max_steps=2).fit(model, datamodule=Data(rows, class_names=["1", "0"]))  # to learn others is another matter
+    assert model.trained_classes == ["1", "0"]
+
+
 def test_a_checkpoint_of_other_classes_is_refused(classifier, trainer, tmp_path):
     rows = samples(12, CLASSES[:12])
     first = trainer(max_steps=2)
