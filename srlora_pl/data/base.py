@@ -75,6 +75,7 @@ class DataModule(L.LightningDataModule):
         self.val_set: Sets = None
         self.test_set: Sets = None
         self.predict_set: Sets = None
+        self.left_out: dict[str, int] = {}  # what of the data is not used, and how often
         self._resumed: int | None = None
 
     def load(self, stage: str) -> None:
