@@ -146,14 +146,15 @@ def _read_parquet(wanted: _Wanted) -> Table:
     return Table(wanted.path, columns, rows, _class_labels(schema.metadata or {}, columns))
 
 
-def _class_labels(metadata: dict[bytes, bytes], columns: Iterable[str]) -> dict[str, list[str]]:
+def _class_labels(metadata: dict[bytes, bytes], columns: dict[str, list[Any]]) -> dict[str, list[str]]:
     """The names that the `datasets` library keeps beside the numbers of a ``ClassLabel``, or of lists of them."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         kinds = {column: features[column] for column in columns if column in features}
     except (KeyError, TypeError, ValueError):
         return {}
-    named = {column: _names_of(kind) for column, kind in kinds.items()}
+    # Who writes other values into the column may leave its description as it was.
+    named = {c: _names_of(kind) for c, kind in kinds.items() if not any(isinstance(v, str) for v in columns[c])}
     return {column: [str(name).strip() for name in names] for column, names in named.items() if names}
 
 
@@ -162,7 +163,9 @@ def _names_of(kind: Any) -> list[str] | None:
         return _names_of(kind[0]) if kind else None
     if not isinstance(kind, dict):
         return None
-    return kind.get("names") if kind.get("_type") == "ClassLabel" else _names_of(kind.get("feature"))
+    if kind.get("_type") != "ClassLabel":
+        return _names_of(kind.get("feature"))
+    return kind["names"] if isinstance(kind.get("names"), list) else None
 
 
 def _read_json(wanted: _Wanted) -> Table:

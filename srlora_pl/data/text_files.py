@@ -127,8 +127,8 @@ class TextData(TextDataModule):
             self.left_out[f"files or folders that are no split ({shown})"] = len(names)
             splits = listed(name for names in _NAMES.values() for name in names)
             rank_zero_info(
-                f"Left out of '{root}', which has one file for each split (named {splits}, and ending in "
-                f"{listed(SUFFIXES)}): {shown}."
+                f"{len(names)} files or folders of '{root}' are left out, as it has one file for each split (named "
+                f"{splits}, and ending in {listed(SUFFIXES)}): {shown}."
             )
 
     def _classes(self) -> list[str]:

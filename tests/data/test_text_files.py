@@ -186,6 +186,23 @@ def test_class_labels_that_are_missing_or_have_no_name(tmp_path: Path) -> None:
         own(train)
 
 
+@pytest.mark.parametrize(
+    "description",
+    ["{", "[]", '{"info": {"features": {"label": {"names": 3, "_type": "ClassLabel"}}}}', '{"info": {"features": 3}}'],
+)
+def test_a_description_of_the_columns_that_describes_nothing(description: str, tmp_path: Path) -> None:
+    table = pa.table({"text": ["w1", "w2"], "label": [3, 4]}).replace_schema_metadata({"huggingface": description})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert own(tmp_path / "a.parquet").class_names == ["3", "4"]
+
+
+def test_names_written_over_the_numbers_of_a_class_label(tmp_path: Path) -> None:
+    schema = parquet.read_schema(write_class_labels(tmp_path / "a.parquet", ["x", "y"], [0, 1]))
+    table = pa.table({"text": ["w1", "w2"], "label": ["ham", "spam"]}).replace_schema_metadata(schema.metadata)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert own(tmp_path / "a.parquet").class_names == ["ham", "spam"]
+
+
 # -- the files of a folder
 
 
@@ -218,7 +235,7 @@ def test_what_is_no_split_is_left_out_with_a_word(tmp_path: Path, caplog: pytest
     shown = "'Training.csv', 'eval.csv', 'test', 'val.json'"
     assert data.left_out == {f"files or folders that are no split ({shown})": 4}
     (said,) = [record.getMessage() for record in caplog.records]
-    assert said.startswith(f"Left out of '{tmp_path}'")
+    assert said.startswith(f"4 files or folders of '{tmp_path}' are left out")
     assert said.endswith(f"{shown}.")
 
 
