@@ -131,6 +131,7 @@ def test_broken_rows_are_left_out_where_that_is_asked_for(tmp_path: Path) -> Non
             "text,lable\na,1\n",
             "no column 'label' .did you mean 'lable'.. that data.label_col.* text, lable",
         ),
+        ("a.csv", '"te\nxt",label\na,1\n', "no column 'text' .*; its columns are te xt, label"),
         ("a.csv", "text;label\na;1\n", r'not separated by "," but, it seems, by ";"; set data.separator to ";"'),
         ("a.csv", '"id";"text"\na,b;1\n', r'by ";"'),
         ("a.csv", "text\tlabel\na\t1\n", r'by "\\t"'),
