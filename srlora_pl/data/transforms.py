@@ -169,7 +169,7 @@ def _exact_levels(pixels: Tensor, weights: Tensor) -> Tensor:
     level = torch.bmm(pixels, upper.mT).add_(0.5)
     rest = level.frac()
     level.sub_(rest)
-    rest.add_(torch.bmm(pixels, (weights - upper).mT))
+    rest.baddbmm_(pixels, (weights - upper).mT)
     return level.add_(rest.floor_()).clamp_(0, 255)
 
 
