@@ -49,8 +49,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def listed(names: Iterable[Any]) -> str:
-    """``a, b, c``."""
-    return ", ".join(map(str, names))
+    """``a, b, c``, in one line whatever the names hold."""
+    return " ".join(", ".join(map(str, names)).split())
 
 
 def one_line(error: BaseException) -> str:

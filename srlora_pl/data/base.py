@@ -7,6 +7,7 @@ has to start its sampler at ``divmod(processed, batches per epoch)``.
 
 import re
 import signal
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from multiprocessing.connection import wait
@@ -19,14 +20,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from srlora_pl.errors import WORKER_DIED, UserError
+from srlora_pl.errors import WORKER_DIED, UserError, listed
 from srlora_pl.randomness import derive, run_seed
 
 # Streams keep the uses of one seed apart; large numbers, so that no step or epoch is mistaken for one.
 _ORDER = int.from_bytes(b"order")
 _SPLIT = int.from_bytes(b"split")
 
-_SHOWN = 10  # classes that a run's first line names
+_SHOWN = 10  # classes, and kinds of what is left out, that a run's first line names
 
 # A key is what a sampler asks a data set for: (index, epoch) in training, the index alone elsewhere.
 Key = tuple[int, int] | int
@@ -145,7 +146,11 @@ class DataModule(L.LightningDataModule):
         elif labels is not None and len(labels):
             parts.append(f"labels from {labels.min().item():g} to {labels.max().item():g}")
         if self.left_out:
-            parts.append("left out: " + ", ".join(f"{count:,} {what}" for what, count in self.left_out.items()))
+            most = Counter(self.left_out).most_common()
+            shown = [f"{count:,} {what}" for what, count in most[:_SHOWN]]
+            if others := sum(count for _, count in most[_SHOWN:]):
+                shown.append(f"{others:,} others")
+            parts.append(f"left out: {listed(shown)}")
         return f"data: {'; '.join(parts)}"
 
     def _check_head(self) -> None:

@@ -8,7 +8,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -18,7 +17,6 @@ from srlora_pl.errors import UserError, did_you_mean, is_utf8, listed
 
 # Folders that systems and programs make beside pictures, for thumbnails and what was deleted.
 _JUNK = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information")
-_SHOWN = 8  # kinds of files that are named in a sentence
 
 
 class Folder:
@@ -63,7 +61,6 @@ class Folder:
         left_out = self._beside_classes(split)
         above = frozenset({os.path.realpath(part)})
         by_class = [_images_under(part / name, left_out, above) for name in self.class_names]
-        _say_what_is_left_out(part, left_out)
         empty = [name for name, paths in zip(self.class_names, by_class, strict=True) if not paths]
         if empty and (split == "train" or not any(by_class)):
             raise UserError(
@@ -135,7 +132,6 @@ def picture_files(root: Path, key: str) -> Split:
         raise UserError(f"{key} '{root}' does not exist; give a folder of images or one image file.")
     left_out: Counter[str] = Counter()
     files = Files([root] if root.is_file() else _images_under(root, left_out))
-    _say_what_is_left_out(root, left_out)
     if not len(files):
         raise UserError(f"{key} '{root}' holds no images; it needs files that end in {listed(IMG_EXTENSIONS)}.")
     return Split(files, None, files.name, left_out)
@@ -180,7 +176,7 @@ def _entries(root: Path, left_out: Counter[str]) -> list[tuple[str, bool]]:
         elif (ending := Path(entry.name).suffix.lower()) in IMG_EXTENSIONS:
             found.append((entry.name, False))
         else:
-            left_out[ending or "no ending"] += 1
+            left_out[ending or "without an ending"] += 1
     return found
 
 
@@ -190,13 +186,3 @@ def _leads_to(check: Callable[[], bool]) -> bool:
         return check()
     except OSError:
         return False
-
-
-def _say_what_is_left_out(root: Path, left_out: Counter[str]) -> None:
-    if left_out:
-        shown = left_out.most_common(_SHOWN)
-        others = left_out.total() - sum(count for _, count in shown)
-        kinds = listed([f"{count} {kind}" for kind, count in shown] + [f"{others} others"] * (others > 0))
-        rank_zero_info(
-            f"In '{root}' are left out: {kinds}; images are read whose names end in {listed(IMG_EXTENSIONS)}."
-        )

@@ -8,7 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, tensor
 
 from srlora_pl.data.pictures import Pictures, Split
@@ -130,9 +129,6 @@ class Hub:
         cells = Cells(table, self.image_column, self._title(split))
         cells.require_all()
         left_out = self.left_out if split == "train" else Counter[str]()
-        if left_out:
-            kinds = listed(f"{count} {kind}" for kind, count in left_out.items())
-            rank_zero_info(f"In {self.root!r} are left out: {kinds}; the splits train, val and test are read.")
         return Split(cells, self._positions(split) if labelled else None, left_out=left_out)
 
     def _title(self, split: str) -> str:

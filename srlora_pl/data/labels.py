@@ -11,8 +11,8 @@ from unicodedata import normalize
 import torch
 from torch import Tensor
 
-from srlora_pl.data.tables import Table, is_missing, listed
-from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.data.tables import Table, is_missing
+from srlora_pl.errors import UserError, did_you_mean, listed
 
 Problem = Literal["single_label", "multi_label", "regression"]
 

@@ -5,14 +5,14 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.errors import UserError, did_you_mean, listed
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 _SEPARATORS = (",", ";", "\t", "|")
@@ -309,8 +309,3 @@ def _text(path: Path) -> str:
 
 def _count(row: Sequence[str]) -> str:
     return "1 field" if len(row) == 1 else f"{len(row)} fields"
-
-
-def listed(names: Iterable[Any]) -> str:
-    """``a, b, c``, in one line whatever the names hold."""
-    return " ".join(", ".join(map(str, names)).split())

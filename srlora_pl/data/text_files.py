@@ -18,16 +18,12 @@ from srlora_pl.data.labels import (
     present,
     refuse_vectors,
 )
-from srlora_pl.data.tables import SUFFIXES, Table, listed, read_table
+from srlora_pl.data.splits import split_of
+from srlora_pl.data.tables import SUFFIXES, Table, read_table
 from srlora_pl.data.text import TextDataModule, Texts
-from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.errors import UserError, did_you_mean, listed
 
-# Names of a split's file, in any letters; those without -ing are taken first.
-_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
+_USUAL = ("train", "val", "valid", "validation", "dev", "test")  # names of a split's file that are taken first
 _SCORES = {"single_label": ["accuracy"], "multi_label": ["f1", "accuracy"], "regression": ["pearson", "spearman"]}
 
 
@@ -182,9 +178,9 @@ def find_files(root: Path) -> tuple[dict[str, Path], list[Path]]:
     there = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     tables = [path for path in there if path.suffix.lower() in SUFFIXES and path.is_file()]
     files = {}
-    for split, names in _NAMES.items():
-        alike = [path for path in tables if path.stem.lower() in names]
-        found = [path for path in alike if path.name.islower() and not path.stem.endswith("ing")] or alike
+    for split in ("train", "val", "test"):
+        alike = [path for path in tables if split_of(path.stem) == split]
+        found = [path for path in alike if path.stem in _USUAL and path.suffix in SUFFIXES] or alike
         if len(found) > 1:
             raise UserError(f"data.root '{root}' has both {found[0].name} and {found[1].name}; keep one of them.")
         if found:

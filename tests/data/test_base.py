@@ -100,10 +100,10 @@ def test_a_description_of_numbers() -> None:
 
 def test_a_description_is_one_line_and_cut_after_ten_classes() -> None:
     names = ["two\nlines", *"bcdefghijkl"]
-    line = described(names, [0, 0], png=2, hidden=1500)
+    line = described(names, [0, 0], **{f"kind {i}": i for i in range(1, 13)}, hidden=1500)
     assert line.endswith(
         "12 classes: 'two\\nlines' (1), b (0), c (0), d (0), e (0), f (0), g (0), h (0), i (0), j (0) and 2 more; "
-        "left out: 2 png, 1,500 hidden"
+        "left out: 1,500 hidden, " + "".join(f"{i} kind {i}, " for i in range(12, 3, -1)) + "6 others"
     )
 
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from srlora_pl.data.folders import Folder, picture_files
+from srlora_pl.data.folders import _JUNK, Folder, picture_files
 from srlora_pl.data.sources import find_source
 from srlora_pl.data.splits import split_of
 from srlora_pl.errors import UserError
@@ -116,7 +116,17 @@ def test_each_kind_of_what_is_left_out_is_counted(tree: Tree) -> None:
     os.symlink("nowhere", root / "cat" / "gone.png")
     os.symlink("loop.png", root / "cat" / "loop.png")
     os.mkfifo(root / "dog" / "pipe.png")
-    kinds = {".heic": 2, ".gif": 1, ".jfif": 1, ".cr2": 1, ".txt": 1, ".db": 1, "no ending": 1, "hidden": 7, ".csv": 1}
+    kinds = {
+        ".heic": 2,
+        ".gif": 1,
+        ".jfif": 1,
+        ".cr2": 1,
+        ".txt": 1,
+        ".db": 1,
+        "without an ending": 1,
+        "hidden": 7,
+        ".csv": 1,
+    }
     kinds |= {"broken link": 2, "no regular file": 1}
     train = Folder(root).load("train")
     assert [str(path.relative_to(root)) for path in paths(train.images)] == [
@@ -199,10 +209,10 @@ _NAMES = st.one_of(
 
 
 @of_bytes
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, derandomize=True)
 @given(tree=st.dictionaries(_NAMES, st.sets(_NAMES, min_size=1, max_size=3), min_size=2, max_size=4))
 def test_the_classes_are_what_the_folders_are_called(tree: dict[str, set[str]]) -> None:
-    assume(not all(map(split_of, tree)))
+    assume(not all(map(split_of, tree)) and not any(name.casefold() in _JUNK for name in tree))
     with TemporaryDirectory() as folder:
         for name, files in tree.items():
             Path(folder, name).mkdir()

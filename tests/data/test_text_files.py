@@ -212,6 +212,7 @@ def test_names_written_over_the_numbers_of_a_class_label(tmp_path: Path) -> None
         ("Train.csv", "VAL.CSV", "Test.csv"),
         ("training.csv", "validation.tsv", "testing.jsonl"),
         ("TRAIN.parquet", "Dev.PARQUET", "TESTING.TSV"),
+        ("train_set.csv", "eval.csv", "Test Data.csv"),
     ],
 )
 def test_splits_in_capitals_and_with_ing(names: tuple[str, ...], tmp_path: Path) -> None:
@@ -224,14 +225,14 @@ def test_splits_in_capitals_and_with_ing(names: tuple[str, ...], tmp_path: Path)
 
 
 def test_what_is_no_split_is_left_out_with_a_word(tmp_path: Path) -> None:
-    for name in ("train.csv", "Training.csv", "eval.csv", "new.csv"):
+    for name in ("train.csv", "Training.csv", "extra.csv", "new.csv"):
         write_file(tmp_path / name)
     (tmp_path / "val.json").write_text("[]")
     (tmp_path / "test").mkdir()
     (tmp_path / ".hidden.csv").write_text("")
     data = own(tmp_path, predict_root=str(tmp_path / "new.csv"))
     assert list(data._tables) == ["train", "predict"]
-    shown = "'Training.csv', 'eval.csv', 'test', 'val.json'"
+    shown = "'Training.csv', 'extra.csv', 'test', 'val.json'"
     assert data.left_out == {f"files or folders that are no split ({shown})": 4}
 
 
