@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import srlora_pl.export
+import srlora_pl.libraries
 from srlora_pl import ImageClassifier, LoRA, PiSSA, SRLoRA, UserError, export_model
 from srlora_pl.data.transforms import ImageTransform
 from srlora_pl.lowrank.export import change
@@ -333,14 +334,14 @@ def test_files_that_give_other_outputs_are_not_left(vit, tmp_path, monkeypatch, 
 
     write = srlora_pl.export._write_merged if mode == "merged" else srlora_pl.peft_format.write
     if mode == "merged":
-        original = srlora_pl.export._Timm.write
+        original = srlora_pl.libraries.Timm.write
 
         def broken(self, net, folder, names):
             notes = original(self, net, folder, names)
             damage(folder / "model.safetensors", load_file(folder / "model.safetensors"))
             return notes
 
-        monkeypatch.setattr(srlora_pl.export._Timm, "write", broken)
+        monkeypatch.setattr(srlora_pl.libraries.Timm, "write", broken)
     else:
 
         def broken(folder, *rest):
