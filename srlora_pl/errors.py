@@ -1,6 +1,6 @@
 """Errors that a user can cause, and the helper that finds the nearest right name."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 
 
@@ -41,3 +41,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the nearest of ``known``, or an empty string when nothing is near."""
     near = get_close_matches(name, list(known), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def some(items: Sequence[str]) -> str:
+    """The first two of ``items``, and how many more there are."""
+    more = f" and {len(items) - 2} more" if len(items) > 2 else ""
+    return ", ".join(items[:2]) + more

@@ -107,25 +107,27 @@ def export_model(
     if rank is not None and format != "peft":
         raise UserError(f"--rank {rank} belongs to --format peft, leave it out for merged weights")
     target, library = require_free(folder, force), library_of(task)
+    class_names = class_names if len(class_names) == library.task.num_classes else ()
     plain = plain_copy(task.adaptation)
     _require_finite(plain.state_dict())
     with _whole_or_nothing(target) as new:
         if format == "merged":
             report = _write_merged(library, plain, new, class_names)
         else:
-            report = _write_adapter(library, plain, new, rank)
+            report = _write_adapter(library, plain, new, rank, class_names)
     return replace(report, folder=target)
 
 
 def _write_merged(library: Library, plain: nn.Module, new: Path, class_names: Sequence[str]) -> Report:
-    names = list(class_names) if len(class_names) == library.task.num_classes else []
-    notes = library.write(plain, new, names)
+    notes = library.write(plain, new, list(class_names))
     trained = library.outputs(library.task.net)
     size = _size(plain.state_dict())
     return Report(new, size, size, *_compare(library.outputs(library.read(new)), trained, trained), notes=notes)
 
 
-def _write_adapter(library: Library, plain: nn.Module, new: Path, rank: int | None) -> Report:
+def _write_adapter(
+    library: Library, plain: nn.Module, new: Path, rank: int | None, class_names: Sequence[str]
+) -> Report:
     task, base = library.task, library.base()
     start = task.adapter
     factors = change(task.adaptation, rank, start.merged_into(task.adaptation) if start else None)
@@ -133,7 +135,8 @@ def _write_adapter(library: Library, plain: nn.Module, new: Path, rank: int | No
     modules = {name: plain.get_submodule(name).state_dict() for name in names}
     _require_finite({f"{name}.{side}": getattr(each, side) for name, each in factors.items() for side in "BA"})
     _require_untouched(base, plain, (*(f"{name}.weight" for name in factors), *(f"{name}." for name in modules)))
-    size = peft_format.write(new, factors, modules, library.base_name, library.task_type)
+    base_settings = (library.base_name, library.task_type, library.revision)
+    size = peft_format.write(new, factors, modules, *base_settings, class_names)
     trained = library.outputs(library.task.net)
     installed = find_spec("peft") is not None
     notes = [f"it belongs on {library.recipe}"]

@@ -1,5 +1,6 @@
 """How timm and transformers, each in its own layout, build, write and read the networks that are exported."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class Library:
     task_type: str | None = None  # in PEFT's terms
     heads: tuple[str, ...]  # modules that the pretrained weights do not bring along
     base_name: str  # what the pretrained network is loaded from
+    revision: str | None = None  # of what
     recipe: str  # how, in words
 
     def __init__(self, task: Any) -> None:
@@ -82,7 +84,10 @@ class Timm(Library):
         super().__init__(task)
         self.heads = backbones.head_names(task.net)
         source = backbones.timm_name(self.arguments[0])
-        self.base_name = source.removeprefix("local-dir:").removeprefix("hf-hub:")
+        self.base_name = source.removeprefix("local-dir:")
+        if source.startswith("hf-hub:"):
+            self.base_name, _, revision = source.removeprefix("hf-hub:").partition("@")
+            self.revision = revision or None
         self.recipe = self._with_options(
             f"timm.create_model({source!r}, pretrained={self.arguments[-1] is None}, num_classes={task.num_classes}"
         )
@@ -102,6 +107,10 @@ class Timm(Library):
             )
         except ValueError as error:
             raise UserError(f"timm cannot describe this model in a config.json ({error})") from error
+        about = _about(folder)
+        # transformers gives these to timm beside the number of classes, which must not be there twice.
+        about["model_args"].pop("num_classes", None)
+        _write_about(folder, about)
         return []
 
     def read(self, folder: Path) -> nn.Module:
@@ -116,15 +125,25 @@ class Transformers(Library):
         self.heads = encoders.head_names(self.task.net)
         place = Path(task.backbone_name)
         self.base_name = str(place.resolve()) if place.is_dir() else task.backbone_name
+        self.revision = task.tokenizer_options.get("revision")
+        # Where the base has a head of its own it is of another size, and transformers 5 keeps the precision of a file.
         self.recipe = self._with_options(
-            f"AutoModelForSequenceClassification.from_pretrained({self.base_name!r}, num_labels={task.num_classes}"
+            f"AutoModelForSequenceClassification.from_pretrained({self.base_name!r}, num_labels={task.num_classes}, "
+            "ignore_mismatched_sizes=True, dtype=torch.float32"
         )
 
     def run(self, net: Any, generator: torch.Generator) -> Tensor:
-        device = next(net.parameters()).device
+        known = self.task.vocab_size or getattr(net.config, "vocab_size", 100)
+        end = getattr(net.config, "eos_token_id", None)
         # Up from 5, because the first tokens are often special ones, such as padding.
-        ids = torch.randint(5, net.config.vocab_size, (2, 16), generator=generator).to(device)
-        return net(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        ids = torch.randint(5, known, (2, 16), generator=generator)
+        end = end[0] if isinstance(end, list) else end
+        if end is not None and end < known:  # BART and T5 read there, and want one in each text
+            ids = torch.where(ids == end, 5 + (end == 5), ids)
+            ids[:, -1] = end
+        ids = ids.to(next(net.parameters()).device)
+        # One by one, as a decoder may not know its padding.
+        return torch.cat([net(input_ids=row, attention_mask=torch.ones_like(row)).logits for row in ids.split(1)])
 
     def build(self) -> nn.Module:
         return encoders.build_encoder(*self.arguments)
@@ -137,8 +156,10 @@ class Transformers(Library):
             net.config.label2id = {name: i for i, name in enumerate(class_names)}
         with encoders.quiet():
             net.save_pretrained(folder)
+        # transformers leaves its usual names of 2 classes out, and of a family whose default is 3, as BART, reads 3.
+        _write_about(folder, {"id2label": net.config.id2label, "label2id": net.config.label2id} | _about(folder))
         try:
-            tokenizer = load_tokenizer(self.base_name)
+            tokenizer = load_tokenizer(self.base_name, self.task.tokenizer_options)
         except UserError as error:
             return [f"without a tokenizer: {error}"]
         tokenizer.chat_template = None  # its parts would be written under names that a file gives
@@ -148,6 +169,14 @@ class Transformers(Library):
     def read(self, folder: Path) -> nn.Module:
         with encoders.quiet():
             return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text("utf-8"))
+
+
+def _write_about(folder: Path, about: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(about, indent=2), "utf-8")
 
 
 def library_of(task: Task) -> Library:
