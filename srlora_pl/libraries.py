@@ -44,7 +44,7 @@ class Library:
         modes = {module: module.training for module in net.modules()}
         net.eval()
         try:
-            return self.run(net, torch.Generator().manual_seed(0)).double().cpu()
+            return self.run(net, torch.Generator().manual_seed(0)).cpu().double()
         finally:
             for module, mode in modes.items():
                 module.training = mode

@@ -105,13 +105,18 @@ class SRLoRAMixin(_Module):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self._require_adapted()
+        device = self.trainer.strategy.root_device
+        if device.type == "mps" and self.trainer.precision == "64-true":
+            raise UserError(
+                "trainer.precision is '64-true', but Apple's GPUs have no float64: set it to 32-true, or "
+                "trainer.accelerator to cpu"
+            )
         # 64-true turns parameters into doubles only after this hook; start and load should already be exact to 1e-16
         self.trainer.precision_plugin.convert_module(self)
         if stage != "fit":
             return
         self._refuse_what_cannot_be_right()
         begin = time.perf_counter()
-        device = self.trainer.strategy.root_device
         self.adaptation.start(device, self._progress, cache_folder("spectra"))
         spectra = [state.spectrum for state in self.adaptation.states.values() if state.spectrum is not None]
         if spectra:

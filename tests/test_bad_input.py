@@ -314,6 +314,10 @@ TEXTS: dict[str, Case] = {
     "another problem": (texts("reviews", "--model.problem=multi_label"), ["model.problem is 'multi_label'", "leave"]),
     "score": (texts("reviews", "--model.score_names=[acuracy]"), ["'acuracy'", "'accuracy'"]),
     "class weights": (texts("reviews", "--model.class_weights=[1,2]"), ["model.class_weights", "3 numbers"]),
+    "class weights by name": (
+        texts("reviews", "--model.class_weights={no: 1, yess: 2, maybe: 1}"),
+        ["model.class_weights", "'yess'", "'yes'"],
+    ),
     "length of 0": (texts("reviews", "--data.max_length=0"), ["data.max_length is 0"]),
     "length without room": (texts("reviews", "--data.max_length=2"), ["data.max_length is 2", "at least 3"]),
     "length above the model's": (texts("reviews", "--data.max_length=999"), ["data.max_length is 999", "at most 64"]),

@@ -182,6 +182,24 @@ def test_commands_other_than_fit_make_no_run(run: Finished) -> None:
     assert sorted(run.home.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("fit", "data: 1,293 to train on, 144 to validate; 10 classes: 0 (128), 1 (131), "),
+        ("validate", "data: 1,293 to train on, 144 to validate; 10 classes: 0 (128), 1 (131), "),
+        ("test", "data: 360 to test; 10 classes: 0 (36), 1 (36), "),
+        ("predict", "data: 360 to predict; 10 classes: 0, 1, "),
+    ],
+)
+def test_every_run_says_in_one_line_what_its_data_are(command: str, expected: str, run: Finished) -> None:
+    out = run.out
+    if command != "fit":
+        out = cli(command, "--config", "small.yaml", "--ckpt_path", run.best, home=run.home)[1]
+    lines = [line for line in out.splitlines() if line.startswith("data: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith(expected)
+
+
 def test_predict_writes_the_test_split(run: Finished, tmp_path: Path) -> None:
     target = tmp_path / "deep/out.csv"
     code, out, err = cli(

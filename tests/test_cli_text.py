@@ -124,6 +124,34 @@ def test_own_texts_with_several_labels(home):
     assert "data.class_names stands for the files of a trained model: leave it out" in err
 
 
+def test_class_weights_by_name_outlive_the_config_file(home):
+    """YAML reads the names of these classes as true, as a number and as nothing."""
+    labels = ("yes", "1e-3", "null")
+    write(home / "texts/train.csv", "text,label", *(f"{sentence(3, i)},{labels[i % 3]}" for i in range(40)))
+    weights = "{null: 2, yes: 4, 1e-3: 3}"
+    file = config(home, {"root": "texts", "text_column": "text"})
+    code, _, err = cli("fit", "--config", file, "--model.class_weights", weights, home=home)
+    assert code == 0, err
+    run = home / "runs/text-srlora/version_0"
+    last = run / "checkpoints/last.ckpt"
+
+    def kept() -> tuple[list[str], list[float]]:
+        content = torch.load(last, weights_only=True)
+        return content["TextData"]["class_names"], content["hyper_parameters"]["class_weights"]
+
+    assert kept() == (["1e-3", "null", "yes"], [3.0, 2.0, 4.0])
+    own = ("--config", run / "config.yaml", "--ckpt_path", "last")
+    code, _, err = cli("fit", *own, "--trainer.max_steps=14", home=home)
+    assert code == 0, err
+    assert kept() == (["1e-3", "null", "yes"], [3.0, 2.0, 4.0])
+    write(home / "new.csv", "text", "w1 w2")
+    shutil.rmtree(home / "texts")
+    code, _, err = cli("predict", *own, "--data.predict_root=new.csv", home=home)
+    assert code == 0, err
+    code, _, err = cli("export", "--ckpt_path", last, "--format", "merged", "--output", "merged", home=home)
+    assert code == 0, err
+
+
 def test_a_resumed_run_on_texts_equals_the_uninterrupted_one(home, monkeypatch):
     monkeypatch.chdir(home)
     cola(home / "glue")

@@ -1,5 +1,7 @@
 """Training waits for the device only where it logs, validates or switches, and mixes nothing on it with what is not.
 
+Nor does anything need float64 on it, which Apple's GPUs do not have.
+
 The device is torch's ``meta``, which computes shapes and holds no values: where a value is read, a GPU would have to be
 waited for, and here it is seen without one. Autocast does not know this device, so runs are in fp32.
 """
@@ -7,6 +9,7 @@ waited for, and here it is seen without one. Autocast does not know this device,
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -17,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from srlora_pl import ImageClassifier, ImageData, LoRA, SRLoRA, TextClassifier
+from srlora_pl import ImageClassifier, ImageData, LoRA, PiSSA, SRLoRA, TextClassifier, UserError
 from srlora_pl.callbacks import ContinuedCurves, ContinuedTensorBoardLogger, Monitor, Progress
-from srlora_pl.lowrank import Adaptation
+from srlora_pl.lowrank import Adaptation, Spectrum
+from srlora_pl.tasks.scores import SCORES, Mean, metrics
 from tests.tasks.conftest import SMALL_VIT
 from tests.tasks.texts import BERT, DEBERTA, Data, folder, samples
 from tests.toys import toy_batches, toy_net, train
@@ -32,7 +36,7 @@ IN_VALIDATION = -1
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operation; a value that is read is 0.
+    """Sees every operation, and refuses float64 on the device; a value that is read is 0.
 
     Attributes:
         step: set from outside.
@@ -54,6 +58,8 @@ class Watch(TorchDispatchMode):
             self._note()
             return torch.zeros((), dtype=tensors[0].dtype).item()
         if func is aten._to_copy.default and tensors[0].is_meta and kwargs.get("device", DEVICE) != DEVICE:
+            if kwargs.get("dtype") == torch.float64:  # torch converts where the values come from
+                raise AssertionError(f"{_caller()} converts to float64 on the device")
             self._note()
             return torch.zeros(tensors[0].shape, dtype=kwargs.get("dtype") or tensors[0].dtype)
         if func is aten.copy_.default and tensors[1].is_meta and not tensors[0].is_meta:
@@ -62,6 +68,9 @@ class Watch(TorchDispatchMode):
         if len({each.device for each in tensors if each.dim()}) > 1 and not moves:
             raise AssertionError(f"{_caller()} mixes devices in {func}")
         result = func(*args, **kwargs)
+        results = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        if any(each.is_meta and each.dtype == torch.float64 for each in results):
+            raise AssertionError(f"{_caller()} asks the device for float64 in {func}")
         if moves and result.is_meta and not tensors[-1].is_meta:
             self._note()
         return result
@@ -77,14 +86,14 @@ class Watch(TorchDispatchMode):
 
 
 def _caller() -> str:
-    """The nearest function of this package, of Lightning's loops or of the tests."""
-    frame = sys._getframe(2)
-    while True:
+    """The nearest function of this package, of Lightning's loops or of the tests; none where this file itself waits."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
         name = frame.f_globals["__name__"]
         if name.startswith(("srlora_pl.", "lightning.pytorch.", "tests.")) and name != __name__:
             return f"{name}.{frame.f_code.co_name}"
-        assert frame.f_back is not None
         frame = frame.f_back
+    return ""
 
 
 def to_device(module: nn.Module) -> None:
@@ -207,3 +216,41 @@ def test_a_start_is_computed_where_a_resumed_run_will_replay_it(tmp_path):
     for name, weight in net.named_parameters():
         assert not name.endswith("lora_A") or weight.any()
         assert not (name.startswith("blocks.") and name.endswith("weight") and weight.any()), name
+
+
+def test_the_spectrum_of_a_weight_on_the_device_is_computed_elsewhere():
+    """What comes back from this device is 0, and refused as such; the device itself was not asked for float64."""
+    with Watch(), pytest.raises(UserError, match="is zero"):
+        Spectrum.of(torch.ones(4, 3, device=DEVICE), 2)
+
+
+def test_a_state_in_double_precision_is_replayed_elsewhere():
+    def adapted() -> Adaptation:
+        net = toy_net(dtype=torch.float64, dim=24)
+        return Adaptation(net, PiSSA(rank=2), pretrained=lambda: toy_net(dtype=torch.float64, dim=24).state_dict())
+
+    one, other = adapted(), adapted()
+    one.start()
+    one.untouched()
+    with Watch():
+        other.load_state_dict(one.state_dict(compact=True), DEVICE)
+    for name, layer in one.layers.items():
+        assert torch.equal(layer.weight, other.layers[name].weight), name
+
+
+@pytest.mark.parametrize("problem", SCORES)
+def test_scores_need_no_float64_on_the_device(problem):
+    logits, label = torch.zeros(6, 3), torch.arange(6) % 3
+    preds, target = {
+        "single_label": (logits, label),
+        "multi_label": (logits.long(), logits),
+        "regression": (logits[:, 0], logits[:, 0]),
+    }[problem]
+    with Watch():
+        for name, metric in metrics(problem, tuple(SCORES[problem]), 3).items():
+            metric.to(DEVICE).update(preds.to(DEVICE), target.to(DEVICE))
+            value = metric.compute()
+            assert (value.device, value.dtype) == (DEVICE, torch.float32), name
+        mean = Mean().to(DEVICE)
+        mean.update(logits[:, 0].to(DEVICE))
+        assert (mean.compute().device, mean.compute().dtype) == (DEVICE, torch.float32)

@@ -139,6 +139,15 @@ def test_64_true_starts_in_double():
     torch.testing.assert_close(module.net(x), before, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+def test_double_precision_is_refused_where_the_device_has_none(stage):
+    module = Toy()
+    module.trainer = trainer(precision="64-true")
+    module.trainer.strategy._root_device = torch.device("mps", 0)
+    with pytest.raises(UserError, match=r"trainer.precision is '64-true', .* or trainer.accelerator to cpu"):
+        module.setup(stage)
+
+
 class SkippedSteps(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.before = module.adaptation.importance.smoothed.clone()

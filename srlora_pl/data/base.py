@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
@@ -25,19 +26,33 @@ from srlora_pl.randomness import derive, run_seed
 _ORDER = int.from_bytes(b"order")
 _SPLIT = int.from_bytes(b"split")
 
+_SHOWN = 10  # classes that a run's first line names
+
 # A key is what a sampler asks a data set for: (index, epoch) in training, the index alone elsewhere.
 Key = tuple[int, int] | int
 Batch = dict[str, Any]
 
 
 class KeyedDataset(Dataset):
-    """A data set that answers for a whole batch of keys at once."""
+    """A data set that answers for a whole batch of keys at once.
+
+    Attributes:
+        labels: of all samples of the source, (n, ...), None where there are none.
+        rows: which of these samples the data set holds, int64 (m,).
+    """
+
+    labels: Tensor | None = None
+    rows: Tensor
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         raise NotImplementedError
+
+    def extremes(self) -> tuple[int, int]:
+        """Two samples between which, in what a network finds hard, all others lie, as far as that can be told."""
+        return 0, len(self) - 1
 
 
 # What is scored or predicted: one data set, several that are scored apart, or none.
@@ -48,14 +63,17 @@ class DataModule(L.LightningDataModule):
     """Base of the package's DataModules: a held-out split, exact order, resume, and checks of its arguments.
 
     A subclass sets `num_classes` and `class_names` in ``__init__``, fills `train_set`, `val_set`, `test_set` and
-    `predict_set` in `load`, and may give its own order of an epoch in `train_order`. On several devices an evaluation
-    batch with the key ``spare`` must not be scored (see `Share`).
+    `predict_set` in `load`, counts in `left_out` what it leaves out, and may give its own order of an epoch in
+    `train_order`. On several devices an evaluation batch with the key ``spare`` must not be scored (see `Share`).
 
     Args:
         batch_size: samples in a batch, per device.
         val_fraction: share of the training data held out for validation, in [0, 1).
         seed: of that split only; order and augmentation follow ``seed_everything``.
         num_workers: processes that load data; 0 loads in the main process.
+
+    Attributes:
+        left_out: how many files or rows are in no split, by what they are, such as ``{"hidden": 2}``.
     """
 
     num_classes: int
@@ -75,7 +93,9 @@ class DataModule(L.LightningDataModule):
         self.val_set: Sets = None
         self.test_set: Sets = None
         self.predict_set: Sets = None
+        self.left_out: dict[str, int] = {}
         self._resumed: int | None = None
+        self._is_described = False
 
     def load(self, stage: str) -> None:
         """Fill the data sets that ``stage`` (fit, validate, test or predict) needs."""
@@ -101,6 +121,32 @@ class DataModule(L.LightningDataModule):
             )
         if stage == "validate" and self.val_set is None:
             raise UserError("There is no validation split; set data.val_fraction above 0.")
+        if not self._is_described:  # a fit ends with a test of the same data
+            self._is_described = True
+            rank_zero_only(print)(self.description())
+
+    def description(self) -> str:
+        """One line on what is loaded: samples, the classes in the order of the outputs, and what is left out.
+
+        The classes are counted in the first of the splits that are loaded.
+        """
+        splits = {
+            "to train on": self.train_set,
+            "to validate": self.val_set,
+            "to test": self.test_set,
+            "to predict": self.predict_set,
+        }
+        sets = {use: each if isinstance(each, list) else [each] for use, each in splits.items() if each is not None}
+        parts = [", ".join(f"{sum(map(len, each)):,} {use}" for use, each in sets.items())]
+        first = next(iter(sets.values()))[0]
+        labels = None if first.labels is None else first.labels[first.rows]
+        if self.class_names:
+            parts.append(f"{self.num_classes} classes: {_with_counts(self.class_names, labels)}")
+        elif labels is not None and len(labels):
+            parts.append(f"labels from {labels.min().item():g} to {labels.max().item():g}")
+        if self.left_out:
+            parts.append("left out: " + ", ".join(f"{count:,} {what}" for what, count in self.left_out.items()))
+        return f"data: {'; '.join(parts)}"
 
     def _check_head(self) -> None:
         head = getattr(self.trainer and self.trainer.lightning_module, "num_classes", None)
@@ -114,6 +160,15 @@ class DataModule(L.LightningDataModule):
         if self.train_set is None:
             raise RuntimeError("setup('fit') has not run yet")
         return self.train_set
+
+    def trial_batch(self) -> Batch:
+        """A batch of two training samples, one where there is no other, that moves no loader and no random state.
+
+        Raises:
+            UserError: one of them cannot be read.
+        """
+        keys: list[Key] = [(index, 0) for index in sorted(set(self._train().extremes()))]
+        return _raise_user_error(self._train().__getitems__(keys))
 
     # -- loaders
 
@@ -329,6 +384,16 @@ def _raise_user_error(batch: Batch) -> Batch:
     if "user_error" in batch:
         raise UserError(batch["user_error"])
     return batch
+
+
+def _with_counts(names: Sequence[str], labels: Tensor | None) -> str:
+    """The first classes, each with its count in ``labels``: int64 (n,), or of several a sample (n, classes)."""
+    shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN]]
+    if labels is not None:
+        counts = labels.sum(0) if labels.ndim > 1 else torch.bincount(labels, minlength=len(names))
+        shown = [f"{name} ({int(count):,})" for name, count in zip(shown, counts, strict=False)]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(shown) + more
 
 
 def _as_is(batch: Any) -> Any:

@@ -5,13 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from srlora_pl.data.base import is_hub_name
-from srlora_pl.data.labels import encode_classes, encode_numbers
-from srlora_pl.data.tables import read_table
+from srlora_pl.data.labels import encode_classes, encode_numbers, name_numbers
+from srlora_pl.data.tables import Table, read_table
 from srlora_pl.data.text import TextDataModule, Texts
 from srlora_pl.errors import UserError, did_you_mean
 
@@ -153,9 +152,10 @@ class GLUEData(TextDataModule):
         task, hidden = self.task, split in self.task.test
         columns = dict.fromkeys(task.texts if hidden else (*task.texts, task.label), "that GLUE's file has")
         file = _tsv_file(folder, split, task)
-        table = read_table(
-            file, columns, header=None if hidden else task.header, skip_broken=task.skip_broken and not hidden
-        )
+        header, skip_broken = None if hidden else task.header, task.skip_broken and not hidden
+        table = read_table(file, columns, header=header, skip_broken=skip_broken, may_be_quoted=False)
+        if table.broken:
+            self.left_out[f"lines of {task.folder}/{file.name} with too few or too many fields"] = table.broken
         texts = [table.texts(column, may_be_empty=task.skip_broken) for column in task.texts]
         labels: Tensor | None = None
         if not hidden:
@@ -167,9 +167,19 @@ class GLUEData(TextDataModule):
         table = _load_hub(self.root, self.task_name, split.replace("dev", "validation"), self.task)
         columns = [name for name in table.column_names if name not in ("idx", "label")]
         texts = [list(table[name]) for name in columns]
-        dtype = torch.float32 if self.problem == "regression" else torch.int64
-        labels = None if split in self.task.test else torch.tensor(list(table["label"]), dtype=dtype)
+        labels = None if split in self.task.test else self._hub_labels(table, split)
         return Texts(texts[0], texts[1] if len(texts) > 1 else None, labels)
+
+    def _hub_labels(self, table: Any, split: str) -> Tensor:
+        """By their names: a copy of the data set may number them in another order."""
+        names = getattr(table.features["label"], "names", None) or list(self.task.names)
+        place = Path(self.root, self.task_name, split)
+        labels = Table(place, {"label": list(table["label"])}, range(1, len(table) + 1), {"label": names})
+        if self.problem == "regression":
+            return encode_numbers(labels, "label")
+        name_numbers(labels, "label")
+        words = self.task.words
+        return encode_classes(labels, "label", words if set(words) == set(names) else self.task.names)
 
 
 def _local_folder(root: str, task: GLUETask) -> Path | None:

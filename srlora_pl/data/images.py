@@ -144,32 +144,28 @@ class ImageData(DataModule):
         return self._splits[name]
 
     def _images(self, split: Split, rows: Tensor | None = None) -> "MemoryImages | FileImages":
-        if isinstance(split.images, Tensor):
-            return MemoryImages(split.images, split.labels, rows)
         assert self.transform is not None
+        if isinstance(split.images, Tensor):
+            return MemoryImages(split.images, split.labels, rows, self.transform)
         return FileImages(split.images, split.labels, rows, self.transform)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Crop and resize what was not cropped in the workers, then normalise; the batch is on its device."""
         assert self.transform is not None
         batch = dict(batch)
-        epoch = batch.pop("epoch", None)
-        image = batch.pop("image")
+        image, crops = batch.pop("image"), batch.pop("crops", None)
         if batch.pop("whole"):
-            if epoch is None:
-                image = self.transform.test(image)
-            else:
-                image = self.transform.train(image, torch.stack([epoch, batch["index"]], 1))
+            image = self.transform.test(image) if crops is None else self.transform.train(image, crops)
         batch = {"image": self.transform.normalise(image), **batch}
         # Lightning does this for 64-true before the images are floats.
         return self.trainer.precision_plugin.convert_input(batch) if self.trainer else batch
 
 
 class MemoryImages(KeyedDataset):
-    """Images of one size, uint8 (n, c, h, w), given out whole."""
+    """Images of one size, uint8 (n, c, h, w), given out whole, in training with the crops to make of them."""
 
-    def __init__(self, images: Tensor, labels: Tensor | None, rows: Tensor | None) -> None:
-        self.images, self.labels = images, labels
+    def __init__(self, images: Tensor, labels: Tensor | None, rows: Tensor | None, transform: ImageTransform) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
         self.rows = torch.arange(len(images)) if rows is None else rows
 
     def __len__(self) -> int:
@@ -178,7 +174,10 @@ class MemoryImages(KeyedDataset):
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         index, epoch = split_keys(keys)
         rows = self.rows[index]
-        return _batch(self.images[rows], True, self.labels, rows, index, epoch)
+        batch = _batch(self.images[rows], True, self.labels, rows, index)
+        if epoch is not None:
+            batch["crops"] = self.transform.crops(torch.stack([epoch, index], 1), *self.images.shape[2:])
+        return batch
 
 
 class FileImages(KeyedDataset):
@@ -200,7 +199,7 @@ class FileImages(KeyedDataset):
             images = self._test(rows) if epoch is None else self._train(rows, torch.stack([epoch, index], 1))
         except UserError as error:
             return user_error_as_batch(error)
-        return _batch(images, False, self.labels, rows, index, epoch)
+        return _batch(images, False, self.labels, rows, index)
 
     def _test(self, rows: Tensor) -> Tensor:
         return torch.stack([self.pictures.decode(row, self.transform.test_one) for row in rows.tolist()])
@@ -221,12 +220,8 @@ def _decoded(split: Split) -> Split:
     return Split(into_memory(split.images), split.labels, split.name)
 
 
-def _batch(
-    images: Tensor, whole: bool, labels: Tensor | None, rows: Tensor, index: Tensor, epoch: Tensor | None
-) -> Batch:
+def _batch(images: Tensor, whole: bool, labels: Tensor | None, rows: Tensor, index: Tensor) -> Batch:
     batch: Batch = {"image": images, "whole": whole, "index": index}
     if labels is not None:
         batch["label"] = labels[rows]
-    if epoch is not None:
-        batch["epoch"] = epoch
     return batch

@@ -1,13 +1,17 @@
 """Labels as written in a file, as the tensors that a loss takes."""
 
 import math
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
 
-from srlora_pl.data.tables import Table, is_missing
+from srlora_pl.data.tables import Table, is_missing, listed
 from srlora_pl.errors import UserError, did_you_mean
 
 Problem = Literal["single_label", "multi_label", "regression"]
@@ -21,12 +25,56 @@ def class_text(value: Any) -> str:
 
 
 def class_names(values: Iterable[Any]) -> list[str]:
-    """The distinct classes among ``values``, whole numbers in their order, others in the alphabet's."""
-    names = {class_text(value) for value in values}
+    """The distinct classes among ``values``, each as it is written: ``1`` and ``01`` are two.
+
+    Their order depends on nothing but the names: if all are whole numbers in plain digits it is that of the numbers,
+    otherwise the alphabet's.
+    """
+    names = sorted({class_text(value) for value in values})
+    if all(re.fullmatch(r"-?[0-9]{1,4000}", name) for name in names):
+        names.sort(key=int)
+    return names
+
+
+def look_alikes(names: Iterable[str]) -> list[list[str]]:
+    """Groups of ``names`` that differ only in how a number or a letter is written, such as ``1`` and ``01``."""
+    groups: dict[Decimal | str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[_plain(name)].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _plain(name: str) -> Decimal | str:
     try:
-        return sorted(names, key=int)
-    except ValueError:
-        return sorted(names)
+        number = Decimal(name)
+    except InvalidOperation:
+        number = Decimal("NaN")
+    return number if number.is_finite() else normalize("NFKC", name).casefold()
+
+
+def name_numbers(table: Table, column: str) -> None:
+    """Put the names of a ``ClassLabel`` of the `datasets` library in place of its numbers, None for -1 (no label).
+
+    Its numbers mean nothing by themselves: two files may hold the same names in another order.
+    """
+    names = table.class_labels.get(column)
+    if names is None:
+        return
+
+    def name(value: Any, row: int) -> str | None:
+        if is_missing(value) or value == -1:
+            return None
+        if value not in range(len(names)):
+            raise UserError(
+                f"The label {value!r} in column {column!r} of {table.where(row)} is none of the numbers from 0 to "
+                f"{len(names) - 1} that the file has names for; write the file again."
+            )
+        return names[int(value)]
+
+    table.columns[column] = [
+        [name(part, row) for part in value] if isinstance(value, list) else name(value, row)
+        for row, value in enumerate(table.columns[column])
+    ]
 
 
 def encode_classes(table: Table, column: str, classes: Sequence[str]) -> Tensor:
@@ -58,16 +106,36 @@ def label_sets(table: Table, column: str, separator: str) -> list[list[str]]:
                 f"The label in column {column!r} is {text!r}, a list written as text, in {table.where(row)}; write its "
                 f"classes with {separator!r} between, or a JSON-lines file with lists."
             )
-        parts = value if isinstance(value, list) else text.split(separator)
+        parts = value if isinstance(value, list) else [value] if _names_nothing(value) else text.split(separator)
         for part in parts:
-            if is_missing(part) or isinstance(part, list | dict):
-                raise UserError(
-                    f"The label in column {column!r} holds {part!r}, which names no class, in {table.where(row)}; "
-                    "correct it or remove the row."
-                )
+            if is_missing(part) or _names_nothing(part):
+                raise _no_class(part, table.where(row), column)
             table.require_characters("label", part, column, row)
         sets.append([name for name in map(class_text, parts) if name])
     return sets
+
+
+def refuse_vectors(table: Table, column: str, sets: Sequence[Sequence[str]]) -> None:
+    """Refuse labels with a number for every class, such as [1, 0, 0]: they would be taken for classes 0 and 1.
+
+    Sets of classes that are honestly named 0 and 1 name none of them twice, and are not all of one size; where every
+    sample has both there is nothing to learn. Probabilities and -1 are numbers of this kind too.
+    """
+    rows = [[number for name in names for number in re.findall(r"[^\s,;|()]+", name)] for names in sets]
+    if all(map(_is_share, {number for row in rows for number in row})):
+        twice = (place for place, row in enumerate(rows) if len(set(row)) < len(row))
+        alike = len(rows[0]) > 1 and len({len(row) for row in rows}) == 1
+        found = next(twice, 0 if alike else None)
+        if found is not None:
+            raise _vector(rows[found], table.where(found), column)
+
+
+def _is_share(text: str) -> bool:
+    """Whether it is a number from -1 to 1, or true or false."""
+    try:
+        return abs(float({"true": "1", "false": "0"}.get(text.lower(), text))) <= 1
+    except ValueError:
+        return False
 
 
 def encode_numbers(table: Table, column: str) -> Tensor:
@@ -87,10 +155,14 @@ def present(table: Table, column: str) -> list[Any]:
         if _is_empty(value):
             raise _no_label(table.where(row), column)
         if isinstance(value, list):
+            if len(value) > 1 and all(_is_share(str(part)) for part in value):
+                raise _vector(value, table.where(row), column)
             raise UserError(
                 f"The label in column {column!r} is a list in {table.where(row)}; set data.problem to multi_label, or "
                 f"write one label."
             )
+        if _names_nothing(value):
+            raise _no_class(value, table.where(row), column)
         table.require_characters("label", value, column, row)
     return values
 
@@ -99,13 +171,35 @@ def _is_empty(value: Any) -> bool:
     return is_missing(value) or class_text(value).lower() in ("", "nan")
 
 
+def _names_nothing(value: Any) -> bool:
+    return isinstance(value, list | dict | bytes)
+
+
 def _no_label(where: str, column: str) -> UserError:
-    return UserError(f"The label in column {column!r} is missing (empty or NaN) in {where}; fill or remove the row.")
+    return UserError(
+        f"The label in column {column!r} is missing (empty, NaN, or -1 of a ClassLabel) in {where}; fill or remove the "
+        f"row."
+    )
+
+
+def _no_class(value: Any, where: str, column: str) -> UserError:
+    return UserError(
+        f"The label in column {column!r} holds {value!r}, which names no class, in {where}; correct it or remove the "
+        f"row."
+    )
+
+
+def _vector(numbers: Sequence[Any], where: str, column: str) -> UserError:
+    shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+    return UserError(
+        f"The label in column {column!r} is {shown} in {where}, a number for every class and not the names of classes; "
+        f"write the names of those that the sample has."
+    )
 
 
 def _look_up(known: dict[str, int], label: str, where: Callable[[int], str], column: str, row: int) -> int:
     if label not in known:
-        names = ", ".join(list(known)[:10]) + (", ..." if len(known) > 10 else "")
+        names = listed(list(known)[:10]) + (", ..." if len(known) > 10 else "")
         raise UserError(
             f"The label {label!r} in column {column!r} of {where(row)} is none of the {len(known)} classes "
             f"({names}){did_you_mean(label, known)}; correct it or remove the row."

@@ -4,10 +4,13 @@ import csv
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from srlora_pl.errors import UserError, did_you_mean
 
@@ -17,18 +20,24 @@ _SEPARATORS = (",", ";", "\t", "|")
 
 @dataclass
 class Table:
-    """Chosen columns of a file, each a list with one entry a row; ``lines``: where each row stands, counted from 1."""
+    """Chosen columns of a file, each a list with one entry a row.
+
+    ``lines``: where each row stands, counted from 1; ``class_labels``: of the columns that hold the numbers of classes,
+    the names of these; ``broken``: how many rows were left out.
+    """
 
     path: Path
     columns: dict[str, list[Any]]
     lines: Sequence[int]
+    class_labels: dict[str, list[str]] = field(default_factory=dict)
+    broken: int = 0
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def where(self, row: int) -> str:
         """``line 7 of FILE``."""
-        kind = "row" if self.path.suffix == ".parquet" else "line"
+        kind = "row" if self.path.suffix.lower() == ".parquet" else "line"
         return f"{kind} {self.lines[row]} of {self.path}"
 
     def texts(self, column: str, may_be_empty: bool = False) -> list[str]:
@@ -64,10 +73,11 @@ def read_table(
     separator: str | None = None,
     header: Sequence[str] | None = None,
     skip_broken: bool = False,
+    may_be_quoted: bool = True,
 ) -> Table:
     """Read some columns of a file.
 
-    Fields of a CSV may be quoted (RFC 4180); in a TSV a quote is a letter like any other.
+    Fields of a CSV may be quoted (RFC 4180); in a TSV a quote is a letter, unless the whole file is quoted like a CSV.
 
     Args:
         path: ends in one of `SUFFIXES`.
@@ -76,6 +86,7 @@ def read_table(
         separator: of the fields of a CSV or TSV, by default the comma or the tab.
         header: names of a file's columns where its first line does not hold them.
         skip_broken: leave out rows with too few or too many fields.
+        may_be_quoted: False reads every quote of a TSV as a letter.
 
     Raises:
         UserError: the file is missing or not what its name says, or has no such column or no rows.
@@ -86,14 +97,14 @@ def read_table(
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*")])
         raise UserError(f"The file '{path}' does not exist{near}; correct the path or put the file there.")
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"'{path}' is none of the kinds of file that can be read; it must end in {_listed(SUFFIXES)}.")
+        raise UserError(f"'{path}' is none of the kinds of file that can be read; it must end in {listed(SUFFIXES)}.")
     wanted = _Wanted(path, columns, optional)
     if path.suffix.lower() == ".parquet":
         table = _read_parquet(wanted)
     elif path.suffix.lower() == ".jsonl":
         table = _read_json(wanted)
     else:
-        table = _read_delimited(wanted, separator, header, skip_broken)
+        table = _read_delimited(wanted, separator, header, skip_broken, may_be_quoted)
     if not len(table):
         raise UserError(f"The file '{path}' has no rows; put samples in it.")
     return table
@@ -113,7 +124,7 @@ class _Wanted:
             if column not in names and column not in self.optional:
                 raise UserError(
                     f"The file '{self.path}' has no column {column!r}{did_you_mean(column, names)} {why}; its columns "
-                    f"are {_listed(names)}."
+                    f"are {listed(names)}."
                 )
             if names.count(column) > 1:
                 raise UserError(
@@ -126,12 +137,35 @@ def _read_parquet(wanted: _Wanted) -> Table:
     from pyarrow import ArrowException, parquet  # slow to import, and few need it
 
     try:
-        chosen = wanted.among(parquet.read_schema(wanted.path).names)
-        columns = parquet.read_table(wanted.path, columns=chosen).to_pydict()
+        schema = parquet.read_schema(wanted.path)
+        columns = parquet.read_table(wanted.path, columns=wanted.among(schema.names)).to_pydict()
     except (ArrowException, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"'{wanted.path}' is not a parquet file ({reason}); write it again.") from None
-    return Table(wanted.path, columns, range(1, len(next(iter(columns.values()))) + 1))
+    rows = range(1, len(next(iter(columns.values()))) + 1)
+    return Table(wanted.path, columns, rows, _class_labels(schema.metadata or {}, columns))
+
+
+def _class_labels(metadata: dict[bytes, bytes], columns: dict[str, list[Any]]) -> dict[str, list[str]]:
+    """The names that the `datasets` library keeps beside the numbers of a ``ClassLabel``, or of lists of them."""
+    try:
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        kinds = {column: features[column] for column in columns if column in features}
+    except (KeyError, TypeError, ValueError):
+        return {}
+    # Who writes other values into the column may leave its description as it was.
+    named = {c: _names_of(kind) for c, kind in kinds.items() if not any(isinstance(v, str) for v in columns[c])}
+    return {column: [str(name).strip() for name in names] for column, names in named.items() if names}
+
+
+def _names_of(kind: Any) -> list[str] | None:
+    if isinstance(kind, list):  # as older versions write a list of ClassLabels
+        return _names_of(kind[0]) if kind else None
+    if not isinstance(kind, dict):
+        return None
+    if kind.get("_type") != "ClassLabel":
+        return _names_of(kind.get("feature"))
+    return kind["names"] if isinstance(kind.get("names"), list) else None
 
 
 def _read_json(wanted: _Wanted) -> Table:
@@ -156,13 +190,18 @@ def _read_json(wanted: _Wanted) -> Table:
     return Table(wanted.path, columns, lines)
 
 
-def _read_delimited(wanted: _Wanted, separator: str | None, header: Sequence[str] | None, skip_broken: bool) -> Table:
-    path, quoted = wanted.path, wanted.path.suffix.lower() == ".csv"
-    separator = separator or ("," if quoted else "\t")
+def _read_delimited(
+    wanted: _Wanted, separator: str | None, header: Sequence[str] | None, skip_broken: bool, may_be_quoted: bool
+) -> Table:
+    path, is_csv = wanted.path, wanted.path.suffix.lower() == ".csv"
+    separator = separator or ("," if is_csv else "\t")
     text = _text(path)
     if not header:
         _check_separator(wanted, text.partition("\n")[0], separator)
-    rows = _quoted_rows(path, text, separator) if quoted else _plain_rows(text, separator)
+    if is_csv:
+        rows = _quoted_rows(path, text, separator)
+    else:
+        rows = _tsv_rows(path, text, separator) if may_be_quoted else _plain_rows(text, separator)
     names = list(header) if header else next(rows, (0, []))[1]
     if not names:
         raise UserError(f"The file '{path}' is empty; put a line of column names and samples in it.")
@@ -170,18 +209,47 @@ def _read_delimited(wanted: _Wanted, separator: str | None, header: Sequence[str
     places = [names.index(column) for column in chosen]
     columns: list[list[str]] = [[] for _ in chosen]
     lines: list[int] = []
+    broken = 0
     for number, row in rows:
         if len(row) != len(names):
             if skip_broken:
+                broken += 1
                 continue
             raise UserError(
                 f"Line {number} of {path} has {_count(row)} but the header has {len(names)}; mend the line"
-                + (", or put quotes around a text that holds the separator." if quoted else ".")
+                + (", or put quotes around a text that holds the separator." if is_csv else ".")
             )
         for column, place in zip(columns, places, strict=True):
             column.append(row[place])
         lines.append(number)
-    return Table(path, dict(zip(chosen, columns, strict=True)), lines)
+    return Table(path, dict(zip(chosen, columns, strict=True)), lines, broken=broken)
+
+
+def _tsv_rows(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a TSV that may be quoted as pandas does it, or be like GLUE's, where quotes are letters.
+
+    If it is quoted, every quote stands where a writer of CSV puts one. Fields in quotes alone do not prove it; a quote
+    written twice, names of columns in quotes, or a tab or line break between quotes do.
+    """
+    if '"' not in text:
+        return _plain_rows(text, separator)
+    plain = list(_plain_rows(text, separator))
+    in_quotes = any(len(cell) > 1 and cell[0] == cell[-1] == '"' for _, row in plain for cell in row)
+    end = re.escape(separator)
+    a_field = rf'(?:"(?:[^"]++|"")*+"|[^"\r\n{end}]*+)'
+    if re.fullmatch(rf"(?:{a_field}(?:{end}|\r\n?|\n))*+{a_field}", text):
+        rows = list(_quoted_rows(path, text, separator))
+        fits, fits_plain = (len({len(row) for _, row in each}) == 1 for each in (rows, plain))
+        proved = text.startswith('"') or any('"' in cell for _, row in rows for cell in row)
+        if fits and (proved or not fits_plain):
+            return iter(rows)
+        in_quotes |= fits
+    if in_quotes:
+        rank_zero_info(
+            f"Fields of '{path}' stand in quotes, which are read as part of them, as a quote is a letter in a TSV; "
+            f"save it as CSV if they are not."
+        )
+    return iter(plain)
 
 
 def _plain_rows(text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
@@ -243,5 +311,6 @@ def _count(row: Sequence[str]) -> str:
     return "1 field" if len(row) == 1 else f"{len(row)} fields"
 
 
-def _listed(names: Iterable[Any]) -> str:
-    return ", ".join(map(str, names))
+def listed(names: Iterable[Any]) -> str:
+    """``a, b, c``, in one line whatever the names hold."""
+    return " ".join(", ".join(map(str, names)).split())

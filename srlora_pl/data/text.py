@@ -303,6 +303,11 @@ class TokenSet(KeyedDataset):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def extremes(self) -> tuple[int, int]:
+        """The longest and the shortest text, so that one of them is padded."""
+        order = self.tokens.lengths[self.rows].argsort()
+        return int(order[0]), int(order[-1])
+
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         index = self.turns[split_keys(keys)[0]]
         rows = self.rows[index]

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from srlora_pl.data.labels import (
@@ -12,13 +13,21 @@ from srlora_pl.data.labels import (
     encode_sets,
     is_labelled,
     label_sets,
+    look_alikes,
+    name_numbers,
     present,
+    refuse_vectors,
 )
-from srlora_pl.data.tables import SUFFIXES, Table, read_table
+from srlora_pl.data.tables import SUFFIXES, Table, listed, read_table
 from srlora_pl.data.text import TextDataModule, Texts
 from srlora_pl.errors import UserError, did_you_mean
 
-_VAL_NAMES = ("val", "valid", "validation", "dev")
+# Names of a split's file, in any letters; those without -ing are taken first.
+_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
 _SCORES = {"single_label": ["accuracy"], "multi_label": ["f1", "accuracy"], "regression": ["pearson", "spearman"]}
 
 
@@ -26,7 +35,8 @@ class TextData(TextDataModule):
     """Texts and labels from your own CSV, TSV, JSON-lines or parquet files.
 
     A label is one class, several classes or a number, as ``problem`` says; the classes are those of the training
-    file. Batches and the order are as in `TextDataModule`.
+    file, or all that its ``ClassLabel`` names where the `datasets` library wrote it. Batches and the order are as in
+    `TextDataModule`.
 
     Args:
         root: a file to train on; or a folder with ``train.csv`` (or ``.tsv``, ``.jsonl``, ``.parquet``) and, if
@@ -87,9 +97,12 @@ class TextData(TextDataModule):
             raise UserError(f"data.problem is {problem!r}{near}; it is one of {', '.join(_SCORES)}.")
         self.label_column, self.problem, self.score_names = label_column, problem, _SCORES[problem]
         self.separator, self.label_separator = separator, label_separator
-        files = find_files(Path(root).expanduser()) if class_names is None else {}
+        files, others = find_files(Path(root).expanduser()) if class_names is None else ({}, [])
         if predict_root is not None:
             files["predict"] = Path(predict_root).expanduser()
+        if names := [path.name for path in others if path != files.get("predict")]:
+            shown = listed(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
+            self.left_out[f"files or folders that are no split ({shown})"] = len(names)
         self._tables = {split: self._table(split, file) for split, file in files.items()}
         self.class_names = self._classes() if class_names is None else list(class_names)
         if (problem == "regression") == bool(self.class_names):
@@ -105,7 +118,10 @@ class TextData(TextDataModule):
         columns = dict.fromkeys(self.text_columns, "that data.text_column names")
         columns[self.label_column] = "that data.label_column names"
         optional = (self.label_column,) if split in ("test", "predict") else ()
-        return read_table(file, columns, optional, self.separator)
+        table = read_table(file, columns, optional, self.separator)
+        if self.problem != "regression" and split != "predict":
+            name_numbers(table, self.label_column)
+        return table
 
     def _classes(self) -> list[str]:
         train = self._tables["train"]
@@ -113,6 +129,7 @@ class TextData(TextDataModule):
             return []
         if self.problem == "multi_label":
             sets = label_sets(train, self.label_column, self.label_separator)
+            refuse_vectors(train, self.label_column, sets)
             classes = class_names(name for names in sets for name in names)
         else:
             classes = class_names(present(train, self.label_column))
@@ -121,7 +138,13 @@ class TextData(TextDataModule):
                 f"data.label_column {self.label_column!r} of {train.path} holds only {len(classes)} class; a "
                 f"classifier needs two or more."
             )
-        return classes
+        if groups := look_alikes(classes):
+            more = f", and so are {len(groups) - 1} more such groups" if len(groups) > 1 else ""
+            rank_zero_info(
+                f"The classes {listed(map(repr, groups[0]))} of '{train.path}' are kept apart{more}; write them alike "
+                f"where they are one class."
+            )
+        return train.class_labels.get(self.label_column, classes)
 
     def _encode(self, table: Table) -> Tensor:
         if self.problem == "regression":
@@ -149,20 +172,26 @@ def _what(class_names: list[str]) -> str:
     return f"{len(class_names)} classes" if class_names else "numbers"
 
 
-def find_files(root: Path) -> dict[str, Path]:
-    """The files of the splits ``train``, ``val`` and ``test`` that ``root``, a file or a folder, stands for."""
+def find_files(root: Path) -> tuple[dict[str, Path], list[Path]]:
+    """The files of the splits ``train``, ``val`` and ``test`` that ``root``, a file or a folder, stands for.
+
+    And what else is in the folder.
+    """
     if not root.is_dir():
-        return {"train": root}
+        return {"train": root}, []
+    there = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    tables = [path for path in there if path.suffix.lower() in SUFFIXES and path.is_file()]
     files = {}
-    for split, names in {"train": ("train",), "val": _VAL_NAMES, "test": ("test",)}.items():
-        found = [path for name in names for suffix in SUFFIXES if (path := root / f"{name}{suffix}").is_file()]
+    for split, names in _NAMES.items():
+        alike = [path for path in tables if path.stem.lower() in names]
+        found = [path for path in alike if path.name.islower() and not path.stem.endswith("ing")] or alike
         if len(found) > 1:
             raise UserError(f"data.root '{root}' has both {found[0].name} and {found[1].name}; keep one of them.")
         if found:
             files[split] = found[0]
     if "train" not in files:
-        there = ", ".join(sorted(path.name for path in root.iterdir())[:10]) or "nothing"
+        shown = listed(path.name for path in there[:10]) or "nothing"
         raise UserError(
-            f"data.root '{root}' has no train{' or train'.join(SUFFIXES)}, only {there}; name a file, or add one."
+            f"data.root '{root}' has no train{' or train'.join(SUFFIXES)}, only {shown}; name a file, or add one."
         )
-    return files
+    return files, [path for path in there if path not in files.values()]

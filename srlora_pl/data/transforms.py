@@ -1,8 +1,11 @@
-"""Crop, resize, flip and normalise whole batches of uint8 images on any device, equal to what PIL does one by one.
+"""Crop, resize, flip and normalise whole batches of uint8 images on any device, as PIL does one by one.
 
 A resize is linear in each axis, so crop, resize and flip of an image are two matrix products, one per axis, with
 matrices that differ from sample to sample. As in PIL the result of the first is rounded to whole grey levels
-before the second, and the order of the two follows from the sizes (`vertical_first`).
+before the second, and the order of the two follows from the sizes (`vertical_first`). Few pixels differ from PIL's, and
+by one grey level: in the midst between two, float32 may round to the other.
+
+Not every device has float64. So crops and the filters' weights are computed on the CPU; the device multiplies.
 """
 
 from collections.abc import Callable
@@ -12,6 +15,7 @@ from math import ceil, log
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -23,22 +27,23 @@ from srlora_pl.randomness import derive, run_seed, uniform
 _AUGMENT = int.from_bytes(b"augment")
 _RATIO = (3 / 4, 4 / 3)  # of width to height, torchvision's RandomResizedCrop
 _TRIES = 10
+Array = npt.NDArray[np.float64]
 
 
-def _triangle(t: Tensor) -> Tensor:
-    return (1 - t.abs()).clamp_(min=0)
+def _triangle(t: Array) -> Array:
+    return np.maximum(1 - abs(t), 0)
 
 
-def _cubic(t: Tensor, a: float = -0.5) -> Tensor:
+def _cubic(t: Array, a: float = -0.5) -> Array:
     """Keys' cubic (1981), with PIL's a."""
-    t = t.abs().clamp_(max=2)
+    t = np.minimum(abs(t), 2)
     near = ((a + 2) * t - (a + 3)) * t * t + 1
     far = (((t - 5) * t + 8) * t - 4) * a
-    return torch.where(t < 1, near, far)
+    return np.where(t < 1, near, far)
 
 
 class _Filter(NamedTuple):
-    weight: Callable[[Tensor], Tensor]
+    weight: Callable[[Array], Array]
     support: float
     pil: Image.Resampling
 
@@ -50,7 +55,7 @@ _FILTERS = {
 
 
 class Boxes(NamedTuple):
-    """One crop per sample, in whole pixels, each int64 (b,); ``flip``, bool (b,), mirrors it left to right."""
+    """One crop per sample, in whole pixels, each int64 (b,); where ``flip`` is 1 it is mirrored left to right."""
 
     top: Tensor
     left: Tensor
@@ -82,7 +87,7 @@ def random_boxes(numbers: Tensor, height: int, width: int, scale: tuple[float, f
     central = first[:, 0] == _TRIES
     top = torch.where(central, (height - h) // 2, (numbers[:, -3] * (height - h + 1)).long())
     left = torch.where(central, (width - w) // 2, (numbers[:, -2] * (width - w + 1)).long())
-    flip = numbers[:, -1] < 0.5 if hflip else torch.zeros_like(central)
+    flip = (numbers[:, -1] < 0.5).long() if hflip else torch.zeros_like(top)
     return Boxes(top, left, h, w, flip)
 
 
@@ -101,25 +106,36 @@ def axis_weights(start: Tensor, length: Tensor, full: int, size: int, kind: str,
     """What each output pixel of one axis takes from each input pixel, as PIL's antialiased resize computes it.
 
     ``start``, ``length``: the crop of each sample, int64 (b,); ``full``: input pixels; ``size``: output pixels.
-    Returns float32 (b, size, full). The weights are rounded to 22 binary places, as PIL's own are.
+    Returns float32 (b, size, full).
     """
-    filter_ = _FILTERS[kind]
-    scale = length.double() / size
-    stretch = scale.clamp(min=1)  # a downscale widens the filter: that is the antialiasing
+    first, weight = _taps(full, size, kind, start.device)
     out = torch.arange(size, device=start.device).expand(len(start), size)
     if flip is not None:
-        out = torch.where(flip[:, None], size - 1 - out, out)
-    center = (out + 0.5) * scale[:, None]
-    # Only the pixels within the filter's reach, at most `taps`, then put in their places.
-    taps = 2 * ceil(filter_.support * max(1, full / size)) + 1
-    first = (center - (filter_.support * stretch)[:, None]).floor().long()
-    pixel = first[..., None] + torch.arange(taps, device=start.device)
-    weight = filter_.weight((pixel + 0.5 - center[..., None]) / stretch[:, None, None])
-    weight *= (pixel >= 0) & (pixel < length[:, None, None])
-    weight /= weight.sum(-1, keepdim=True)
-    weight = weight.mul_(2**22).round_().mul_(2**-22).float()  # exact in float32
-    place = (pixel + start[:, None, None]).clamp_(0, full - 1)
-    return weight.new_zeros(len(start), size, full).scatter_add_(-1, place, weight)
+        out = torch.where(flip[:, None] > 0, size - 1 - out, out)
+    row = length[:, None] - 1
+    place = (start[:, None] + first[row, out])[..., None] + torch.arange(weight.shape[-1], device=start.device)
+    return weight.new_zeros(len(start), size, full).scatter_add_(-1, place.clamp_(0, full - 1), weight[row, out])
+
+
+@lru_cache
+def _taps(full: int, size: int, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What each of ``size`` output pixels takes from crops of 1 to ``full`` pixels; computed once, kept on ``device``.
+
+    Returns the first pixel within the filter's reach, int64 (full, size), and the weights of this and the following
+    ones, float32 (full, size, taps): PIL's own, which are computed in float64 and rounded to 22 binary places.
+    """
+    filter_ = _FILTERS[kind]
+    length = np.arange(1, full + 1)[:, None]
+    scale = length / size
+    stretch = np.maximum(scale, 1)  # a downscale widens the filter: that is the antialiasing
+    center = (np.arange(size) + 0.5) * scale
+    first = np.floor(center - filter_.support * stretch).astype(np.int64)
+    pixel = first[..., None] + np.arange(2 * ceil(filter_.support * max(1, full / size)) + 1)
+    weight = filter_.weight((pixel + 0.5 - center[..., None]) / stretch[..., None])
+    weight *= (pixel >= 0) & (pixel < length[..., None])
+    weight /= weight.sum(-1, keepdims=True)
+    weight = (np.round(weight * 2**22) * 2.0**-22).astype(np.float32)  # exact
+    return torch.from_numpy(first).to(device), torch.from_numpy(weight).to(device)
 
 
 def vertical_first(height: Any, width: Any, size: tuple[int, int]) -> Any:
@@ -138,22 +154,28 @@ def resize(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     Returns whole grey levels as float32, (b, c, H, W).
     """
     b, c, h, w = images.shape
-    # In float64 the first pass is PIL's to the last bit (its weights have 22 binary places, the pixels 8), so
-    # that the rounding errors of both passes cannot add up; float32 does for the second, the larger one.
-    x = images.reshape(b, c * h, w).double()
-    x = _to_levels(torch.bmm(x, columns.transpose(1, 2).double())).float()
-    x = _to_levels(torch.bmm(rows.repeat_interleave(c, 0), x.view(b * c, h, -1)))
+    x = _exact_levels(images.reshape(b, c * h, w).float(), columns)
+    x = torch.bmm(rows.repeat_interleave(c, 0), x.view(b * c, h, -1)).add_(0.5).floor_().clamp_(0, 255)
     return x.view(b, c, *x.shape[1:])
+
+
+def _exact_levels(pixels: Tensor, weights: Tensor) -> Tensor:
+    """``pixels`` (b, n, full) resized with ``weights`` (b, size, full): grey levels (b, n, size), exactly PIL's.
+
+    Otherwise the rounding errors of both passes could add up to two levels; so only the second, larger one has any.
+    A weight has 22 binary places and a pixel 8, and float32 holds 24 in all: each half of the weight's is exact.
+    """
+    upper = weights.mul(2**11).round_().mul_(2**-11)
+    level = torch.bmm(pixels, upper.mT).add_(0.5)
+    rest = level.frac()
+    level.sub_(rest)
+    rest.baddbmm_(pixels, (weights - upper).mT)
+    return level.add_(rest.floor_()).clamp_(0, 255)
 
 
 def resize_vertically_first(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """`resize` with the passes in the other order."""
     return resize(images.transpose(2, 3), columns, rows).transpose(2, 3)
-
-
-def _to_levels(x: Tensor) -> Tensor:
-    """Rounded half up and clipped, as PIL does after each pass; in place."""
-    return x.add_(0.5).floor_().clamp_(0, 255)
 
 
 @dataclass(frozen=True)
@@ -192,10 +214,10 @@ class ImageTransform:
     # -- whole batches, in full precision whatever the model's products are computed in
 
     @full_precision()
-    def train(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Augmented uint8 images (b, c, h, w) as grey levels, (b, c, H, W); ``keys``: (epoch, index), int64 (b, 2)."""
+    def train(self, images: Tensor, crops: Tensor) -> Tensor:
+        """Uint8 images (b, c, h, w), cropped, resized and flipped as ``crops`` say: grey levels, (b, c, H, W)."""
         _, _, height, width = images.shape
-        boxes = self.boxes(self.numbers(keys), height, width)
+        boxes = Boxes(*crops)
         rows = axis_weights(boxes.top, boxes.height, height, self.size[0], self.interpolation)
         columns = axis_weights(boxes.left, boxes.width, width, self.size[1], self.interpolation, boxes.flip)
         out = resize(images, rows, columns)
@@ -229,10 +251,16 @@ class ImageTransform:
         levels = levels.sub_(mean) if levels.shape[1] == 3 else levels - mean
         return levels.div_(std)
 
+    # -- what is random, on the CPU
+
+    def crops(self, keys: Tensor, height: int, width: int) -> Tensor:
+        """`Boxes` of the samples ``keys``, whose images have one size, as one tensor: int64 (5, b)."""
+        return torch.stack(self.boxes(self.numbers(keys), height, width))
+
     def numbers(self, keys: Tensor) -> Tensor:
         """What is random in the augmentation of the samples ``keys``: a function of (run seed, epoch, index).
 
-        ``keys``: int64 (b, 2). Returns float64 (b, `DRAWS`), uniform in [0, 1).
+        ``keys``: (epoch, index), int64 (b, 2). Returns float64 (b, `DRAWS`), uniform in [0, 1).
         """
         return uniform(derive(run_seed(), _AUGMENT), keys, DRAWS)
 

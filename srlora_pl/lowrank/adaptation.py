@@ -19,7 +19,7 @@ from srlora_pl.lowrank.layer import LowRankLinear, Matrix
 from srlora_pl.lowrank.matrix_state import MatrixState
 from srlora_pl.lowrank.methods import Method, SRLoRA
 from srlora_pl.lowrank.methods.base import is_below
-from srlora_pl.lowrank.precision import full_precision
+from srlora_pl.lowrank.precision import float64_device, full_precision
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.spectrum import Spectrum, SpectrumCache, fingerprint
 from srlora_pl.lowrank.targets import inject
@@ -614,7 +614,10 @@ class Adaptation:
                     W = saved["weight"]
                 elif saved["drawn"] is not None:
                     drawn = Spectrum(*saved["drawn"])
-                    W = W.to(own.device if device is None else device, drawn.U.dtype, copy=True)
+                    place = own.device if device is None else device
+                    if drawn.U.dtype == torch.float64:  # a run in double precision, perhaps from another machine
+                        place = float64_device(place)
+                    W = W.to(place, drawn.U.dtype, copy=True)
                     recompose.replay(W, matrix, drawn, saved["fused"])
                 own.copy_(W)
 

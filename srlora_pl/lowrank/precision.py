@@ -34,6 +34,14 @@ class MatmulPrecision(NamedTuple):
             backend.fp32_precision = precision
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Where to compute in float64 what is on ``device``: there, or on the CPU if it may not be able to.
+
+    Apple's GPUs are not, and not even to convert; so first move, then convert: ``x.to(float64_device(...)).double()``.
+    """
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """No TF32, no reduced matmul precision, no autocast: what is fused must equal what is taken away."""

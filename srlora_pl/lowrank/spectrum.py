@@ -13,6 +13,7 @@ from torch import Tensor
 
 from srlora_pl.cache import keep
 from srlora_pl.errors import UserError
+from srlora_pl.lowrank.precision import float64_device
 
 # Below this share of the largest singular value a direction is rounding noise of the stored weight.
 _RANK_TOLERANCE = 1e-6
@@ -39,7 +40,7 @@ class Spectrum:
         Raises:
             UserError: if the weight is zero or holds a NaN or an infinity.
         """
-        W = weight.double()
+        W = weight.to(float64_device(weight.device)).double()
         if not torch.isfinite(W).all():
             raise UserError(f"the weight of {name} holds NaN or infinity, load a sound checkpoint of the backbone")
         if not W.any():

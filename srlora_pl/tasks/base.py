@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
 
 from srlora_pl.checkpoints import class_names, keep_to_own_folders
+from srlora_pl.data.base import DataModule
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Method
 from srlora_pl.lowrank.importance import all_finite
@@ -25,6 +26,7 @@ from srlora_pl.lowrank.precision import MatmulPrecision
 from srlora_pl.mixin import SRLoRAMixin
 from srlora_pl.peft_format import PeftFolder
 from srlora_pl.resume import ExactResume
+from srlora_pl.tasks.guards import require_that_a_batch_passes
 from srlora_pl.tasks.heads import FoundHead, settle
 from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, param_groups, schedule_factor
 from srlora_pl.tasks.scores import Mean
@@ -51,9 +53,16 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     ``momentum``), ``adamw``, or the path of a torch optimizer class. ``lr``: the largest learning rate; ``head_lr``:
     the head's own. ``warmup_steps`` optimizer steps rise linearly from 0, then the rate follows ``schedule`` to 0 at
     the run's last step, or stays.
+
+    Attributes:
+        trained_classes: the names of the outputs, from the data of a fit or from a checkpoint; empty where neither
+            tells them.
+        found_head: the head that came with the pretrained weights, as long as its outputs may mean other classes than
+            the data's.
     """
 
-    found_head: FoundHead | None = None  # as long as its outputs may mean other classes than the data's
+    trained_classes: Sequence[str] = ()
+    found_head: FoundHead | None = None
 
     def __init__(
         self,
@@ -152,14 +161,15 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def setup(self, stage: str) -> None:
         self._precision_before = MatmulPrecision.now()
         torch.set_float32_matmul_precision(self.hparams["matmul_precision"])
+        if stage != "fit":
+            self._require_same_classes(self.trained_classes)
         super().setup(stage)
 
     def _settle_head(self) -> None:
         """Once, where no checkpoint was loaded and before the head is used, which is that of the data from then on."""
         head, self.found_head = self.found_head, None
         if head is not None:
-            classes = getattr(self.trainer.datamodule, "class_names", None) or []  # type: ignore[attr-defined]
-            rank_zero_info(settle(self.net, head, classes))
+            rank_zero_info(settle(self.net, head, self._classes_of_the_data()))
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
@@ -191,8 +201,12 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_fit_start(self) -> None:
+        self.trained_classes = self._classes_of_the_data()
         self._refuse_unknown_scores()
         self._settle_head()
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, DataModule) and type(self).__module__.startswith("srlora_pl."):
+            require_that_a_batch_passes(self, data)  # of a user's own task it is not known what else it does
         super().on_fit_start()
 
     def _refuse_unknown_scores(self) -> None:
@@ -344,22 +358,26 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
                     f"The checkpoint was written with model.{key} {saved[key]!r}, but this run has "
                     f"{self.hparams.get(key)!r}: {mend}, or start anew without --ckpt_path."
                 )
-        self._require_same_classes(class_names(checkpoint) or [])
+        self.trained_classes = class_names(checkpoint) or []
+        self._require_same_classes(self.trained_classes)
         self.found_head = None
         super().on_load_checkpoint(checkpoint)
 
-    def _require_same_classes(self, trained: list[str]) -> None:
+    def _require_same_classes(self, trained: Sequence[str]) -> None:
         """An output means a class by its place alone; so data of other classes would be scored against wrong ones."""
-        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
-        given = list(getattr(data, "class_names", None) or [])
+        given = self._classes_of_the_data()
         if len(trained) != len(given):
             return  # regression, data that name no classes; or another number of classes, refused as such
         for place, (theirs, ours) in enumerate(zip(trained, given, strict=True)):
             if theirs != ours:
                 raise UserError(
-                    f"The checkpoint was trained on other classes: number {place} is {theirs!r} there and {ours!r} in "
+                    f"The model was trained on other classes: number {place} is {theirs!r} there and {ours!r} in "
                     "this data; name the classes of the data as they were, or start anew without --ckpt_path."
                 )
+
+    def _classes_of_the_data(self) -> list[str]:
+        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        return list(getattr(data, "class_names", None) or [])
 
 
 def _with_adapter(adapter: PeftFolder | None, method: Method, heads: Sequence[str], net: nn.Module) -> nn.Module:

@@ -5,34 +5,74 @@ torchmetrics gives other values on one-class or constant input, and its streamin
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 from torchmetrics.utilities import dim_zero_cat
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.lowrank.precision import float64_device
 
 
-class Mean(Metric):
-    """The mean of ``value``, float (B,), over all batches; in float64, so that it does not matter how they were cut."""
+def _exactly(formula: Callable[..., Tensor], *values: Tensor) -> Tensor:
+    """``formula`` of ``values`` in float64, on their device; rounded to float32 where that has nothing wider."""
+    device = values[0].device
+    able = float64_device(device)
+    result = formula(*(each.to(able).double() for each in values))
+    return result if able == device else result.float().to(device)
+
+
+class ScoreOfAll(Metric):
+    """A ``formula`` of all values of a split, float64 (n,) each, so that it does not matter how the batches were cut.
+
+    The values, called ``names``, are kept as they come until its end: ranks need them all.
+    """
 
     full_state_update = False
-    total: Tensor
-    count: Tensor
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, value: Tensor) -> None:
-        self.total = self.total + value.double().sum()
-        self.count = self.count + value.numel()
+    def __init__(self, formula: Callable[..., Tensor], *names: str) -> None:
+        super().__init__(dist_sync_fn=_gather)
+        self.formula, self.names = formula, names
+        for name in names:
+            self.add_state(name, [], dist_reduce_fx="cat")
 
     def compute(self) -> Tensor:
-        return self.total / self.count
+        return _exactly(self.formula, *(dim_zero_cat(getattr(self, name)) for name in self.names))
+
+
+def _gather(values: Tensor, group: Any = None) -> list[Tensor]:
+    """The ``values`` of each rank; in float64, so that one without any sends the same type as the others."""
+    return gather_all_tensors(values.double(), group)
+
+
+class Mean(ScoreOfAll):
+    """The mean of ``value``, float (B,)."""
+
+    value: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__(torch.mean, "value")
+
+    def update(self, value: Tensor) -> None:
+        self.value.append(value)
+
+
+class Correlation(ScoreOfAll):
+    """A ``formula`` of ``preds`` and ``target``, float (B,)."""
+
+    preds: list[Tensor]
+    target: list[Tensor]
+
+    def __init__(self, formula: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(formula, "preds", "target")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        self.preds.append(preds)
+        self.target.append(target)
 
 
 class ConfusionScore(Metric):
@@ -56,7 +96,7 @@ class ConfusionScore(Metric):
         self.counts = self.counts.scatter_add(0, cell, torch.ones_like(cell))
 
     def compute(self) -> Tensor:
-        return self.formula(self.counts.view(self.num_classes, self.num_classes).double())
+        return _exactly(self.formula, self.counts.view(self.num_classes, self.num_classes))
 
 
 def accuracy(counts: Tensor) -> Tensor:
@@ -83,35 +123,6 @@ def matthews(counts: Tensor) -> Tensor:
     spread = (n**2 - truth @ truth) * (n**2 - said @ said)
     covariance = counts.trace() * n - truth @ said
     return covariance / spread.sqrt() if spread > 0 else torch.zeros_like(spread)
-
-
-class Correlation(Metric):
-    """A ``formula`` of all predictions and all labels of a split, float64 (n,) each.
-
-    `update` takes ``preds`` and ``target``, float (B,). The values are kept: ranks need them all.
-    """
-
-    full_state_update = False
-    preds: list[Tensor]
-    target: list[Tensor]
-
-    def __init__(self, formula: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.formula = formula
-        self.add_state("preds", [], dist_reduce_fx="cat")
-        self.add_state("target", [], dist_reduce_fx="cat")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of what a rank without any values sends to the others."""
-        return torch.float64
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        self.preds.append(preds.double())
-        self.target.append(target.double())
-
-    def compute(self) -> Tensor:
-        return self.formula(dim_zero_cat(self.preds), dim_zero_cat(self.target))
 
 
 def pearson(x: Tensor, y: Tensor) -> Tensor:

@@ -1,16 +1,19 @@
 """Classification and regression of texts on any transformers encoder."""
 
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
 
-from srlora_pl.errors import UserError
+from srlora_pl import config
+from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Method
 from srlora_pl.tasks import encoders, scores
 from srlora_pl.tasks.base import Batch, Task, require
@@ -41,8 +44,8 @@ class TextClassifier(Task):
             for one class and ``single_label`` for more.
         score_names: of ``accuracy``, ``f1``, ``matthews`` (single label), ``f1``, ``accuracy`` (multi-label) or
             ``pearson``, ``spearman`` (regression), the main one first; by default what the data say.
-        class_weights: one per class. A sample's loss is multiplied by its class's; of several labels, the loss of
-            those that are set. In ``val/loss`` and ``test/loss`` too.
+        class_weights: one per class, in their order or as ``{name: weight}``. A sample's loss is multiplied by its
+            class's; of several labels, the loss of those that are set. In ``val/loss`` and ``test/loss`` too.
         optimizer: ``sgd``, ``adamw``, or the path of a torch optimizer class.
         lr: the largest learning rate.
         head_lr: the head's and the pooler's own largest learning rate; by default ``lr``.
@@ -74,7 +77,7 @@ class TextClassifier(Task):
         train_pooler: bool = True,
         problem: Literal["single_label", "multi_label", "regression"] | None = None,
         score_names: list[str] | None = None,
-        class_weights: list[float] | None = None,
+        class_weights: list[float] | dict[str, float] | None = None,
         optimizer: str = "adamw",
         lr: float = 1e-4,
         head_lr: float | None = None,
@@ -156,6 +159,10 @@ class TextClassifier(Task):
 
     def setup(self, stage: str) -> None:
         data = getattr(self.trainer, "datamodule", None)
+        if isinstance(by_name := self.hparams["class_weights"], dict):
+            # A checkpoint makes the same model again without the names.
+            self.hparams["class_weights"] = in_order = _in_order(by_name, getattr(data, "class_names", ()))
+            self.class_weights = torch.tensor(in_order, device=self.device)
         asked, given = self.hparams["problem"], getattr(data, "problem", None)
         if asked and given and asked != given:
             raise UserError(f"model.problem is {asked!r}, but the data are {given!r}: leave model.problem out.")
@@ -222,10 +229,31 @@ class TextClassifier(Task):
         return {"index": batch["index"], "label": label, "probability": probability}
 
 
-def _weights(values: Sequence[float] | None, num_classes: int) -> Tensor | None:
+def _weights(values: Sequence[float] | dict[str, float] | None, num_classes: int) -> Tensor | None:
+    """One weight per class, float (classes,); those by name in the order given, until the data say the right one."""
     if values is None:
         return None
-    require("class_weights", values, f"{num_classes} numbers, one per class", len(values) == num_classes)
-    weights = torch.tensor(values, dtype=torch.float32)
+    if not isinstance(values, dict):
+        require("class_weights", values, f"{num_classes} numbers, one per class", len(values) == num_classes)
+    weights = torch.tensor([*values.values()] if isinstance(values, dict) else values, dtype=torch.float32)
     require("class_weights", values, "positive and finite", bool((weights > 0).all() and weights.isfinite().all()))
     return weights
+
+
+def _in_order(by_name: dict[Any, float], names: Sequence[str]) -> list[float]:
+    """The weights in the order of ``names``; YAML reads a name such as ``no`` or ``1`` as something else than text."""
+    read = {}
+    for name in names:
+        with contextlib.suppress(yaml.YAMLError, ValueError):
+            read[repr(config.load(f"- {name}"))] = name
+    given = {key if isinstance(key, str) else read.get(repr([key]), str(key)): by_name[key] for key in by_name}
+    for name in given:
+        if name not in names:
+            raise UserError(
+                f"model.class_weights has the class {name!r}{did_you_mean(name, names)}, but those of the data are "
+                f"{', '.join(names) or 'not named'}."
+            )
+    for name in names:
+        if name not in given:
+            raise UserError(f"model.class_weights has no weight for the class {name!r}: give it one, such as 1.")
+    return [given[name] for name in names]

@@ -67,6 +67,53 @@ def epochs(data: Any, first: int, count: int) -> list[list[int]]:
     return batches
 
 
+class Labelled(Numbers):
+    """The even ones of twice as many samples."""
+
+    def __init__(self, labels: Any) -> None:
+        self.labels = torch.tensor(labels)
+        super().__init__(len(labels) // 2)
+        self.rows = torch.arange(0, len(labels), 2)
+
+
+def described(names: list[str], labels: Any, **left_out: int) -> str:
+    data = NumberData(8, 2)
+    data.class_names, data.num_classes, data.left_out = names, len(names) or 1, left_out
+    data.train_set, data.val_set = Labelled(labels), [Numbers(1000), Numbers(234)]
+    return data.description()
+
+
+def test_a_description_counts_the_classes_of_the_split_in_the_order_of_the_outputs() -> None:
+    labels = [2, 0, 2, 0, 0, 0, 2, 1]  # the odd ones are held out
+    expected = "data: 4 to train on, 1,234 to validate; 3 classes: owl (1), cat (0), dog (3)"
+    assert described(["owl", "cat", "dog"], labels) == expected
+
+
+def test_a_description_of_several_classes_a_sample() -> None:
+    several = [[0.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
+    assert described(["a", "b"], several).endswith("2 classes: a (1), b (2)")
+
+
+def test_a_description_of_numbers() -> None:
+    assert described([], [2.5, 9.0, 0.25, 9.0]) == "data: 2 to train on, 1,234 to validate; labels from 0.25 to 2.5"
+
+
+def test_a_description_is_one_line_and_cut_after_ten_classes() -> None:
+    names = ["two\nlines", *"bcdefghijkl"]
+    line = described(names, [0, 0], png=2, hidden=1500)
+    assert line.endswith(
+        "12 classes: 'two\\nlines' (1), b (0), c (0), d (0), e (0), f (0), g (0), h (0), i (0), j (0) and 2 more; "
+        "left out: 2 png, 1,500 hidden"
+    )
+
+
+def test_a_description_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    data = attach(NumberData(8, 2))
+    data.setup("fit")
+    data.setup("fit")
+    assert capsys.readouterr().out == "data: 8 to train on; 2 classes: odd, even\n"
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     count=st.integers(1, 40), batch_size=st.integers(1, 9), limit=st.sampled_from([1.0, 0.5, 3]), share=st.floats(0, 1)

@@ -102,10 +102,19 @@ def test_mnli_has_two_of_each(tmp_path: Path) -> None:
 def test_qqps_broken_lines_are_left_out(tmp_path: Path) -> None:
     root = write_task(tmp_path, "qqp")
     append(tmp_path / "QQP" / "train.tsv", "9\t1\t2\tw1 cut\n8\t4\t5\t\tw2\t0\n")
-    read = GLUEData("qqp", root).read("train")
+    data = GLUEData("qqp", root)
+    read = data.read("train")
     assert read.first == ["w1", "w1", ""]
     assert read.labels is not None
     assert read.labels.tolist() == [1, 1, 0]
+    data.read("dev")
+    assert data.left_out == {"lines of QQP/train.tsv with too few or too many fields": 1}
+
+
+def test_quotes_are_letters_though_a_file_could_be_quoted(tmp_path: Path) -> None:
+    root = write_task(tmp_path, "sst2")
+    append(tmp_path / "SST-2" / "train.tsv", '"w1 ""w2"""\t0\n')
+    assert GLUEData("sst2", root).read("train").first[-1] == '"w1 ""w2"""'
 
 
 def test_a_broken_line_of_a_hidden_test_is_refused(tmp_path: Path) -> None:
@@ -150,6 +159,37 @@ def test_the_hubs_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("nyu-mll/glue", "mnli", "test_matched"),
         ("nyu-mll/glue", "stsb", "validation"),
     ]
+
+
+def hub_labels(monkeypatch: pytest.MonkeyPatch, names: list[str] | None, labels: list[int]) -> Any:
+    """The labels of MNLI's dev set as the hub gives them, by numbers that ``names`` explain."""
+    kind = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
+    features = datasets.Features({"premise": datasets.Value("string"), "hypothesis": datasets.Value("string")})
+    columns = {"premise": ["w1"] * len(labels), "hypothesis": ["w2"] * len(labels), "label": labels}
+    table = datasets.Dataset.from_dict(columns, datasets.Features({**features, "label": kind}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    return GLUEData("mnli").read("dev_matched").labels
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["entailment", "neutral", "contradiction"], [0, 1, 2]),
+        (["contradiction", "entailment", "neutral"], [2, 0, 1]),
+        (None, [0, 1, 2]),
+    ],
+)
+def test_the_hubs_labels_are_compared_by_name(
+    names: list[str] | None, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hub_labels(monkeypatch, names, [0, 1, 2]).tolist() == expected
+
+
+def test_labels_of_the_hub_that_are_hidden_or_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"'label' is missing .*-1.* in line 2 of nyu-mll/glue/mnli/dev_matched"):
+        hub_labels(monkeypatch, None, [0, -1])
+    with pytest.raises(UserError, match=r"label 'contradicts' .* is none of the 3 classes .*mean 'contradiction'"):
+        hub_labels(monkeypatch, ["entailment", "neutral", "contradicts"], [2])
 
 
 def test_no_network_and_nothing_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
 """Rows and columns come out of files as they were written; what is wrong is said with its place."""
 
+import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -57,6 +59,51 @@ def test_a_quote_in_a_tsv_is_a_letter(tmp_path: Path) -> None:
     assert list(table.lines) == [2, 3, 5]
 
 
+@pytest.mark.parametrize(
+    ("texts", "quoting"),
+    [
+        (['He said "hi" to me', "plain"], csv.QUOTE_MINIMAL),
+        (['"all of it"', '5" tall', '"'], csv.QUOTE_MINIMAL),
+        (["two\nlines", "plain", "two\ttabs\t"], csv.QUOTE_MINIMAL),
+        (['He said "hi" to me', "a tab\tand\na line", "plain"], csv.QUOTE_MINIMAL),
+        (["plain", "a tab\tand\na line"], csv.QUOTE_ALL),
+        (["plain", "w1"], csv.QUOTE_NONNUMERIC),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.tsv", "a.TSV"])
+def test_a_tsv_that_pandas_quoted(name: str, texts: list[str], quoting: int, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"text": texts, "label": range(len(texts))})
+    frame.to_csv(tmp_path / name, sep="\t", index=False, quoting=quoting)  # type: ignore[call-overload]
+    table = read(tmp_path / name)
+    assert table.columns == {"text": texts, "label": [str(i) for i in range(len(texts))]}
+
+
+@pytest.mark.parametrize(
+    ("texts", "is_said"),
+    [
+        (['5" tall', '6" tall'], False),
+        (['"Hello," she said.', "w1"], False),
+        (['"both"', "w1"], True),  # pandas would have left it bare, or written the quotes of the text twice
+        (['"He said ""hi"""', '5" tall'], True),
+        (['"I came.', "I saw.", 'I conquered."'], True),
+    ],
+)
+def test_quotes_that_are_letters_of_a_tsv(
+    texts: list[str], is_said: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        table = read(tmp_path / "a.tsv", "text\tlabel\n" + "".join(f"{text}\tx\n" for text in texts))
+    assert table.columns == {"text": texts, "label": ["x"] * len(texts)}
+    assert ("a.tsv' stand in quotes, which are read as part of them" in caplog.text) == is_said
+
+
+def test_quotes_are_letters_where_that_is_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        table = read(tmp_path / "a.tsv", 'text\tlabel\n"He said ""hi"""\tx\n', may_be_quoted=False)
+    assert table.columns["text"] == ['"He said ""hi"""']
+    assert not caplog.records
+
+
 def test_another_separator(tmp_path: Path) -> None:
     table = read(tmp_path / "a.csv", 'label;text\n0;"a; b"\n1;c, d\n', separator=";")
     assert table.columns == {"text": ["a; b", "c, d"], "label": ["0", "1"]}
@@ -71,6 +118,7 @@ def test_broken_rows_are_left_out_where_that_is_asked_for(tmp_path: Path) -> Non
     table = read(tmp_path / "a.tsv", "text\tlabel\na\t1\nbroken\nb\t0\n", skip_broken=True)
     assert table.columns["text"] == ["a", "b"]
     assert list(table.lines) == [2, 4]
+    assert table.broken == 1
 
 
 @pytest.mark.parametrize(
@@ -83,6 +131,7 @@ def test_broken_rows_are_left_out_where_that_is_asked_for(tmp_path: Path) -> Non
             "text,lable\na,1\n",
             "no column 'label' .did you mean 'lable'.. that data.label_col.* text, lable",
         ),
+        ("a.csv", '"te\nxt",label\na,1\n', "no column 'text' .*; its columns are te xt, label"),
         ("a.csv", "text;label\na;1\n", r'not separated by "," but, it seems, by ";"; set data.separator to ";"'),
         ("a.csv", '"id";"text"\na,b;1\n', r'by ";"'),
         ("a.csv", "text\tlabel\na\t1\n", r'by "\\t"'),

@@ -131,6 +131,15 @@ def test_rounding_does_not_pass_the_maximum(root: str, tokenizer: str) -> None:
     assert {batch["input_ids"].shape[1] for batch in data.train_dataloader()} == {8, 16, 21}
 
 
+def test_a_trial_pads_the_shortest_text_to_the_longest(root: str, tokenizer: str) -> None:
+    data = with_model(small(root), tokenizer)
+    data.setup("fit")
+    lengths = data.train_set.tokens.lengths
+    seen = data.trial_batch()["attention_mask"].sum(1)
+    assert sorted(seen.tolist()) == [int(lengths.min()), int(lengths.max())]
+    assert lengths.min() < lengths.max()
+
+
 def test_padding_to_the_maximum(root: str, tokenizer: str) -> None:
     data = with_model(small(root, pad_to_max_length=True), tokenizer)
     data.setup("fit")

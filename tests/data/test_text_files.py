@@ -5,9 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 
 from srlora_pl import TextData, UserError
 from srlora_pl.data.tables import _quoted_rows
@@ -129,6 +132,117 @@ def test_classes_that_are_numbers(labels: list[Any], classes: list[str], tmp_pat
     assert own(file, batch_size=1).class_names == classes
 
 
+# -- a ClassLabel of the `datasets` library: numbers in the file, their names in its schema
+
+
+def write_class_labels(path: Path, names: list[str], labels: list[Any]) -> Path:
+    kind: Any = datasets.ClassLabel(names=names)
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.List(kind) if isinstance(labels[0], list) else kind}
+    )
+    columns = {"text": [f"w{i}" for i in range(len(labels))], "label": labels}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict(columns, features).to_parquet(str(path))
+    return path
+
+
+def test_class_labels_are_compared_by_name(tmp_path: Path) -> None:
+    write_class_labels(tmp_path / "train.parquet", ["neg", "pos", "mixed"], [0, 1, 1])
+    write_class_labels(tmp_path / "val.parquet", ["mixed", "pos", "neg"], [0, 1, 2])
+    write_file(tmp_path / "test.csv", [("w1", "pos"), ("w2", "neg")], "text,label")
+    data = own(tmp_path)
+    assert data.class_names == ["neg", "pos", "mixed"]
+    read = {split: data.read(split).labels.tolist() for split in ("train", "val", "test")}
+    assert read == {"train": [0, 1, 1], "val": [2, 1, 0], "test": [1, 0]}
+
+
+def test_class_labels_of_several_classes_a_text(tmp_path: Path) -> None:
+    data = own(write_class_labels(tmp_path / "a.parquet", ["b", "a"], [[0, 1], [1], []]), problem="multi_label")
+    assert data.class_names == ["b", "a"]
+    assert data.read("train").labels.tolist() == [[1, 1], [0, 1], [0, 0]]
+
+
+def test_numbers_of_class_labels_are_numbers_for_a_regression(tmp_path: Path) -> None:
+    data = own(write_class_labels(tmp_path / "a.parquet", ["1 star", "2 stars"], [1, 0]), problem="regression")
+    assert data.read("train").labels.tolist() == [1, 0]
+
+
+def test_class_labels_that_are_missing_or_have_no_name(tmp_path: Path) -> None:
+    train = write_class_labels(tmp_path / "train.parquet", ["neg", "pos"], [0, 1, -1])
+    with pytest.raises(UserError, match=r"label in column 'label' is missing .*-1.* in row 3 of .*train.parquet"):
+        own(train)
+    write_class_labels(train, ["neg", "pos"], [0, 1])
+    write_class_labels(tmp_path / "test.parquet", ["neg", "pos"], [-1, -1])
+    assert not own(tmp_path).has_test_labels
+    write_class_labels(tmp_path / "val.parquet", ["neg", "bad"], [0, 1])
+    with pytest.raises(UserError, match=r"label 'bad' in column 'label' of row 2 of .*val.parquet is none of the 2"):
+        own(tmp_path)
+    schema = parquet.read_schema(train)
+    numbers = {"text": ["w1", "w2"], "label": [0, 2]}
+    parquet.write_table(pa.table(numbers).cast(pa.schema(schema)).replace_schema_metadata(schema.metadata), train)
+    with pytest.raises(
+        UserError, match=r"label 2 in column 'label' of row 2 of .*train.parquet is none of the numbers"
+    ):
+        own(train)
+
+
+@pytest.mark.parametrize(
+    "description",
+    ["{", "[]", '{"info": {"features": {"label": {"names": 3, "_type": "ClassLabel"}}}}', '{"info": {"features": 3}}'],
+)
+def test_a_description_of_the_columns_that_describes_nothing(description: str, tmp_path: Path) -> None:
+    table = pa.table({"text": ["w1", "w2"], "label": [3, 4]}).replace_schema_metadata({"huggingface": description})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert own(tmp_path / "a.parquet").class_names == ["3", "4"]
+
+
+def test_names_written_over_the_numbers_of_a_class_label(tmp_path: Path) -> None:
+    schema = parquet.read_schema(write_class_labels(tmp_path / "a.parquet", ["x", "y"], [0, 1]))
+    table = pa.table({"text": ["w1", "w2"], "label": ["ham", "spam"]}).replace_schema_metadata(schema.metadata)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert own(tmp_path / "a.parquet").class_names == ["ham", "spam"]
+
+
+# -- the files of a folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Train.csv", "VAL.CSV", "Test.csv"),
+        ("training.csv", "validation.tsv", "testing.jsonl"),
+        ("TRAIN.parquet", "Dev.PARQUET", "TESTING.TSV"),
+    ],
+)
+def test_splits_in_capitals_and_with_ing(names: tuple[str, ...], tmp_path: Path) -> None:
+    for count, name in enumerate(names, 5):
+        written = write_file(tmp_path / name.lower(), rows(count))
+        written.rename(tmp_path / name)
+    data = own(tmp_path)
+    assert {split: len(table) for split, table in data._tables.items()} == {"train": 5, "val": 6, "test": 7}
+    assert data.left_out == {}
+
+
+def test_what_is_no_split_is_left_out_with_a_word(tmp_path: Path) -> None:
+    for name in ("train.csv", "Training.csv", "eval.csv", "new.csv"):
+        write_file(tmp_path / name)
+    (tmp_path / "val.json").write_text("[]")
+    (tmp_path / "test").mkdir()
+    (tmp_path / ".hidden.csv").write_text("")
+    data = own(tmp_path, predict_root=str(tmp_path / "new.csv"))
+    assert list(data._tables) == ["train", "predict"]
+    shown = "'Training.csv', 'eval.csv', 'test', 'val.json'"
+    assert data.left_out == {f"files or folders that are no split ({shown})": 4}
+
+
+def test_classes_that_look_alike_are_two_and_that_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = write(tmp_path / "a.csv", "text,label", "w1,1", "w2,01", "w3,yes", "w4,Yes")
+    with caplog.at_level("INFO"):
+        assert own(file).class_names == ["01", "1", "Yes", "yes"]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"The classes '01', '1' of '{file}' are kept apart, and so are 1 more such groups")
+
+
 def test_another_separator(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", "text;label", "w1, w2;yes", "w3;no")
     assert own(file, separator=";", batch_size=1).class_names == ["no", "yes"]
@@ -184,6 +298,16 @@ BAD: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
         {"train.csv": "text,label\nw1,\"['a', 'b']\"\n"},
         {"problem": "multi_label"},
         "a list written as text, in line 2 of .*; write its classes with ',' between, or a JSON-lines file",
+    ),
+    "vectors of 0 and 1": (
+        {"train.jsonl": '{"text": "w1", "label": [1, 0]}\n{"text": "w2", "label": [0, 1]}\n'},
+        {"problem": "multi_label"},
+        "label in column 'label' is 1, 0 in line 1 of .*train.jsonl, a number for every class .* write the names",
+    ),
+    "two trains in capitals": (
+        {"Train.csv": GOOD, "TRAIN.tsv": GOOD},
+        {},
+        "has both TRAIN.tsv and Train.csv; keep one",
     ),
     "nothing in a set": (
         {"train.jsonl": '{"text": "w1", "label": ["a", null]}\n'},

@@ -1,6 +1,7 @@
-"""Batched crops and resizes against PIL itself."""
+"""Batched crops and resizes against PIL itself, and what they ask of a device."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import RandomResizedCrop
 
 from srlora_pl.data import transforms
@@ -41,6 +44,10 @@ def keys(count: int, epoch: int = 0) -> Tensor:
     return torch.stack([torch.full((count,), epoch), torch.arange(count)], 1)
 
 
+def train_batch(crop: ImageTransform, images: Tensor, keys: Tensor) -> Tensor:
+    return crop.train(images, crop.crops(keys, *images.shape[2:]))
+
+
 @pytest.mark.parametrize("train", [True, False])
 def test_pixels_do_not_depend_on_the_precision_of_the_models_products(train: bool, monkeypatch) -> None:
     """Not every processor computes differently at a lower setting, so look at the setting itself."""
@@ -52,11 +59,31 @@ def test_pixels_do_not_depend_on_the_precision_of_the_models_products(train: boo
     images, crop = torch.randint(0, 256, (2, 3, 20, 24)).byte(), transform((16, 16), "bicubic")
     torch.set_float32_matmul_precision("medium")
     try:
-        crop.train(images, keys(2)) if train else crop.test(images)
+        train_batch(crop, images, keys(2)) if train else crop.test(images)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
     assert set(seen) == {"highest"}
+
+
+class NoFloat64(TorchDispatchMode):
+    """Apple's GPUs have none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        for each in tree_leaves((args, kwargs, result)):
+            assert not (isinstance(each, Tensor) and each.dtype == torch.float64), func
+        return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side", [20, 64])
+def test_no_float64_is_asked_of_the_device(side: int, kind: str) -> None:
+    images, crop = torch.zeros(2, 3, side, side).byte(), transform((32, 32), kind)
+    crops = crop.crops(keys(2), side, side)
+    with NoFloat64():
+        crop.train(images, crops)
+        crop.test(images)
 
 
 sides = st.integers(4, 90)
@@ -73,7 +100,7 @@ def test_random_crops_equal_pil(height: int, width: int, size: tuple[int, int], 
     for image, top, left, h, w, flip in zip(images, *(part.tolist() for part in boxes), strict=True):
         small = pil_resize(picture(image).crop((left, top, left + w, top + h)), size, kind)
         expected.append(levels(small.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else small))
-    difference = (crop.train(images, keys(5, seed)) - torch.stack(expected)).abs()
+    difference = (train_batch(crop, images, keys(5, seed)) - torch.stack(expected)).abs()
 
     assert difference.max() <= 1
     assert (difference > 0).float().mean() < 0.1  # ties of single ratios; 0.002 on average
@@ -99,20 +126,58 @@ def test_worker_path_gives_the_batch_path(kind: str) -> None:
     crop = transform((32, 32), kind, test_crop_pct=0.9)
     numbers = crop.numbers(keys(8)).split(1)
     one_by_one = torch.stack([crop.train_one(picture(i), n) for i, n in zip(images, numbers, strict=True)])
-    assert (crop.train(images, keys(8)) - one_by_one.float()).abs().max() <= 1
+    assert (train_batch(crop, images, keys(8)) - one_by_one.float()).abs().max() <= 1
     one_by_one = torch.stack([crop.test_one(picture(i)) for i in images])
     assert (crop.test(images) - one_by_one.float()).abs().max() <= 1
+
+
+def test_the_first_pass_equals_pil_to_the_last_bit() -> None:
+    """Or the errors of both passes could add up to two grey levels. Of bicubic ones 3 : 2 has most ties."""
+    images = torch.randint(0, 256, (2, 3, 24, 96), generator=torch.Generator().manual_seed(0)).byte()
+    for kind in KINDS:
+        for width in (24, 64, 95, 96, 144, 224):
+            expected = [levels(picture(image).resize((width, 24), KINDS[kind])) for image in images]
+            assert torch.equal(transform((24, width), kind).test(images), torch.stack(expected)), (kind, width)
+
+
+@pytest.mark.parametrize(("kind", "share"), [("bilinear", 0.01), ("bicubic", 3e-4)])
+def test_few_pixels_differ_from_pil(kind: str, share: float) -> None:
+    """Those that lie between two levels, at 60 to 90 a thirtieth of the bilinear ones."""
+    generator, differences = torch.Generator().manual_seed(0), []
+    for size, other in ((32, 64), (96, 224), (64, 48), (28, 31), (60, 90), (80, 32)):
+        images = torch.randint(0, 256, (2, 3, size, size), generator=generator).byte()
+        expected = torch.stack([levels(pil_resize(picture(image), (other, other), kind)) for image in images])
+        differences.append((transform((other, other), kind).test(images) - expected).abs().flatten())
+    difference = torch.cat(differences)
+    assert difference.max() <= 1
+    assert (difference > 0).float().mean() < share
+
+
+@pytest.mark.parametrize(
+    ("seed", "crops"),
+    [
+        ("0", [[15, 89, 38, 33, 1], [23, 22, 69, 55, 1], [33, 76, 42, 36, 0], [46, 81, 34, 39, 1]]),
+        ("7", [[25, 40, 65, 58, 1], [0, 5, 91, 115, 0], [12, 38, 74, 56, 1], [42, 54, 32, 35, 1]]),
+    ],
+)
+def test_crops_are_those_of_earlier_versions(
+    seed: str, crops: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a run that began with one could not go on exactly."""
+    monkeypatch.setenv("PL_GLOBAL_SEED", seed)
+    some = torch.tensor([[0, 0], [0, 1], [3, 7], [2**40, 10**9]])
+    assert transform((64, 64), "bicubic").crops(some, 96, 128).T.tolist() == crops
 
 
 def test_augmentation_depends_on_the_key_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     images = torch.randint(0, 256, (6, 3, 20, 20)).byte()
     crop, all_keys = transform((16, 16), "bicubic"), keys(6, epoch=2)
-    together = crop.train(images, all_keys)
+    together = train_batch(crop, images, all_keys)
     order = torch.tensor([4, 1, 5])
-    assert torch.equal(crop.train(images[order], all_keys[order]), together[order])
-    assert not torch.equal(crop.train(images, keys(6, epoch=3)), together)
+    assert torch.equal(train_batch(crop, images[order], all_keys[order]), together[order])
+    assert not torch.equal(train_batch(crop, images, keys(6, epoch=3)), together)
     monkeypatch.setenv("PL_GLOBAL_SEED", "7")
-    assert not torch.equal(crop.train(images, all_keys), together)
+    assert not torch.equal(train_batch(crop, images, all_keys), together)
 
 
 def test_boxes_follow_torchvision() -> None:

