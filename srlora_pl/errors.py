@@ -1,6 +1,6 @@
 """Errors that a user can cause, and the helper that finds the nearest right name."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -61,3 +61,9 @@ def one_line(error: BaseException) -> str:
 def is_utf8(name: str) -> bool:
     """Whether a name, of a file for example, can be written into a text; other bytes are surrogates in it."""
     return name.encode(errors="ignore").decode() == name
+
+
+def some(items: Sequence[str]) -> str:
+    """The first two of ``items``, and how many more there are."""
+    more = f" and {len(items) - 2} more" if len(items) > 2 else ""
+    return ", ".join(items[:2]) + more

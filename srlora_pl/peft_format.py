@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,9 +21,11 @@ from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Adaptation, LoRA, Method
 from srlora_pl.lowrank.export import Factors
 from srlora_pl.lowrank.methods.base import is_below, name_matches
+from srlora_pl.tasks.heads import FoundHead, output_layers
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
+_CLASS_NAMES = "class_names"  # in the header of the weights
 # What the values of a plain LoRA do not depend on. Any other setting that is on changes what they mean.
 _WITHOUT_EFFECT = {
     "alpha_pattern",
@@ -54,7 +56,13 @@ _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def write(
-    folder: Path, factors: Mapping[str, Factors], modules: Mapping[str, Mapping[str, Tensor]], base: str, task_type: Any
+    folder: Path,
+    factors: Mapping[str, Factors],
+    modules: Mapping[str, Mapping[str, Tensor]],
+    base: str,
+    task_type: Any,
+    revision: str | None = None,
+    class_names: Sequence[str] = (),
 ) -> int:
     """Write a PEFT folder whose LoRA is ``factors``, and return the size of its weights in bytes.
 
@@ -66,6 +74,8 @@ def write(
         modules: the states of modules that replace the base's own, by dotted name.
         base: what the base is loaded from.
         task_type: ``SEQ_CLS`` or None.
+        revision: of the base.
+        class_names: of the head's outputs; beside the weights, because PEFT warns of settings that it does not know.
     """
     tensors = {f"{_PREFIX}{name}.{key}": value for name, state in modules.items() for key, value in state.items()}
     for name, pair in factors.items():
@@ -76,6 +86,7 @@ def write(
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base,
+        "revision": revision,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
@@ -89,7 +100,8 @@ def write(
         "use_rslora": False,
         "init_lora_weights": True,
     }
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    about = {"format": "pt"} | ({_CLASS_NAMES: json.dumps(list(class_names))} if class_names else {})
+    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS, about)
     (folder / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
     return sum(value.nbytes for value in tensors.values())
 
@@ -116,12 +128,14 @@ class PeftFolder:
         config: the content of its ``adapter_config.json``.
         pairs: by dotted name of the layer.
         others: tensors of modules that were trained whole, by dotted name.
+        class_names: of the head's outputs, as far as the folder tells.
     """
 
     path: Path
     config: dict[str, Any]
     pairs: dict[str, Pairs]
     others: dict[str, Tensor]
+    class_names: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, folder: str) -> "PeftFolder":
@@ -132,7 +146,7 @@ class PeftFolder:
         """
         path = Path(folder).expanduser()
         config = _read_config(path)
-        tensors = _read_weights(path)
+        tensors, class_names = _read_weights(path)
         pairs = {}
         for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
             name = key.removesuffix(".lora_A.weight")
@@ -142,7 +156,7 @@ class PeftFolder:
             raise UserError(f"model.adapter {path} holds {strange[0]!r}, which is no plain LoRA: it cannot be used")
         if not pairs:
             raise UserError(f"model.adapter {path} holds no LoRA weights (lora_A.weight and lora_B.weight)")
-        return cls(path, config, pairs, tensors)
+        return cls(path, config, pairs, tensors, class_names)
 
     def prepare(self, net: nn.Module, method: Method, heads: Sequence[str]) -> nn.Module:
         """Make a freshly built ``net`` the pretrained one of a run that starts from this folder, in place.
@@ -169,6 +183,16 @@ class PeftFolder:
             if not isinstance(method, LoRA):
                 weight.copy_(weight.double() + pair.scaling * pair.B.double() @ pair.A.double())
         return net
+
+    def head(self, net: nn.Module, heads: Sequence[str], outputs: int) -> FoundHead | None:
+        """The head of ``outputs`` outputs that `prepare` took over into ``net``, if the folder holds one."""
+        weights = {name: self.others.get(f"{name}.weight") for name in output_layers(net, heads, outputs)}
+        layers = tuple(
+            name
+            for name, weight in weights.items()
+            if weight is not None and weight.shape == net.get_parameter(f"{name}.weight").shape
+        )
+        return FoundHead(f"model.adapter {self.path}", layers, self.class_names) if layers else None
 
     def _misfit(self, name: str, how: str, known: Mapping[str, Any]) -> UserError:
         near = did_you_mean(name, known)
@@ -252,13 +276,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors by name, and the names of the classes."""
     file = path / WEIGHTS
     if not file.is_file():
         why = f"only {PICKLE}, a pickle that could run code" if (path / PICKLE).is_file() else f"no {WEIGHTS}"
         raise UserError(f"model.adapter {path} holds {why}: save it again with safe_serialization=True")
     try:
         tensors = {key: value.float() for key, value in load_file(file).items()}  # often saved in half precision
+        with safe_open(file, "pt") as opened:
+            class_names = _names((opened.metadata() or {}).get(_CLASS_NAMES))
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} cannot be read, it is damaged or no safetensors file: copy it again") from error
     for key, value in tensors.items():
@@ -266,7 +293,15 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             raise UserError(f"{file} holds {key!r}, which the PEFT library does not write: give the folder as it was")
         if not value.isfinite().all():
             raise UserError(f"{file} holds NaN or infinity in {key!r}: give a sound adapter")
-    return {key.removeprefix(_PREFIX): value for key, value in tensors.items()}
+    return {key.removeprefix(_PREFIX): value for key, value in tensors.items()}, class_names
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    try:
+        names = json.loads(text or "[]")
+    except (ValueError, RecursionError):
+        return ()
+    return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _pairs(path: Path, config: dict[str, Any], name: str, A: Tensor, B: Tensor | None) -> Pairs:

@@ -14,15 +14,21 @@ import yaml
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import srlora_pl.export
+import srlora_pl.libraries
 from srlora_pl import ImageClassifier, LoRA, PiSSA, SRLoRA, UserError, export_model
 from srlora_pl.data.transforms import ImageTransform
 from srlora_pl.lowrank.export import change
-from tests.data.texts import cola
-from tests.models import CLASSES, batch_for, encoder_folder, fit, image_task, text_task, vit_folder
-from tests.tasks.texts import BERT, DEBERTA
+from tests.data.texts import PAD, SEP, WORDS, cola, save_tokenizer
+from tests.models import CLASSES, VIT, batch_for, encoder_folder, fit, image_task, text_task, vit_folder
+from tests.tasks.texts import BERT, DEBERTA, folder
 from tests.test_cli import _no_trace, cli  # noqa: F401  (a fixture)
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -152,6 +158,36 @@ def test_timm_prepares_images_as_the_run_did(vit, tmp_path):
     torch.testing.assert_close(prepare(picture), wanted, atol=0.02, rtol=0)
 
 
+ARCHITECTURES = {
+    "vit_tiny_patch16_224": VIT,
+    "convnext_tiny": {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 16)},
+    "swin_tiny_patch4_window7_224": {
+        "embed_dim": 16,
+        "depths": (1, 1, 1, 1),
+        "num_heads": (1, 2, 2, 2),
+        "img_size": 112,
+    },
+}
+
+
+@pytest.mark.parametrize("names", [["cat", "dog"], NAMES, []])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_folder_of_timm_loads_with_transformers_too(tmp_path, name, names):
+    options = {"pretrained": False, **ARCHITECTURES[name]}
+    task = image_task(name, LoRA(rank=1), num_classes=len(names) or 3, backbone_kwargs=options)
+    place = export_model(task, tmp_path / "out", class_names=names).folder
+    net = AutoModelForImageClassification.from_pretrained(place)
+    if names:
+        assert net.config.id2label == dict(enumerate(names))
+    batch = batch_for(task)
+    wanted = outputs(task.net, batch)
+    assert wanted.std() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(pixel_values=batch["image"]).logits, wanted, atol=1e-5, rtol=0)
+    with_timm = timm.create_model(f"local-dir:{place}", pretrained=True)
+    torch.testing.assert_close(outputs(with_timm, batch), wanted, atol=1e-5, rtol=0)
+
+
 def test_kwargs_of_the_backbone_are_in_the_folder(vit, tmp_path):
     options = {"img_size": 24, "drop_path_rate": 0.1}
     task = fit(image_task(vit, SRLORA(target_rank=4), backbone_kwargs=options), steps=4)
@@ -250,6 +286,88 @@ def test_a_model_without_tokenizer_is_exported_with_a_word_about_it(encoders, tm
     assert any(note.startswith("without a tokenizer: ") for note in report.notes)
 
 
+SEQ2SEQ = {
+    "d_model": 16,
+    "num_layers": 2,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_heads": 2,
+}
+SEQ2SEQ |= {"encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+
+
+@pytest.mark.parametrize("mode", ["merged", "peft"])
+@pytest.mark.parametrize("family", ["bart", "mbart", "plbart", "t5", "umt5"])
+def test_a_network_that_reads_at_the_end_of_the_text_is_exported(tmp_path, family, mode):
+    sizes = {"vocab_size": len(WORDS), "eos_token_id": SEP, "decoder_start_token_id": SEP, "pad_token_id": PAD}
+    place = folder(
+        tmp_path / family, {"model_type": family, "init_std": 0.3, "initializer_factor": 1.0} | SEQ2SEQ | sizes
+    )
+    torch.manual_seed(5)
+    AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(place, num_labels=5)).save_pretrained(
+        place
+    )
+    save_tokenizer(Path(place))
+    task = text_task(place, LoRA(rank=2))
+    with torch.no_grad():
+        for layer in task.adaptation.layers.values():
+            layer.lora_B.normal_(std=0.3)
+    report = export_model(task, tmp_path / "out", mode)
+    ids = torch.tensor([[5, 6, 7, SEP], [9, 8, SEP, PAD]])
+    batch = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+    wanted = outputs(task.net, batch)
+    if mode == "merged":
+        net = AutoModelForSequenceClassification.from_pretrained(report.folder)
+    else:
+        from peft import PeftModel
+
+        net = PeftModel.from_pretrained(named_base(report), report.folder)
+    torch.testing.assert_close(outputs(net, batch), wanted, atol=1e-5 * float(wanted.abs().max().clamp(1)), rtol=0)
+
+
+def named_base(report):
+    """The network that the report says a PEFT folder belongs on."""
+    names = {"torch": torch, "timm": timm, "AutoModelForSequenceClassification": AutoModelForSequenceClassification}
+    return eval(report.notes[0].removeprefix("it belongs on "), names)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_base_that_the_report_names_is_that_of_the_adapter(tmp_path, dtype):
+    """Also where it has a head of another size, and where its files hold half precision."""
+    from peft import PeftModel
+
+    place = encoder_folder(tmp_path / "bert", BERT)
+    torch.manual_seed(5)
+    config = AutoConfig.from_pretrained(place, num_labels=5)
+    AutoModelForSequenceClassification.from_config(config, dtype=dtype).save_pretrained(place)
+    assert {value.dtype for value in load_file(tmp_path / "bert/model.safetensors").values()} == {dtype}
+    task = fit(text_task(place, SRLORA(target_rank=4), train_pooler=False), steps=6)
+    report = export_model(task, tmp_path / "peft", "peft")
+    batch = batch_for(task, seed=99)
+    wanted = outputs(task.net, batch)
+    got = outputs(PeftModel.from_pretrained(named_base(report), report.folder), batch)
+    torch.testing.assert_close(got, wanted, atol=1e-6 * float(wanted.abs().max().clamp(1)), rtol=0)
+    net = AutoModelForSequenceClassification.from_pretrained(export_model(task, tmp_path / "merged").folder)
+    assert net.dtype == torch.float32
+    torch.testing.assert_close(outputs(net, batch), wanted, atol=1e-6 * float(wanted.abs().max().clamp(1)), rtol=0)
+
+
+def test_the_base_of_an_image_adapter_may_lie_there_in_half_precision(vit, tmp_path):
+    from peft import PeftModel
+
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "config.json").write_text((Path(vit) / "config.json").read_text())
+    state = load_file(Path(vit) / "model.safetensors")
+    save_file({key: value.half() for key, value in state.items()}, half / "model.safetensors")
+    task = fit(image_task(str(half), SRLORA(target_rank=4)), steps=6)
+    report = export_model(task, tmp_path / "peft", "peft")
+    net = PeftModel.from_pretrained(named_base(report), report.folder)
+    assert_same_outputs(net, task, image_task(vit, LoRA(rank=1)).net)
+
+
 # -- sizes
 
 
@@ -333,14 +451,14 @@ def test_files_that_give_other_outputs_are_not_left(vit, tmp_path, monkeypatch, 
 
     write = srlora_pl.export._write_merged if mode == "merged" else srlora_pl.peft_format.write
     if mode == "merged":
-        original = srlora_pl.export._Timm.write
+        original = srlora_pl.libraries.Timm.write
 
         def broken(self, net, folder, names):
             notes = original(self, net, folder, names)
             damage(folder / "model.safetensors", load_file(folder / "model.safetensors"))
             return notes
 
-        monkeypatch.setattr(srlora_pl.export._Timm, "write", broken)
+        monkeypatch.setattr(srlora_pl.libraries.Timm, "write", broken)
     else:
 
         def broken(folder, *rest):

@@ -1,5 +1,6 @@
 """Texts for classification and regression: what GLUE and the user's own files share."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,9 @@ class TextDataModule(DataModule):
     int64 (b, L); ``label``, int64 (b,), or float32 (b,) for numbers and (b, classes) for several classes at once,
     absent where there is none; ``index``, int64 (b,), the position in the split.
 
-    The tokenizer is that of the model (its ``backbone_name``). A training batch holds texts of similar length and is
-    padded to its longest, rounded up to a multiple of 8; the order of the batches is random. A subclass gives
-    `splits` and `read`, and sets the four attributes below in ``__init__``.
+    The tokenizer is that of the model (its ``backbone_name``, loaded with its ``tokenizer_options`` if it has any). A
+    training batch holds texts of similar length and is padded to its longest, rounded up to a multiple of 8; the order
+    of the batches is random. A subclass gives `splits` and `read`, and sets the four attributes below in ``__init__``.
 
     Args:
         batch_size: samples in a batch, per device.
@@ -48,7 +49,8 @@ class TextDataModule(DataModule):
         seed: of that split only.
         num_workers: processes that make batches; 0 makes them in the main process.
         max_length: tokens that are kept of a text or pair of texts.
-        pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length.
+        pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length; done
+            anyway for a network that sees its padding, as FNet.
         cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
     """
 
@@ -72,7 +74,7 @@ class TextDataModule(DataModule):
             raise UserError(f"data.max_length is {max_length}, but it must be 1 or more.")
         self.max_length, self.pad_to_max_length = max_length, pad_to_max_length
         self.cache = cache_folder("tokens") if cache_dir is None else Path(cache_dir).expanduser()
-        self._tokenizer: tuple[str, Any] = ("", None)  # and the name it was loaded by
+        self._tokenizer: tuple[str, dict[str, Any], Any] = ("", {}, None)  # behind what it was loaded by
         self._read: dict[str, tuple[Tokens, Tensor | None]] = {}
         self._said: set[str] = set()  # splits whose cut texts were counted aloud
 
@@ -114,6 +116,7 @@ class TextDataModule(DataModule):
     def load(self, stage: str) -> None:
         """Tokenise the splits of ``stage`` and say what was cut."""
         self._require_room()
+        self._say_padding()
         if stage in ("fit", "validate"):
             self._load_train_and_val(stage)
         elif stage == "test":
@@ -173,8 +176,9 @@ class TextDataModule(DataModule):
 
     def _set(self, tokens: Tokens, labels: Tensor | None, rows: Tensor, by_length: bool) -> "TokenSet":
         tokenizer = self._load_tokenizer()
-        pad = (tokenizer.pad_token_id or 0, tokenizer.padding_side == "left")
-        return TokenSet(tokens, labels, rows, by_length, self.max_length, self.pad_to_max_length, *pad)
+        left = self._of_model("pads_left", tokenizer.padding_side == "left")
+        pad = (self._pads_to_max_length, self.padding_token or 0, left)
+        return TokenSet(tokens, labels, rows, by_length, self.max_length, *pad)
 
     def _tokens(self, split: str) -> tuple[Tokens, Tensor | None]:
         """Tokens and labels of a split, read once."""
@@ -187,17 +191,44 @@ class TextDataModule(DataModule):
 
     def _load_tokenizer(self) -> Any:
         """The tokenizer of the model at hand; what another model's has read is forgotten."""
-        name = getattr(self.trainer and self.trainer.lightning_module, "backbone_name", None)
+        name, options = self._of_model("backbone_name", None), self._of_model("tokenizer_options", {})
         if name is None:
             raise UserError(
                 f"{type(self).__name__} needs a model with backbone_name, whose tokenizer it takes; set "
                 f"self.backbone_name in the model's __init__."
             )
-        if name != self._tokenizer[0]:
-            self._tokenizer = (name, load_tokenizer(name))
+        if (name, options) != self._tokenizer[:2]:
+            self._tokenizer = (name, options, load_tokenizer(name, options))
             self._read.clear()
             self._said.clear()
-        return self._tokenizer[1]
+        return self._tokenizer[-1]
+
+    def _of_model(self, attribute: str, default: Any) -> Any:
+        return getattr(self.trainer and self.trainer.lightning_module, attribute, default)
+
+    # -- padding
+
+    @property
+    def padding_token(self) -> int | None:
+        """The number of the token behind shorter texts: the tokenizer's, else the network's, else the end of a text.
+
+        Tokens that the network does not know are passed over.
+        """
+        tokenizer, known = self._load_tokenizer(), self._of_model("vocab_size", None)
+        tokens = (tokenizer.pad_token_id, self._of_model("padding_token", None), tokenizer.eos_token_id)
+        return next((token for token in tokens if token is not None and 0 <= token < (known or math.inf)), None)
+
+    @property
+    def _pads_to_max_length(self) -> bool:
+        return self.pad_to_max_length or self._of_model("sees_padding", False)
+
+    def _say_padding(self) -> None:
+        if self._pads_to_max_length and not self.pad_to_max_length:
+            name = self._of_model("backbone_name", None)
+            rank_zero_info(
+                f"The network of model.backbone {name!r} sees the padding of a text, so all are padded to "
+                f"data.max_length {self.max_length}, as with data.pad_to_max_length."
+            )
 
     def _say_truncated(self, split: str) -> None:
         tokens = self._tokens(split)[0]
@@ -213,7 +244,7 @@ class TextDataModule(DataModule):
     def train_order(self, epoch: int) -> Tensor:
         """A permutation whose batches hold texts of similar length, in random order: f(run seed, epoch)."""
         order = super().train_order(epoch)
-        if self.pad_to_max_length:
+        if self._pads_to_max_length:
             return order
         assert isinstance(self.train_set, TokenSet)
         # The devices of one step cut their batches from one piece, so that none waits for another's longer texts.
@@ -222,7 +253,7 @@ class TextDataModule(DataModule):
         return in_buckets(order, self.train_set.padded_lengths, size, generator)
 
     def _fingerprint(self) -> dict[str, int | float]:
-        lengths = {"data.max_length": self.max_length, "data.pad_to_max_length": self.pad_to_max_length}
+        lengths = {"data.max_length": self.max_length, "data.pad_to_max_length": self._pads_to_max_length}
         return {**super()._fingerprint(), **lengths}
 
 

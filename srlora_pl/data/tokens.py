@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,10 @@ class Tokens:
         return batch
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, options: Mapping[str, Any] | None = None) -> Any:
     """The fast tokenizer of a hub name or a local folder; the hub is asked for what is not on this machine.
+
+    ``options``: for transformers, such as ``revision``.
 
     Raises:
         UserError: there is none, or only a slow one, or one without a vocabulary.
@@ -62,10 +64,11 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer  # takes seconds, and images need none
 
     try:
+        options = {**(options or {}), "trust_remote_code": False}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, **{**options, "local_files_only": True})
         except OSError:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # transformers, the hub client and the network raise what they like
         reason = str(error).strip().partition("\n")[0].rstrip(".:")
         raise UserError(

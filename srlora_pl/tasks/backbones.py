@@ -1,6 +1,7 @@
 """Image backbones: from a name, a folder or a weights file to a timm network with a new head."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -11,10 +12,21 @@ from timm.layers import to_2tuple
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.errors import UserError, did_you_mean, some
+from srlora_pl.tasks.heads import FoundHead, output_layers
 
 ASSETS = Path(__file__).parents[1] / "assets"
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
+SECRET = "log in with `hf auth login` or set HF_TOKEN, it would stand in config.yaml and in every checkpoint"
+# Arguments of timm.create_model that have no place in model.backbone_kwargs, and what to do instead.
+_NOT_OURS = {
+    "num_classes": "leave it out, the data decide the classes",
+    "revision": "write it into the name, model.backbone owner/name@revision",
+    "checkpoint_path": "set model.backbone_checkpoint to the file",
+    "features_only": "leave it out, a network without a head cannot classify",
+    "out_indices": "leave it out, a network without a head cannot classify",
+    "token": SECRET,
+}
 
 
 def build_backbone(
@@ -25,20 +37,55 @@ def build_backbone(
     ``name``: a shipped backbone (``vit_tiny_in64``), a timm name, a hub repository (``owner/name``), or a local
     folder in timm's layout (``config.json`` and ``model.safetensors``). ``kwargs`` go to the network's
     constructor. The weights are those of the file ``checkpoint`` if given; else the name's own, downloaded
-    where needed; or random ones with ``pretrained: false`` in ``kwargs``.
+    where needed; or random ones with ``pretrained: false`` in ``kwargs``. Weights of a head of ``num_classes`` outputs
+    are taken too, see `find_head`.
     """
+    return find_head(name, num_classes, kwargs, checkpoint)[0]
+
+
+def find_head(
+    name: str, num_classes: int, kwargs: dict[str, Any] | None = None, checkpoint: str | None = None
+) -> tuple[nn.Module, FoundHead | None]:
+    """`build_backbone`'s network, and its head if that is not new."""
     options = dict(kwargs or {})
+    refuse_options(options, _NOT_OURS)
     pretrained = options.pop("pretrained", True)
     folder = _local_folder(name)
-    if folder and pretrained and checkpoint is None:
-        checkpoint = str(_weights_file(folder))
-    download = pretrained and checkpoint is None
-    net = _create(name, timm_name(name), download, num_classes, options)
+    file = str(_weights_file(folder)) if folder and pretrained and checkpoint is None else checkpoint
+    download = pretrained and file is None
+    net: Any = _create(name, timm_name(name), download, num_classes, options)
     if not head_names(net):
         raise UserError(f"model.backbone {name!r} has no classification head: choose another one.")
+    _require_colours(net, name)
+    if file is None:
+        found = download and net.pretrained_cfg["num_classes"] == num_classes
+    else:
+        found = load_weights(net, file, name)
+    net.float().train()
+    layers = output_layers(net, head_names(net), num_classes)
+    if not (found and layers):
+        return net, None
     if checkpoint is not None:
-        load_weights(net, checkpoint, name)
-    return net.float().train()
+        return net, FoundHead(f"the file {checkpoint}", layers)
+    names = net.pretrained_cfg.get("label_names") or ()
+    names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else names
+    return net, FoundHead(f"model.backbone {name!r}", layers, tuple(names))
+
+
+def refuse_options(options: Mapping[str, Any], mends: Mapping[str, str]) -> None:
+    """Refuse a key of ``model.backbone_kwargs`` that is among ``mends``, which says what to do instead."""
+    for key in options:
+        if key in mends:
+            raise UserError(f"model.backbone_kwargs has {key!r}, which is not taken there: {mends[key]}.")
+
+
+def _require_colours(net: Any, name: str) -> None:
+    channels = getattr(net, "in_chans", net.pretrained_cfg["input_size"][0])
+    if channels != 3:
+        raise UserError(
+            f"model.backbone {name!r} takes pictures of {channels} channel{'s' * (channels > 1)}, but they come in 3, "
+            "grey ones too: leave model.backbone_kwargs.in_chans out, or choose a backbone of 3 channels."
+        )
 
 
 def head_names(net: nn.Module) -> tuple[str, ...]:
@@ -57,10 +104,11 @@ def data_config(net: nn.Module, kwargs: dict[str, Any] | None = None) -> dict[st
     return resolve_model_data_config(net, {} if size is None else {"input_size": (3, *to_2tuple(size))})
 
 
-def load_weights(net: nn.Module, file: str, name: str) -> None:
+def load_weights(net: nn.Module, file: str, name: str) -> bool:
     """Load a local safetensors or torch file into ``net``, in which everything but the head must fit.
 
-    A head of another class count, or none, leaves the new head as it is. No code in the file is ever run.
+    A head of another class count, or none, leaves the new head as it is. No code in the file is ever run. Returns
+    whether the head came too.
     """
     state = read_weights(file)
     heads = tuple(f"{head}." for head in head_names(net))
@@ -78,7 +126,7 @@ def load_weights(net: nn.Module, file: str, name: str) -> None:
                 "model, or change model.backbone and model.backbone_kwargs to what the file holds."
             )
     fitting = {k: v for k, v in state.items() if not k.startswith(heads) or _same_shape(k, v, own)}
-    net.load_state_dict(fitting, strict=False)
+    return not any(key.startswith(heads) for key in net.load_state_dict(fitting, strict=False).missing_keys)
 
 
 def _local_folder(name: str) -> Path | None:
@@ -181,9 +229,3 @@ def _misfit(state: dict[str, Tensor], own: dict[str, Tensor], heads: tuple[str, 
         "there": shapes,
     }
     return " and ".join(f"{label} {some(items)}" for label, items in parts.items() if items)
-
-
-def some(items: list[str]) -> str:
-    """The first two of ``items``, and how many more there are."""
-    more = f" and {len(items) - 2} more" if len(items) > 2 else ""
-    return ", ".join(items[:2]) + more

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -26,6 +27,7 @@ from srlora_pl.mixin import SRLoRAMixin
 from srlora_pl.peft_format import PeftFolder
 from srlora_pl.resume import ExactResume
 from srlora_pl.tasks.guards import require_that_a_batch_passes
+from srlora_pl.tasks.heads import FoundHead, settle
 from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, param_groups, schedule_factor
 from srlora_pl.tasks.scores import Mean
 
@@ -38,23 +40,29 @@ MATMUL_PRECISIONS = ("highest", "high", "medium")
 # What a checkpoint and the run that only uses its weights must agree in, and what even one that goes on may change
 # (the mixin compares the method, and the weights themselves come from the checkpoint).
 IDENTITY = ("num_classes", "backbone", "backbone_kwargs", "problem", "train_pooler")
+# Of model.backbone_kwargs: where the weights lie, and which token the tokenizer pads with.
+PLACES = ("pretrained", "cache_dir", "local_files_only", "proxies", "pad_token_id")
 FREE = {"method", "backbone_checkpoint", "checkpoints", "compile", "matmul_precision"}
 
 
 class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     """A network that a method adapts, trained with an optimizer by name on batches that are dicts.
 
-    A subclass gives `logits`, `losses` and, where training differs, `training_loss`; its ``__init__`` calls
-    `build`. ``optimizer``: ``sgd`` (with ``momentum``), ``adamw``, or the path of a torch optimizer class.
-    ``lr``: the largest learning rate; ``head_lr``: the head's own. ``warmup_steps`` optimizer steps rise
-    linearly from 0, then the rate follows ``schedule`` to 0 at the run's last step, or stays.
+    A subclass gives `logits`, `losses` and, where training differs, `training_loss`; its ``__init__`` sets
+    `found_head`, if the pretrained weights bring the head along, and calls `build`. ``optimizer``: ``sgd`` (with
+    ``momentum``), ``adamw``, or the path of a torch optimizer class. ``lr``: the largest learning rate; ``head_lr``:
+    the head's own. ``warmup_steps`` optimizer steps rise linearly from 0, then the rate follows ``schedule`` to 0 at
+    the run's last step, or stays.
 
     Attributes:
         trained_classes: the names of the outputs, from the data of a fit or from a checkpoint; empty where neither
             tells them.
+        found_head: the head that came with the pretrained weights, as long as its outputs may mean other classes than
+            the data's.
     """
 
     trained_classes: Sequence[str] = ()
+    found_head: FoundHead | None = None
 
     def __init__(
         self,
@@ -117,6 +125,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.adapt(self.net, method, heads, None if random else partial(_pretrained_state, make, prepare), new)
         if self.adapter is not None:
             self.adapter.hand_over(self.adaptation)
+            self.found_head = self.adapter.head(self.net, heads, arguments["num_classes"]) or self.found_head
         self.score_with(scores, main_score)
 
     def score_with(self, scores: Callable[[], dict[str, Metric]], main_score: str) -> None:
@@ -156,6 +165,12 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
             self._require_same_classes(self.trained_classes)
         super().setup(stage)
 
+    def _settle_head(self) -> None:
+        """Once, where no checkpoint was loaded and before the head is used, which is that of the data from then on."""
+        head, self.found_head = self.found_head, None
+        if head is not None:
+            rank_zero_info(settle(self.net, head, self._classes_of_the_data()))
+
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
         self._precision_before.restore()
@@ -188,6 +203,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def on_fit_start(self) -> None:
         self.trained_classes = self._classes_of_the_data()
         self._refuse_unknown_scores()
+        self._settle_head()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, DataModule) and type(self).__module__.startswith("srlora_pl."):
             require_that_a_batch_passes(self, data)  # of a user's own task it is not known what else it does
@@ -279,10 +295,15 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self._score(SPLITS["test"][dataloader_idx], batch)
 
     def on_validation_epoch_start(self) -> None:
+        self._settle_head()
         self._reset("val")
 
     def on_test_epoch_start(self) -> None:
+        self._settle_head()
         self._reset("test")
+
+    def on_predict_start(self) -> None:
+        self._settle_head()
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
@@ -339,6 +360,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
                 )
         self.trained_classes = class_names(checkpoint) or []
         self._require_same_classes(self.trained_classes)
+        self.found_head = None
         super().on_load_checkpoint(checkpoint)
 
     def _require_same_classes(self, trained: Sequence[str]) -> None:
@@ -406,5 +428,5 @@ def _identity(value: Any) -> Any:
     if isinstance(value, str):
         return Path(value).name
     if isinstance(value, dict):
-        return {k: v for k, v in value.items() if k != "pretrained"}
+        return {k: v for k, v in value.items() if k not in PLACES}
     return value or {}

@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from srlora_pl.errors import UserError
 from srlora_pl.lowrank import Method
 from srlora_pl.tasks.attention import faster_attention
-from srlora_pl.tasks.backbones import build_backbone, data_config, head_names
+from srlora_pl.tasks.backbones import build_backbone, data_config, find_head, head_names
 from srlora_pl.tasks.base import Batch, Task, require
 
 
@@ -25,14 +25,15 @@ class ImageClassifier(Task):
     ``accuracy``, ``score`` (the accuracy again) and with more than five classes ``top5``.
 
     Args:
-        backbone: a shipped backbone (``vit_tiny_in64``), a timm or hub name, or a local folder in timm's layout.
+        backbone: a shipped backbone (``vit_tiny_in64``), a timm or hub name, or a local folder in timm's layout. A head
+            of ``num_classes`` that its weights bring along is taken, as `srlora_pl.tasks.heads.settle` says.
         num_classes: taken from the data when the command line builds the model.
         method: ``srlora_pl.LoRA``, ``PiSSA`` or ``SRLoRA``, or its ``{class_path, init_args}``.
         backbone_kwargs: for timm's constructor, such as ``drop_path_rate``; ``pretrained: false`` starts from
             random weights.
         backbone_checkpoint: a local weights file (safetensors or torch) instead of the name's own weights.
         adapter: a folder that the PEFT library saved a LoRA in, as a start: ``LoRA`` goes on with its pairs, for the
-            other methods it becomes part of the pretrained weights; its head is taken over where the classes agree.
+            other methods it becomes part of the pretrained weights; its head is taken as the backbone's is.
         optimizer: ``sgd``, ``adamw``, or the path of a torch optimizer class.
         lr: the largest learning rate.
         head_lr: the head's own largest learning rate; by default ``lr``.
@@ -83,8 +84,9 @@ class ImageClassifier(Task):
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.mix = _mix(mixup, cutmix, num_classes)
-        make = partial(build_backbone, backbone, num_classes, backbone_kwargs, backbone_checkpoint)
-        net = make()
+        place = (backbone, num_classes, backbone_kwargs, backbone_checkpoint)
+        net, self.found_head = find_head(*place)
+        make = partial(build_backbone, *place)
         self.data_config = data_config(net, backbone_kwargs)
         self.build(net, method, head_names(net), self._scores, "accuracy", arguments, make)
         if compile:

@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
 
 from srlora_pl import config
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Method
-from srlora_pl.tasks import scores
+from srlora_pl.tasks import encoders, scores
 from srlora_pl.tasks.base import Batch, Task, require
 from srlora_pl.tasks.deberta import use_fast_attention
-from srlora_pl.tasks.encoders import build_encoder, head_names, max_tokens, resolve, token_types
 
 
 class TextClassifier(Task):
@@ -30,14 +30,15 @@ class TextClassifier(Task):
     loader's are ``val_mm/*`` and ``test_mm/*``.
 
     Args:
-        backbone: a hub name, a local folder in transformers' layout, or ``minilm`` where that extra is installed.
+        backbone: a hub name, a local folder in transformers' layout, or ``minilm`` where that extra is installed. A
+            head of ``num_classes`` that its weights bring along is taken, as `srlora_pl.tasks.heads.settle` says.
         num_classes: taken from the data when the command line builds the model; 1 for regression.
         method: ``srlora_pl.LoRA``, ``PiSSA`` or ``SRLoRA``, or its ``{class_path, init_args}``.
-        backbone_kwargs: override the encoder's configuration, such as ``hidden_dropout_prob``; ``pretrained: false``
-            starts from random weights.
+        backbone_kwargs: override the encoder's configuration, such as ``hidden_dropout_prob``, or say where the hub's
+            files are found, such as ``revision``; ``pretrained: false`` starts from random weights.
         backbone_checkpoint: a local weights file (safetensors or torch) instead of the name's own weights.
         adapter: a folder that the PEFT library saved a LoRA in, as a start: ``LoRA`` goes on with its pairs, for the
-            other methods it becomes part of the pretrained weights; its head is taken over where the classes agree.
+            other methods it becomes part of the pretrained weights; its head is taken as the backbone's is.
         train_pooler: whether the pooler between encoder and head trains; DeBERTa's is always new.
         problem: ``single_label``, ``multi_label`` or ``regression``; by default what the data say, else regression
             for one class and ``single_label`` for more.
@@ -96,11 +97,13 @@ class TextClassifier(Task):
         require("label_smoothing", label_smoothing, "from 0 up to, but not, 1", 0 <= label_smoothing < 1)
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
         self.register_buffer("class_weights", _weights(class_weights, num_classes), persistent=False)
-        self.backbone_name = resolve(backbone)
-        make = partial(build_encoder, backbone, num_classes, backbone_kwargs, backbone_checkpoint)
-        net = make()
+        self.backbone_name = encoders.resolve(backbone)
+        self.tokenizer_options = encoders.hub_options(backbone_kwargs)
+        place = (backbone, num_classes, backbone_kwargs, backbone_checkpoint)
+        net, self.found_head = encoders.find_head(*place)
+        make = partial(encoders.build_encoder, *place)
         self._settle(problem or ("single_label" if num_classes > 1 else "regression"), score_names)
-        heads, new = head_names(net, train_pooler), head_names(net)
+        heads, new = encoders.head_names(net, train_pooler), encoders.head_names(net)
         self.build(net, method, heads, self._metrics, self.score_names[0], arguments, make, new)
         if fast_attention:
             use_fast_attention(net, backbone)
@@ -110,18 +113,32 @@ class TextClassifier(Task):
     @property
     def max_tokens(self) -> int | None:
         """How long a text the network has positions for; None where it needs none."""
-        return max_tokens(self.net)
+        return encoders.max_tokens(self.net)
 
     @property
-    def vocab_size(self) -> int:
-        """How many tokens the network has embeddings for."""
-        embeddings: Any = self.net.get_input_embeddings()  # type: ignore[operator]
-        return embeddings.num_embeddings
+    def vocab_size(self) -> int | None:
+        """How many tokens the network has embeddings for; None where it computes them."""
+        return encoders.vocab_size(self.net)
 
     @property
     def token_types(self) -> int | None:
         """How many kinds of tokens the network tells apart; None where it does not."""
-        return token_types(self.net)
+        return encoders.token_types(self.net)
+
+    @property
+    def padding_token(self) -> int | None:
+        """The token that the network itself calls padding, if it has one."""
+        return encoders.padding_token(self.net)
+
+    @property
+    def pads_left(self) -> bool:
+        """Whether texts must be padded on the left."""
+        return encoders.pads_left(self.net)
+
+    @property
+    def sees_padding(self) -> bool:
+        """Whether an output depends on how far the text is padded, in spite of the attention mask."""
+        return encoders.sees_padding(self.net)
 
     def _settle(self, problem: str, score_names: Sequence[str] | None) -> None:
         """Take a problem and its scores, the defaults for None, if they go with the other arguments."""
@@ -152,9 +169,23 @@ class TextClassifier(Task):
         names = self.hparams["score_names"] or (getattr(data, "score_names", None) if given else None)
         self._settle(given or self.problem, names)
         self.score_with(self._metrics, self.score_names[0])
+        if data is not None and hasattr(data, "padding_token") and encoders.finds_end_by_padding(self.net):
+            self._pad_with(data.padding_token)
         # A checkpoint makes the same model again without the data.
         self.hparams["problem"], self.hparams["score_names"] = self.problem, self.score_names
         super().setup(stage)
+
+    def _pad_with(self, token: int | None) -> None:
+        """Let the network know which token the data are padded with, behind the last one that it reads."""
+        if token is None:
+            raise UserError(
+                f"model.backbone {self.hparams['backbone']!r} has no padding token, and its tokenizer has neither one "
+                'nor an end of text: add "pad_token" to tokenizer_config.json.'
+            )
+        if token != self.padding_token:
+            rank_zero_info(f"The network takes token {token} for padding, as the data do: it had {self.padding_token}.")
+            encoders.set_padding_token(self.net.config, token)  # type: ignore[arg-type]
+            self.hparams["backbone_kwargs"] = {**(self.hparams["backbone_kwargs"] or {}), "pad_token_id": token}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Logits (B, classes), or (B,) of regression, of tokens (B, L)."""

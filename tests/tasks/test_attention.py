@@ -108,7 +108,7 @@ def test_keys_and_values_may_be_fewer_than_queries():
 @pytest.fixture
 def classifier(monkeypatch):
     net = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, num_classes=3)
-    monkeypatch.setattr("srlora_pl.tasks.image.build_backbone", lambda *arguments: net)
+    monkeypatch.setattr("srlora_pl.tasks.image.find_head", lambda *arguments: (net, None))
     module = ImageClassifier("toy", 3, SRLoRA(rank=2), {"pretrained": False})
     module.adaptation.start()
     return module

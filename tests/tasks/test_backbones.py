@@ -1,3 +1,4 @@
+import json
 import pickle
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from srlora_pl import ImageClassifier, LoRA, export_model
 from srlora_pl.errors import UserError
 from srlora_pl.tasks.backbones import ASSETS, build_backbone, data_config, head_names
 from tests.tasks.conftest import SMALL_VIT
@@ -171,11 +173,50 @@ def test_incomplete_folders_are_refused(tmp_path):
     [
         ({"depht": 2}, r"backbone_kwargs .* does not fit .*'depht'"),
         ({"patch_size": 0}, r"cannot be built with model.backbone_kwargs"),
+        ({"in_chans": 1}, r"takes pictures of 1 channel, .* grey ones too: leave model.backbone_kwargs.in_chans out"),
+        ({"num_classes": 3}, r"backbone_kwargs has 'num_classes', .*: leave it out, the data decide"),
+        ({"checkpoint_path": "w.pth"}, r"backbone_kwargs has 'checkpoint_path', .*: set model.backbone_checkpoint"),
+        ({"features_only": True}, r"backbone_kwargs has 'features_only', .*: leave it out"),
+        ({"revision": "v1"}, r"backbone_kwargs has 'revision', .*model.backbone owner/name@revision"),
+        ({"token": "hf_x"}, r"backbone_kwargs has 'token', .*: log in with"),
     ],
 )
 def test_wrong_arguments_are_refused(kwargs, words):
     with pytest.raises(UserError, match=words):
         build_backbone(NAME, 5, SMALL_VIT | kwargs)
+
+
+def test_a_folder_for_grey_images_is_refused(tmp_path):
+    grey = timm.create_model("resnet10t", in_chans=1, num_classes=5)
+    timm.models.save_for_hf(grey, tmp_path, safe_serialization=True)
+    with pytest.raises(
+        UserError, match=rf"'{tmp_path}' takes pictures of 1 channel, .* or choose a backbone of 3 channels"
+    ):
+        build_backbone(str(tmp_path), 5)
+    assert build_backbone(NAME, 5, SMALL_VIT | {"in_chans": 3}).patch_embed.proj.in_channels == 3
+
+
+def hub_repository(cache: Path) -> None:
+    """``me/vit`` as the hub's cache holds it, with weights of 1 and, at the revision ``v1``, of 2."""
+    home = cache / "models--me--vit"
+    (home / "refs").mkdir(parents=True)
+    for number, revision in ((1, "main"), (2, "v1")):
+        (home / "refs" / revision).write_text(str(number) * 40)
+        net = small()
+        for parameter in net.parameters():
+            nn.init.constant_(parameter, float(number))
+        timm.models.save_for_hf(net, home / "snapshots" / (str(number) * 40), safe_serialization=True)
+
+
+@pytest.mark.parametrize(("name", "number"), [("me/vit", 1), ("me/vit@v1", 2), ("hf-hub:me/vit@v1", 2)])
+def test_a_revision_of_the_hub_goes_with_the_name(tmp_path, name, number):
+    hub_repository(tmp_path / "hub")
+    task = ImageClassifier(name, 3, LoRA(rank=1), {"cache_dir": str(tmp_path / "hub")})
+    assert set(task.net.blocks[0].mlp.fc1.weight.unique().tolist()) == {number}
+    report = export_model(task, tmp_path / "peft", "peft")
+    settings = json.loads((report.folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "me/vit"
+    assert settings["revision"] == {1: None, 2: "v1"}[number]
 
 
 def test_without_a_network_the_message_says_what_to_put_where(monkeypatch, tmp_path):

@@ -1,3 +1,4 @@
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -5,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
+from srlora_pl import GLUEData, LoRA, TextClassifier, export_model
 from srlora_pl.errors import UserError
 from srlora_pl.tasks.encoders import PACKAGED, build_encoder, head_names, max_tokens, resolve, token_types
-from tests.tasks.texts import BERT, DEBERTA, folder
+from tests.data.texts import cola, save_tokenizer, with_model
+from tests.tasks.texts import BERT, DEBERTA, Data, folder, samples
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 # family -> its configuration, the modules of its head, and its pooler
@@ -22,6 +25,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
     "distilbert": ({"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2}, {"pre_classifier", "classifier"}, set()),
     "modernbert": (SMALL | {"pad_token_id": 0}, {"head", "classifier"}, set()),
 }
+LABELS = torch.arange(4) % 2
 WEIGHT = "encoder.layer.1.output.dense.weight"
 
 
@@ -120,6 +124,109 @@ def test_the_packaged_encoder():
     assert torch.equal(net.bert.encoder.layer[1].output.dense.weight, stored[WEIGHT])
     assert torch.equal(net.bert.pooler.dense.weight, stored["pooler.dense.weight"])
     assert Path(place, "tokenizer.json").is_file()
+
+
+# The hub's files
+
+
+def hub_repository(cache: Path, inner: str = "") -> None:
+    """``me/tiny`` as the hub's cache holds it: weights of 0.1 and a tokenizer of 10 tokens; at ``v1`` 0.2 and 20."""
+    home = cache / "models--me--tiny"
+    (home / "refs").mkdir(parents=True)
+    for number, revision in ((1, "main"), (2, "v1")):
+        (home / "refs" / revision).write_text(str(number) * 40)
+        place = home / "snapshots" / (str(number) * 40) / inner
+        net = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(folder(place, BERT)))
+        for parameter in net.parameters():
+            torch.nn.init.constant_(parameter, 0.1 * number)
+        net.save_pretrained(place)
+        save_tokenizer(place, model_max_length=10 * number)
+
+
+@pytest.mark.parametrize(
+    ("options", "inner", "number"),
+    [
+        ({}, "", 1),
+        ({"revision": "v1"}, "", 2),
+        ({"revision": "2" * 40}, "", 2),
+        ({"revision": "v1", "local_files_only": True}, "", 2),
+        ({"revision": "v1", "subfolder": "inner"}, "inner", 2),
+    ],
+)
+@pytest.mark.parametrize("named", [True, False])
+def test_options_of_the_hub_reach_weights_tokenizer_and_what_is_exported(
+    tmp_path, monkeypatch, options, inner, number, named
+):
+    hub_repository(tmp_path / "hub", inner)
+    if named:
+        options = options | {"cache_dir": str(tmp_path / "hub")}
+    else:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    task = TextClassifier("me/tiny", 2, LoRA(rank=1), backbone_kwargs=options)
+    assert float(task.net.bert.encoder.layer[0].output.dense.weight[0, 0]) == pytest.approx(0.1 * number)
+    data = with_model(GLUEData("cola", str(cola(tmp_path / "glue")), max_length=9), "")
+    data.trainer.lightning_module = task
+    assert data._load_tokenizer().model_max_length == 10 * number
+
+    report = export_model(task, tmp_path / "peft", "peft")
+    settings = json.loads((report.folder / "adapter_config.json").read_text())
+    assert (settings["base_model_name_or_path"], settings["revision"]) == ("me/tiny", options.get("revision"))
+    assert all(f", {key}={value!r}" in report.notes[0] for key, value in options.items())
+    merged = export_model(task, tmp_path / "merged").folder
+    assert AutoTokenizer.from_pretrained(merged).model_max_length == 10 * number
+
+
+def test_where_the_weights_lay_is_no_part_of_a_model(tmp_path, trainer):
+    hub_repository(tmp_path / "hub")
+    model, data = TextClassifier("me/tiny", 2, LoRA(1), {"cache_dir": str(tmp_path / "hub")}), Data(samples(4, LABELS))
+    run = trainer(max_steps=1)
+    run.fit(model, datamodule=data)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    (tmp_path / "hub").rename(tmp_path / "moved")
+    options = {"cache_dir": str(tmp_path / "moved"), "local_files_only": True}
+    trainer(max_steps=2).fit(
+        TextClassifier("me/tiny", 2, LoRA(1), options), datamodule=data, ckpt_path=tmp_path / "a.ckpt"
+    )
+    other = TextClassifier("me/tiny", 2, LoRA(1), options | {"revision": "v1"})
+    with pytest.raises(UserError, match=r"written with model.backbone_kwargs"):
+        trainer(max_steps=2).fit(other, datamodule=data, ckpt_path=tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("option", "mend"),
+    [
+        ({"token": "hf_x"}, "'token', .*: log in with .* it would stand in config.yaml"),
+        ({"trust_remote_code": True}, "'trust_remote_code', .* is never run"),
+        ({"code_revision": "v1"}, "'code_revision', .* is never run"),
+        ({"force_download": True}, "'force_download', .*: delete the copy"),
+        ({"variant": "fp16"}, "'variant', .*: set model.backbone_checkpoint"),
+        ({"use_safetensors": False}, "'use_safetensors', .*: set model.backbone_checkpoint"),
+        ({"gguf_file": "x"}, "'gguf_file', .*: set model.backbone_checkpoint"),
+        ({"torch_dtype": "bfloat16"}, "'torch_dtype', .* trainer.precision"),
+        ({"dtype": "float16"}, "'dtype', .* trainer.precision"),
+        ({"quantization_config": {"load_in_4bit": True}}, "'quantization_config', .* float32"),
+        ({"device_map": "auto"}, "'device_map', .* trainer.devices"),
+        ({"num_labels": 3}, "'num_labels', .* the data decide"),
+        ({"id2label": {0: "a", 1: "b"}}, "'id2label', .* the data decide"),
+        ({"problem_type": "regression"}, "'problem_type', .*: set model.problem"),
+        ({"return_dict": False}, "'return_dict', .*leave it out"),
+        ({"low_cpu_mem_usage": True}, "'low_cpu_mem_usage', .* leave it out"),
+        ({"max_memory": {}}, "'max_memory', .* leave it out"),
+        ({"weights_only": False}, "'weights_only', .* leave it out"),
+        ({"revision": "v1"}, "revision is 'v1', .* is a folder .*: set model.backbone to the folder"),
+        ({"subfolder": "x"}, "subfolder is 'x', .* is a folder .*: set model.backbone to the folder"),
+    ],
+)
+def test_options_that_would_go_half_way_are_refused_with_what_to_do(tmp_path, option, mend):
+    encoder(tmp_path)
+    with pytest.raises(UserError, match=f"^model.backbone_kwargs.*{mend}") as caught:
+        build_encoder(str(tmp_path), 2, option)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_kind_of_attention_can_be_chosen(tmp_path):
+    encoder(tmp_path)
+    assert build_encoder(str(tmp_path), 2, {"attn_implementation": "eager"}).config._attn_implementation == "eager"
 
 
 # Errors
