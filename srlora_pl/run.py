@@ -65,6 +65,7 @@ NOISE = (
     ".*callbacks used to create the checkpoint need to be provided",  # test and predict choose no checkpoint
     ".*treespec, LeafSpec.* is deprecated",
     ".*Total length of `list` across ranks is zero",  # no validation split
+    ".*could not find the monitored key",  # the same; the closing words say so
 )
 
 
