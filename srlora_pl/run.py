@@ -361,7 +361,8 @@ class Run(LightningCLI):
             if not self.trainer.global_step:
                 self._discard_folder()
             raise
-        took = closing_line(self.trainer, self.model.adaptation, time.monotonic() - begin)
+        seconds = (self.summary.seconds, self.summary.earlier) if self.folder else (time.monotonic() - begin,)
+        took = closing_line(self.trainer, self.model.adaptation, *seconds)
         choosing = [each for each in self.trainer.checkpoint_callbacks if getattr(each, "monitor", None)]
         best = getattr(choosing[0], "best_model_path", "") if choosing else ""
         scores = self._scores("val")
