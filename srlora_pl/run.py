@@ -401,7 +401,10 @@ class Run(LightningCLI):
             return_predictions=False,
         )
         files = " and ".join(str(relative(file)) for file in self.writer.files)
-        self._close({}, [f"{self.writer.rows} predictions written to {files}"])
+        count, whole = self.writer.rows, sum(map(len, _as_list(self.datamodule.predict_set)))
+        part = f" of {whole}" if count < whole else ""
+        unfit = ", which GLUE's server takes only whole" if part and isinstance(self.writer, GLUEWriter) else ""
+        self._close({}, [f"{count}{part} predictions written to {files}{unfit}"])
 
     # -- closing words
 
