@@ -116,6 +116,8 @@ class SRLoRAMixin(_Module):
         if stage != "fit":
             return
         self._refuse_what_cannot_be_right()
+        if not self.trainer.fit_loop._data_source.is_module():  # whose own setup may not be over
+            self._require_room()
         begin = time.perf_counter()
         self.adaptation.start(device, self._progress, cache_folder("spectra"))
         spectra = [state.spectrum for state in self.adaptation.states.values() if state.spectrum is not None]
@@ -156,7 +158,7 @@ class SRLoRAMixin(_Module):
                 "switches are planned for: remove it and set trainer.accumulate_grad_batches"
             )
         for name in ("val_check_interval", "check_val_every_n_epoch"):
-            if getattr(trainer, name) == 0:
+            if getattr(trainer, name, None) == 0:  # without the first where the interval is a time
                 raise UserError(
                     f"trainer.{name} is 0, it must be above 0; to leave validation out set "
                     "trainer.limit_val_batches to 0"
@@ -176,6 +178,9 @@ class SRLoRAMixin(_Module):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        self._require_room()
+
+    def _require_room(self) -> None:
         # A resumed run was checked when it began, and its length may only be asked for once its state is restored.
         trainer: Any = self.trainer
         if isinstance(self.adaptation.method, SRLoRA) and trainer.ckpt_path is None:
@@ -199,22 +204,15 @@ class SRLoRAMixin(_Module):
             self.adaptation.switch_if_due(self.trainer.global_step, self.trainer.optimizers[0])
 
     def _plan(self, step: int, steps: int) -> None:
-        ends = {schedule.last_step for schedule in self.adaptation.schedules.values()}
-        if step > 0 and ends == {steps}:
-            return  # a resumed run goes on with its own plan
+        resumes = step > 0 and bool(self.adaptation.schedules)
         try:
             self.adaptation.plan(steps, step)
         except UserError:
-            if step > 0 and ends and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            if resumes and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 raise  # a resumed run that has become too short
             # only a trial of a tuner comes here: the run itself has passed on_fit_start
             self.adaptation.forgo_switches(steps, step)
-        if step > 0 and ends:
-            rank_zero_info(
-                f"The run now ends at step {steps}: {self.adaptation.switches_to_do} switches are spread over the "
-                f"steps from {step} on."
-            )
-        elif self.adaptation.switches_to_do == 0:
+        if not resumes and self.adaptation.switches_to_do == 0:
             rank_zero_info(f"No switch falls into these {steps - step} optimizer steps.")
 
     # --- in every step -------------------------------------------------------------------------------------------

@@ -1,14 +1,17 @@
-"""A stopped and resumed run equals the uninterrupted one, bit for bit.
+"""A stopped and resumed run equals the uninterrupted one, bit for bit; and every run ends with a validation.
 
 One number, how many micro-batches were processed, decides everything: the data module starts its order there, and
 every training micro-batch is seeded from it. Nothing depends on how often a global random stream was drawn from.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, distributed
 
 from srlora_pl.errors import UserError
@@ -24,6 +27,8 @@ _KEY = "exact_resume"
 class ExactResume(_Module):
     """Seeds every training micro-batch by its position, and puts Lightning's counters right when it resumes.
 
+    The last step is followed by a validation, whatever ends the run and wherever the next one would fall.
+
     Files are written inside a step, at its end, and before or in the validation that follows it. Lightning would take
     such a validation, and the end of an epoch, for done; here the file says what is due, and the resumed run begins
     with it.
@@ -33,10 +38,12 @@ class ExactResume(_Module):
     _to_take_up: dict[str, Any] | None = None  # what the checkpoint says of its position
     _has_scores = False  # of the validation at this position
     _max_steps: int | None = None  # while another number is feigned
+    _not_asked: Sequence[Any] = ()  # the EarlyStopping callbacks that a validation does not count for
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        loop = self.trainer.fit_loop.epoch_loop
+        loop: Any = self.trainer.fit_loop.epoch_loop
+        loop._should_check_val_fx = partial(_should_validate, self.trainer.fit_loop)  # in place of the class's own
         if self._to_take_up and loop.max_steps != -1:
             # Lightning would not start a run that has no step left, only a validation or the end of an epoch.
             self._max_steps, loop.max_steps = loop.max_steps, loop.max_steps + 1
@@ -62,10 +69,7 @@ class ExactResume(_Module):
         trainer.should_stop = should_stop
         trainer._logger_connector._callback_metrics.update(scores)  # what callbacks choose by when the epoch ends
         if owes_validation:
-            loop._batches_that_stepped = trainer.global_step - step_is_over  # the step that loggers see
-            trainer.validating = True
-            loop.val_loop.run()
-            trainer.training = True
+            self._validate(trainer.global_step - step_is_over)
         loop._batches_that_stepped = trainer.global_step
         if loop.batch_progress.is_last_batch or fit_loop.done:
             fit_loop.on_advance_end()  # the end of the epoch, which Lightning would leave out
@@ -74,10 +78,43 @@ class ExactResume(_Module):
         if loop.restarting and loop._should_check_val_fx(fit_loop._data_fetcher) and not fit_loop.done:
             loop._batches_that_stepped -= step_is_over  # Lightning is about to skip this validation, and counts
 
+    def _validate(self, step: int) -> None:
+        """Validate outside the place that Lightning has for it; ``step`` is the one that loggers see."""
+        trainer: Any = self.trainer
+        loop = trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped = step
+        trainer.validating = True
+        loop.val_loop.run()
+        trainer.training = True
+
+    def on_train_end(self) -> None:
+        trainer: Any = self.trainer
+        if _validates(trainer) and not self._has_scores:  # a callback has stopped the run after its last epoch
+            epochs = trainer.fit_loop.epoch_progress.current
+            epochs.completed -= 1
+            self._validate(trainer.global_step - 1)
+            epochs.completed += 1
+        super().on_train_end()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         reseed(run_seed(), _processed(self.trainer), self.global_rank)
         self._has_scores = False
         return super().on_train_batch_start(batch, batch_idx)
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        trainer: Any = self.trainer
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not _has_come(trainer.fit_loop):
+            # A longer run has no validation here, and its early stopping must not depend on where this one ended.
+            self._not_asked = [c for c in trainer.early_stopping_callbacks if not c._check_on_train_epoch_end]
+            for callback in self._not_asked:
+                callback._check_on_train_epoch_end = True
+
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        for callback in self._not_asked:
+            callback._check_on_train_epoch_end = False
+        self._not_asked = []
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
@@ -98,6 +135,7 @@ class ExactResume(_Module):
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "seed": run_seed(),
             "gradients": gradients,
+            "has_scores": self._has_scores,
             "owes_validation": trainer.state.fn == "fit" and self._validation_is_due(),
             "should_stop": trainer.should_stop,
             "scores": dict(trainer._logger_connector._callback_metrics),
@@ -120,7 +158,7 @@ class ExactResume(_Module):
         super().on_load_checkpoint(checkpoint)
         if state is None:
             return
-        self._half_done = state["gradients"] or None
+        self._half_done, self._has_scores = state["gradients"] or None, state.get("has_scores", False)
         if self._half_done and self.trainer.world_size > 1:
             self._half_done = {name: each[self.global_rank] for name, each in self._half_done.items()}
         trainer: Any = self.trainer
@@ -148,6 +186,34 @@ class ExactResume(_Module):
         ):
             if value != saved:
                 raise UserError(f"{place} is {value} and the checkpoint was made with {saved}, resume with {saved}")
+
+
+def _should_validate(fit_loop: Any, data_fetcher: Any) -> bool:
+    """Whether a validation follows the micro-batch just done."""
+    trainer = fit_loop.trainer
+    return _has_come(fit_loop) or (_validates(trainer) and _is_over(trainer))
+
+
+def _has_come(fit_loop: Any) -> bool:
+    """Lightning's answer to that, by the interval or because the run was asked to stop."""
+    loop = fit_loop.epoch_loop
+    return type(loop)._should_check_val_fx(loop, fit_loop._data_fetcher)
+
+
+def _validates(trainer: Any) -> bool:
+    """Whether this is a run with validation; Lightning's tuners and rehearsals have a logger that logs nothing."""
+    return trainer.enable_validation and not isinstance(trainer.logger, DummyLogger)
+
+
+def _is_over(trainer: Any) -> bool:
+    """Whether the micro-batch just done is the run's last; Lightning's loops say so only once its epoch is closed."""
+    fit_loop, step = trainer.fit_loop, trainer.global_step
+    epochs = fit_loop.epoch_progress.current.processed + fit_loop.epoch_loop._num_ready_batches_reached()
+    return (
+        step >= fit_loop.max_steps != -1
+        or epochs >= fit_loop.max_epochs != -1
+        or (trainer.should_stop and epochs >= (fit_loop.min_epochs or 0) and step >= (fit_loop.min_steps or 0))
+    )
 
 
 def _processed(trainer: Any) -> int:

@@ -65,6 +65,7 @@ NOISE = (
     ".*callbacks used to create the checkpoint need to be provided",  # test and predict choose no checkpoint
     ".*treespec, LeafSpec.* is deprecated",
     ".*Total length of `list` across ranks is zero",  # no validation split
+    ".*could not find the monitored key",  # the same; the closing words say so
 )
 
 
@@ -360,7 +361,8 @@ class Run(LightningCLI):
             if not self.trainer.global_step:
                 self._discard_folder()
             raise
-        took = closing_line(self.trainer, self.model.adaptation, time.monotonic() - begin)
+        seconds = (self.summary.seconds, self.summary.earlier) if self.folder else (time.monotonic() - begin,)
+        took = closing_line(self.trainer, self.model.adaptation, *seconds)
         choosing = [each for each in self.trainer.checkpoint_callbacks if getattr(each, "monitor", None)]
         best = getattr(choosing[0], "best_model_path", "") if choosing else ""
         scores = self._scores("val")
@@ -399,7 +401,10 @@ class Run(LightningCLI):
             return_predictions=False,
         )
         files = " and ".join(str(relative(file)) for file in self.writer.files)
-        self._close({}, [f"{self.writer.rows} predictions written to {files}"])
+        count, whole = self.writer.rows, sum(map(len, _as_list(self.datamodule.predict_set)))
+        part = f" of {whole}" if count < whole else ""
+        unfit = ", which GLUE's server takes only whole" if part and isinstance(self.writer, GLUEWriter) else ""
+        self._close({}, [f"{count}{part} predictions written to {files}{unfit}"])
 
     # -- closing words
 

@@ -3,10 +3,12 @@
 import contextlib
 import csv
 import io
+import json
 import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +135,27 @@ def test_fit_logs_curves(run: Finished) -> None:
     assert losses == pytest.approx([event.value for event in events.Scalars("val/loss")])
 
 
+def test_a_run_shorter_than_its_validation_interval_has_scores_and_a_best_checkpoint(small: Path) -> None:
+    """In the middle of the first epoch; the interval is an epoch, as in most configs."""
+    interval = ["--trainer.val_check_interval", 1.0, "--trainer.check_val_every_n_epoch", 1]
+    code, _, err = cli("fit", "--config", "small.yaml", "--trainer.max_steps", 6, *interval, home=small)
+    assert code == 0, err
+    summary = json.loads((small / "runs/small-srlora/version_0/summary.json").read_text())
+    assert summary["steps"] == 6
+    assert summary["best"]["checkpoint"].endswith("best-step6.ckpt")
+    assert {"test/loss", "test/accuracy"} <= set(summary["scores"])
+
+
+def test_a_run_without_validation_chooses_nothing_and_warns_of_nothing(small: Path) -> None:
+    interval = ["--trainer.val_check_interval", 1.0, "--trainer.check_val_every_n_epoch", 1]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("default")
+        code, out, err = cli("fit", "--config", "small.yaml", "--data.val_fraction", 0, *interval, home=small)
+    assert code == 0, err
+    assert "no checkpoint was chosen by validation" in out
+    assert not [each for each in warned if "could not find the monitored key" in str(each.message)]
+
+
 def test_best_is_the_lowest_validation_loss(run: Finished) -> None:
     events = EventAccumulator(str(run.folder)).Reload()
     best = min(events.Scalars("val/loss"), key=lambda event: event.value)
@@ -218,6 +241,13 @@ def test_predict_writes_the_test_split(run: Finished, tmp_path: Path) -> None:
     assert code == 0
     right = [int(row["label"]) for row in rows] == Digits().load("test").labels.numpy()
     assert scores(out)["test/accuracy"] == pytest.approx(right.mean(), abs=5.1e-5)
+
+
+def test_a_part_of_the_predictions_is_said_to_be_one(run: Finished, tmp_path: Path) -> None:
+    options = ["--config", "small.yaml", "--ckpt_path", run.best, "--output", tmp_path / "out.csv"]
+    code, out, err = cli("predict", *options, "--trainer.limit_predict_batches", 2, home=run.home)
+    assert code == 0, err
+    assert "\n64 of 360 predictions written to " in out
 
 
 def test_predict_takes_a_folder_or_one_file(run: Finished, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ from tests.toys import toy_batches, toy_net, train
 
 aten = torch.ops.aten
 DEVICE = torch.device("meta")
-STEPS, LOGS, VALIDATIONS, SWITCHES = 22, {10, 20}, {8, 16}, {5, 11, 16}
+# The last step is validated whatever the interval.
+STEPS, LOGS, VALIDATIONS, SWITCHES = 22, {10, 20}, {8, 16, 22}, {5, 11, 16}
 SRLORA = SRLoRA(rank=4, target_rank=12)
 IN_VALIDATION = -1
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import json
 import os
 import shlex
 import shutil
@@ -20,6 +21,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from benchmarks.faults import curves
+from srlora_pl.callbacks.progress import duration
 from srlora_pl.checkpoints import AtomicCheckpointIO
 from srlora_pl.run import Run
 from tests.test_cli import ROOT, SMALL_RUN, _no_trace, cli  # noqa: F401
@@ -154,6 +156,30 @@ def test_a_signalled_run_goes_on_as_if_nothing_had_happened(
     assert len(logged(folder, "val/loss")) == validations
     go_on(tmp_path, *command)
     assert_same(folder, expected)
+
+
+@pytest.mark.parametrize(
+    ("hook", "number", "validations"),
+    [
+        ("on_train_batch_end", signal.SIGTERM, 0),
+        ("on_validation_batch_start", signal.SIGINT, 0),
+        ("on_validation_end", signal.SIGTERM, 1),
+    ],
+)
+def test_the_validation_at_the_end_of_a_run_is_made_up(hook, number, validations, tmp_path) -> None:
+    """Of a run that is shorter than its validation interval."""
+    (tmp_path / "whole").mkdir()
+    whole = begin(tmp_path / "whole", "--trainer.val_check_interval", 50)
+    with signal_at(hook, 12, number):
+        folder = begin(tmp_path, "--trainer.val_check_interval", 50, code=128 + number, says=f"by {number.name}")
+    assert len(logged(folder, "val/loss")) == validations
+    command = ["--config", folder / "config.yaml", "--ckpt_path", "last"]
+    code, out, err = cli("fit", *command, home=tmp_path)
+    assert code == 0, err
+    seconds = json.loads((folder / "summary.json").read_text())["seconds"]
+    assert f", {duration(seconds)} (" in out
+    assert logged(whole, "val/loss") == [11]
+    assert_same(folder, whole)
 
 
 def test_a_run_that_is_stopped_again_and_again(tmp_path, expected) -> None:

@@ -339,17 +339,16 @@ def test_resume_at_and_around_a_switch_step(stop, optimizer, tmp_path):
     assert_same(resumed, expected)
 
 
-def test_a_changed_length_replans_the_rest_and_says_so(tmp_path, caplog):
+def test_a_changed_length_replans_the_rest_and_says_so(tmp_path):
     run = trainer(tmp_path, max_steps=15)
     run.fit(Toy(srlora(rank=2)), loader())
     run.save_checkpoint(tmp_path / "a.ckpt")
     resumed, moves = Toy(srlora(rank=2)), Moves()
-    with caplog.at_level("INFO"):
+    # 9 of 10 switches done in 15 steps; the one left would fall on step 35 itself
+    with pytest.warns(UserWarning, match="ends at step 35: 0 switches"):
         trainer(tmp_path, max_epochs=-1, max_steps=35, callbacks=[moves]).fit(
             resumed, loader(), ckpt_path=tmp_path / "a.ckpt"
         )
-    # 9 of 10 switches done in 15 steps; the one left would fall on step 35 itself
-    assert "ends at step 35: 0 switches" in caplog.text
     assert moves.steps == []
 
 
@@ -366,10 +365,25 @@ def test_early_stopping_says_how_many_switches_were_not_reached(caplog):
     assert "not reached" not in caplog.text
 
 
-def test_more_switches_than_steps_is_an_error_before_the_first_batch():
-    module = Toy(srlora(rank=2))
-    with pytest.raises(UserError, match=r"10 switches .* do not fit into 9 optimizer steps"):
-        trainer(max_steps=9).fit(module, loader())
+class OwnLoader(Toy):
+    """Makes its data in its own setup, after the mixin's."""
+
+    def setup(self, stage):
+        super().setup(stage)
+        self.batches = toy_batches(9)
+
+    def train_dataloader(self):
+        return DataLoader(self.batches, batch_size=None)
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 9}, {"max_steps": -1, "max_epochs": 1}])
+@pytest.mark.parametrize("own", [False, True])
+def test_more_switches_than_steps_is_an_error_before_the_first_batch(own, options):
+    """And, where the module does not make its loaders itself, before singular values are computed."""
+    module = (OwnLoader if own else Toy)(srlora(rank=2))
+    with pytest.raises(UserError, match=r"10 switches .* do not fit into 9 .*, lower method.target_rank to 11 or"):
+        trainer(**options).fit(module, None if own else loader(9))
+    assert module.adaptation.started == own
 
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"max_steps": 1}])

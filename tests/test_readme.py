@@ -49,6 +49,31 @@ def test_the_plain_loop_example_trains_and_switches():
     assert all(layer.merged for layer in names["adaptation"].layers.values())
 
 
+def test_the_plain_loop_example_goes_on_as_if_it_had_not_been_stopped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    training = example("adaptation.observe()").partition("adaptation.merge()")[0]
+    made, loop = training.split("for step in range(1, 21):")
+    save, load = example("loop.pt").split("\n\n")
+
+    def run(*parts):
+        """The names that ``parts`` leave: code, or the steps of the loop."""
+        names: dict[str, Any] = {}
+        torch.manual_seed(0)  # of a net that is not pretrained here
+        for part in parts:
+            steps = f"for step in {part}:\n    torch.manual_seed(step){loop}" if isinstance(part, range) else part
+            exec(steps, names)
+        return names
+
+    whole = run(made, range(1, 21))
+    run(made, range(1, 8), save)
+    resumed = run(made.partition("adaptation.start()")[0], load, range(8, 21))
+    assert resumed["adaptation"].switches_done == 1
+    for (name, value), other in zip(
+        whole["net"].state_dict().items(), resumed["net"].state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name
+
+
 def test_the_loop_example_needs_no_lightning():
     assert "lightning" not in example("adaptation.observe()")
 

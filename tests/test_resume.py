@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateFinder, ModelCheckpoint, Timer
+from lightning.pytorch.loggers import CSVLogger
 
-from srlora_pl import ImageClassifier, ImageData, SRLoRA, UserError
+from srlora_pl import ImageClassifier, ImageData, PiSSA, SRLoRA, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -55,12 +56,9 @@ def model(**options):
     torch.manual_seed(0)
     kwargs = {**SHAPE, "proj_drop_rate": 0.2, "drop_path_rate": 0.2}
     method = SRLoRA(rank=2, alpha=4.0, target_rank=6, dropout=0.1)
+    defaults = {"method": method, "optimizer": "adamw", "lr": 0.01, "warmup_steps": 3, "mixup": 0.3, "cutmix": 0.3}
     return ImageClassifier(
-        backbone=BACKBONE["folder"],
-        num_classes=10,
-        method=method,
-        backbone_kwargs=kwargs,
-        **{"optimizer": "adamw", "lr": 0.01, "warmup_steps": 3, "mixup": 0.3, "cutmix": 0.3, **options},
+        backbone=BACKBONE["folder"], num_classes=10, backbone_kwargs=kwargs, **{**defaults, **options}
     )
 
 
@@ -97,7 +95,8 @@ def trainer(folder, *callbacks, **options):
 
 def final(module):
     averages = module.adaptation.importance
-    return {**module.state_dict(), "smoothed": averages.smoothed, "uncertainty": averages.uncertainty}
+    scores = {"smoothed": averages.smoothed, "uncertainty": averages.uncertainty} if averages else {}
+    return {**module.state_dict(), **scores}
 
 
 def assert_equal(one, other):
@@ -302,3 +301,129 @@ def test_the_seed_matters(tmp_path):
     other = model()
     trainer(tmp_path / "b").fit(other, datamodule=SmallDigits())
     assert not torch.equal(final(one)["smoothed"], final(other)["smoothed"])
+
+
+# --- the end of a run ------------------------------------------------------------------------------------------------
+
+
+class Validations(Callback):
+    """After which optimizer steps, and in which epochs, the run validated; ModelCheckpoint saves after this hook."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_validation_end(self, run, module):
+        if not run.sanity_checking:
+            self.seen.append((run.global_step, run.current_epoch))
+
+
+class Stop(Callback):
+    def __init__(self, hook, step):
+        self.step = step
+        setattr(self, hook, self.stop)
+
+    def stop(self, run, *args):
+        run.should_stop = run.should_stop or run.global_step >= self.step
+
+
+EPOCHS = {"max_steps": -1, "max_epochs": 2, "val_check_interval": None}
+ENDS = {
+    "interval longer than the run": ({"val_check_interval": 100}, [(14, 1)]),
+    "last interval not full": ({"val_check_interval": 9}, [(9, 1), (14, 1)]),
+    "interval that ends with the run": ({"val_check_interval": 7}, [(7, 0), (14, 1)]),
+    "epoch not full": ({"val_check_interval": None, "check_val_every_n_epoch": 1}, [(8, 0), (14, 1)]),
+    "part of an epoch": ({"val_check_interval": 0.8, "check_val_every_n_epoch": 1}, [(6, 0), (14, 1)]),
+    "more epochs than the run has": ({**EPOCHS, "check_val_every_n_epoch": 5}, [(16, 1)]),
+    "every epoch": ({**EPOCHS, "check_val_every_n_epoch": 1}, [(8, 0), (16, 1)]),
+    "accumulation": ({"accumulate_grad_batches": 3, "max_steps": 4, "val_check_interval": 100}, [(4, 1)]),
+    "time interval": ({"val_check_interval": "00:01:00:00"}, [(14, 1)]),
+    "none": ({"limit_val_batches": 0}, []),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_run_ends_with_one_validation(case, tmp_path):
+    options, expected = ENDS[case]
+    validations = Validations()
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/loss")
+    module = fit(tmp_path, validations, best, **options)
+    assert validations.seen == expected
+    assert (best.best_model_score is not None) == bool(expected)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == module.global_step
+
+
+SPARSE = {"val_check_interval": None, "check_val_every_n_epoch": 9}
+
+
+@pytest.mark.parametrize(
+    ("stops", "options", "expected"),
+    [
+        (lambda: Stop("on_train_batch_end", 3), SPARSE, (3, 0)),
+        (lambda: Stop("on_train_batch_end", 3), {**SPARSE, "min_epochs": 1}, (8, 0)),
+        (lambda: Stop("on_train_batch_end", 3), {**SPARSE, "min_steps": 11}, (11, 1)),
+        (lambda: Stop("on_train_epoch_end", 1), SPARSE, (8, 0)),
+        (lambda: Timer({"milliseconds": 1}), SPARSE, (1, 0)),
+        (lambda: Timer({"milliseconds": 1}, interval="epoch"), SPARSE, (8, 0)),
+        (lambda: EarlyStopping("train/loss", 9.0, patience=1, check_on_train_epoch_end=True), SPARSE, (16, 1)),
+        (lambda: EarlyStopping("val/loss", patience=1, min_delta=9.0), {"val_check_interval": 3}, (6, 0)),
+    ],
+    ids=["a callback", "least epochs", "least steps", "at an epoch's end", "time", "time and epoch", "loss", "score"],
+)
+def test_a_run_that_is_stopped_ends_with_one_validation(stops, options, expected, tmp_path):
+    validations = Validations()
+    module = fit(tmp_path, validations, stops(), log_every_n_steps=1, max_steps=40, **options)
+    assert validations.seen[-1] == expected
+    assert module.global_step == expected[0]
+    assert len(dict(validations.seen)) == len(validations.seen)
+
+
+def test_the_end_of_a_shorter_run_leaves_nothing_to_the_run_that_goes_on(tmp_path):
+    """Not even in the patience of EarlyStopping, which the validation after step 6 is nothing to."""
+
+    def half_way(name, **options):
+        stopping = EarlyStopping("val/loss", patience=3, min_delta=9.0)
+        module = model(method=PiSSA(rank=2), schedule="constant")
+        fit(tmp_path / name, stopping, module=module, val_check_interval=4, **options)
+        return module, stopping
+
+    expected, whole = half_way("whole")
+    assert (expected.global_step, whole.wait_count) == (14, 2)
+    _, first = half_way("parts", max_steps=6)
+    assert first.wait_count == 0
+    resumed, second = half_way("parts", ckpt_path=tmp_path / "parts/last.ckpt")
+    assert_equal(resumed, expected)
+    assert second.state_dict() == whole.state_dict()
+
+
+@pytest.mark.parametrize("file", ["validation_end-14", "epoch_end-14"])
+def test_a_finished_run_that_is_resumed_does_not_validate_again(file, tmp_path):
+    validations = Validations()
+    expected = fit(tmp_path, SaveElsewhere(), val_check_interval=100)
+    resumed = fit(tmp_path, validations, val_check_interval=100, ckpt_path=tmp_path / f"{file}.ckpt")
+    assert_equal(resumed, expected)
+    assert validations.seen == []
+
+
+@pytest.mark.parametrize("case", ["interval longer than the run", "more epochs than the run has", "epoch not full"])
+def test_the_validation_at_the_end_is_made_up(case, tmp_path):
+    options, expected = ENDS[case]
+    whole = fit(tmp_path / "whole", **options)
+    with pytest.raises(Interrupted):
+        fit(tmp_path, InterruptAt(validation=1 + 3 * len(expected[1:])), **options)
+    validations = Validations()
+    assert_equal(fit(tmp_path, validations, ckpt_path=tmp_path / "last.ckpt", **options), whole)
+    assert validations.seen == expected[-1:]
+
+
+def test_the_trial_of_a_tuner_ends_without_validation(tmp_path):
+    class Watched(ImageClassifier):
+        def on_validation_start(self):
+            super().on_validation_start()
+            seen.append(self.trainer.global_step)
+
+    seen = []
+    torch.manual_seed(0)
+    watched = Watched(backbone=BACKBONE["folder"], num_classes=10, method=PiSSA(rank=2), backbone_kwargs=SHAPE)
+    finder = LearningRateFinder(num_training_steps=4)
+    fit(tmp_path, finder, module=watched, val_check_interval=100, num_sanity_val_steps=0, logger=CSVLogger(tmp_path))
+    assert seen == [14]

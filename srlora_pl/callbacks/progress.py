@@ -47,6 +47,27 @@ class Progress(RichProgressBar):
         if self.is_enabled and name in trainer.callback_metrics:
             self._read[name] = float(trainer.callback_metrics[name])
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """Micro-batches of the epoch, also where its first ones were done before a resume or the run ends in it."""
+        trainer: Any = self.trainer
+        batches, progress = trainer.num_training_batches, self._of_epoch
+        done = progress.processed if progress.completed < progress.processed else 0  # before an epoch: of the last one
+        if trainer.max_steps == -1:
+            return batches
+        accumulated = trainer.accumulate_grad_batches
+        coming = (trainer.max_steps - trainer.global_step) * accumulated - done % accumulated
+        return done if done == batches else min(batches, done + coming)
+
+    @property
+    def _of_epoch(self) -> Any:
+        """Lightning's count of the micro-batches of this epoch."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current
+
+    def _initialize_train_progress_bar_id(self) -> None:
+        super()._initialize_train_progress_bar_id()
+        self.train_progress_bar.completed = self._of_epoch.completed  # by other processes, at a speed of their own
+
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         shown: dict[str, Any] = {**super().get_metrics(trainer, pl_module), **self._read}
         shown.pop("v_num", None)  # the last letters of the version's name
@@ -125,14 +146,19 @@ def parameter_counts(pl_module: LightningModule) -> dict[str, int]:
     }
 
 
-def closing_line(trainer: Trainer, adaptation: Adaptation, seconds: float) -> str:
-    """What a fit took, such as ``360 steps, 5 of 5 switches, 2 min 3 s, 410 MiB of memory at the peak``."""
+def closing_line(trainer: Trainer, adaptation: Adaptation, seconds: float, earlier: float = 0.0) -> str:
+    """What a run took, such as ``360 steps, 5 of 5 switches, 2 min 3 s, 410 MiB of memory at the peak``.
+
+    Args:
+        seconds: of all the processes that the run took.
+        earlier: of those before this one.
+    """
     done, planned = adaptation.switches_done, adaptation.switches_done + adaptation.switches_missed
     device = trainer.strategy.root_device
     return ", ".join([
         f"{trainer.global_step:,} steps",
         *([f"{done} of {planned} switches"] if planned else []),
-        duration(seconds),
+        duration(seconds) + (f" ({duration(seconds - earlier)} of it now)" if earlier else ""),
         f"{peak_memory_bytes(device) / 2**20:,.0f} MiB of {'GPU ' if device.type == 'cuda' else ''}memory at the peak",
     ])  # fmt: skip
 

@@ -22,18 +22,22 @@ class Summary(Callback):
 
     Attributes:
         seconds: from the start of training to now or its end, validations included.
+        earlier: those of the processes before this one.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        self._earlier, self._begin = 0.0, 0.0
-        self._is_stale = True
+        self.earlier, self._done, self._begin = 0.0, 0.0, 0.0
+        self._is_stale = self._fits = True
         self._commit: str | None = None  # at the beginning: the files may be changed while the run goes on
         self._switches = 0  # at the end of training: the test that follows loads an earlier checkpoint
 
     @property
     def seconds(self) -> float:
-        return self._earlier + (time.perf_counter() - self._begin if self._begin else 0.0)
+        return self._done + (time.perf_counter() - self._begin if self._begin else 0.0)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._fits = stage == "fit"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin = time.perf_counter()
@@ -45,14 +49,15 @@ class Summary(Callback):
         self._is_stale = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._earlier, self._begin = self.seconds, 0.0
+        self._done, self._begin = self.seconds, 0.0
         self._switches = adaptation_of(pl_module).switches_done
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._earlier = state_dict["seconds"]
+        if self._fits:  # and no test that follows, of an earlier checkpoint
+            self.earlier = self._done = state_dict["seconds"]
 
     def write(
         self, trainer: Trainer, module: LightningModule, scores: Mapping[str, float], best: Mapping[str, Any]

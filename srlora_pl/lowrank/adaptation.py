@@ -77,6 +77,7 @@ class Adaptation:
         self._done: dict[int, int] = {}  # by rank, since the plan
         self.steps_before = 0  # of earlier runs, whose steps were counted from 0 too; what `intervals` add to a step
         self._last_step = 0  # in the count of `intervals`
+        self._resumes = False  # from a loaded state, which no plan has followed yet
         # W0 of every layer and the fingerprint, kept from a start until training, for a load that may come between,
         # and from a load until the start that may follow
         self._kept: tuple[dict[str, Tensor], str] | None = None
@@ -215,13 +216,35 @@ class Adaptation:
         parameters = dict(self.net.named_parameters())
         return {name: parameters[name] for name in self._base}
 
-    def plan(self, last_step: int, first_step: int = 0) -> None:
+    def plan(self, last_step: int, first_step: int | None = None) -> None:
         """Spread the switches that remain over the optimizer steps ``first_step`` to ``last_step`` (Eq. 13, 14).
+
+        A plan that has begun and ends at ``last_step`` stays as it is; that of a longer or shorter run is made anew,
+        with a warning.
+
+        Args:
+            last_step: of the run.
+            first_step: the steps done; by default 0, and after a state was loaded those done when it was saved. 0 then
+                begins a run of its own.
 
         Raises:
             UserError: more switches than steps.
         """
+        if first_step is None:
+            first_step = self._last_step - self.steps_before if self._resumes else 0
+        self._resumes = False
+        begun = self.schedules if first_step > 0 else {}
+        if begun and {schedule.last_step for schedule in begun.values()} == {last_step}:
+            return
+        if last_step < first_step:
+            raise UserError(f"the run ends at step {last_step}, but {first_step} are done: name a later last step")
         self._take_plan(self.require_room(last_step - first_step), last_step, first_step)
+        if begun:
+            warnings.warn(
+                f"the run now ends at step {last_step}: {self.switches_to_do} switches are spread over the steps from "
+                f"{first_step} on",
+                stacklevel=2,
+            )
         if self.schedules:
             self._warn_of_limits()
 
@@ -236,18 +259,25 @@ class Adaptation:
         Raises:
             UserError: more switches than ``steps``.
         """
-        if not isinstance(self.method, SRLoRA):
+        method = self.method
+        if not isinstance(method, SRLoRA):
             return {}
-        planned = {}
-        for rank in sorted({matrix.rank for matrix in self.matrices}):
-            next_direction = max(s.next_direction for m, s in self.states.items() if m.rank == rank)
-            planned[rank] = max(self._reach - next_direction, 0) // self.method.recycled_rank(rank)
-            if planned[rank] > steps:
-                raise UserError(
-                    f"{planned[rank]} switches (method.target_rank {self.method.target_rank}, rank {rank}, "
-                    f"fusion_ratio {self.method.fusion_ratio}) do not fit into {steps} optimizer steps, lower "
-                    "method.target_rank or raise trainer.max_steps"
-                )
+        used: dict[int, int] = {}  # directions, by rank
+        for matrix, state in self.states.items():
+            used[matrix.rank] = max(used.get(matrix.rank, 0), state.next_direction)
+        planned = {r: max(self._reach - n, 0) // method.recycled_rank(r) for r, n in sorted(used.items())}
+        rank, most = max(planned.items(), key=lambda each: each[1])
+        if most > steps:
+            # As far as `steps` switches go and directions too few for one more, at every rank.
+            fits = min(n + method.recycled_rank(r) * (steps + 1) - 1 for r, n in used.items())
+            # Not where directions were drawn already, nor below a rank.
+            can_be_lower = all(r == n for r, n in used.items()) and fits >= max(method.rank, *used)
+            raise UserError(
+                f"{most} switches (method.target_rank {method.target_rank}, rank {rank}, fusion_ratio "
+                f"{method.fusion_ratio}) do not fit into {steps} optimizer steps, "
+                f"{f'lower method.target_rank to {fits} or ' if can_be_lower else ''}raise trainer.max_steps by "
+                f"{most - steps}"
+            )
         return planned
 
     @property
@@ -307,6 +337,8 @@ class Adaptation:
         if not self.started:
             raise UserError("the pairs train from a start only, call start() before the first step")
         self.require_unmerged()
+        if self._kept is not None and self.switches_missed:
+            self._require_directions()
         self._kept, self._observes = None, True
         if self._silent:
             self._silent = [name for name in self._silent if self.layers[name].lora_B.grad is None]
@@ -319,6 +351,13 @@ class Adaptation:
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
         own = {id(p.grad) for p in self.importance.parameters}
         self.importance.update(all_finite([each for each in gradients if id(each) not in own]), inverse_scale)
+
+    def _require_directions(self) -> None:
+        if any(state.spectrum is None for state in self.states.values()):
+            raise UserError(
+                "a loaded state does not hold the directions of the switches to come, call start() too, before the "
+                "first step"
+            )
 
     def require_gradients(self) -> None:
         """Refuse layers that no step observed so far had a gradient for: their pairs do not train.
@@ -377,6 +416,7 @@ class Adaptation:
         self.require_unmerged()
         if not self._observes:
             raise UserError("nothing has scored the pairs, call observe() in every step, before that of the optimizer")
+        self._require_directions()
         if optimizer is not None:
             self.require_trained(optimizer)
         recycled_pairs = self._choose(matrices, method, importance)
@@ -384,7 +424,7 @@ class Adaptation:
         with full_precision():
             for matrix, recycled in recycled_pairs.items():
                 state = self.states[matrix]
-                assert state.spectrum is not None, "start() comes before the first switch"
+                assert state.spectrum is not None
                 fused = recompose.recompose(matrix, recycled, state.spectrum, state.next_direction)
                 if optimizer is not None and method.optimizer_state != "keep":
                     unknown |= recompose.recycle_optimizer_state(
@@ -580,6 +620,7 @@ class Adaptation:
             UserError: the state belongs to another method, another structure or another pretrained weight.
         """
         self.unmerge()
+        asked = {plan.last_step for plan in self.schedules.values() if self._last_step == self.steps_before}
         fresh = not self.started or not self.method.needs_spectrum  # the weights are W0
         if state["compact"] and self.base_fingerprint is None:
             self.base_fingerprint = self._fingerprint()
@@ -603,6 +644,9 @@ class Adaptation:
             own.directions, own.intervals = saved["directions"].cpu().clone(), saved["intervals"].cpu().clone()
             own.fused = None if saved["fused"] is None else [(B.cpu(), A.cpu()) for B, A in saved["fused"]]
             own.drawn = saved["drawn"] and Spectrum(*(part.cpu() for part in saved["drawn"]))
+        self._resumes = True
+        for last_step in asked:  # by a plan that no step has followed
+            self.plan(last_step)
 
     def _rebuild(self, state: dict[str, Any], pretrained: dict[str, Tensor], device: torch.device | None) -> None:
         """Set every adapted weight to what ``state`` says of it, from W0 (of ``pretrained``, or in place)."""

@@ -29,13 +29,14 @@ from srlora_pl.resume import ExactResume
 from srlora_pl.tasks.guards import require_that_a_batch_passes
 from srlora_pl.tasks.heads import FoundHead, settle
 from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, param_groups, schedule_factor
-from srlora_pl.tasks.scores import Mean
+from srlora_pl.tasks.scores import Mean, OneClass
 
 Batch = dict[str, Tensor]
 # By data loader; MNLI has two development sets, matched and mismatched.
 SPLITS = {"val": ("val", "val_mm"), "test": ("test", "test_mm")}
 # What a checkpoint holds: only what changed since the pretrained weights, or the whole network.
 CHECKPOINTS = ("compact", "full")
+_ONE_CLASS = "one_class"  # among a split's metrics; no score
 MATMUL_PRECISIONS = ("highest", "high", "medium")
 # What a checkpoint and the run that only uses its weights must agree in, and what even one that goes on may change
 # (the mixin compares the method, and the weights themselves come from the checkpoint).
@@ -88,6 +89,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.lr, self.head_lr, self.schedule, self.warmup_steps = lr, head_lr, schedule, warmup_steps
         self._non_finite = torch.zeros((), dtype=torch.bool)
         self._checked_step = 0
+        self._one_class: dict[str, Tensor] = {}  # by split, at its last scores
+        self._has_hinted = False
 
     # What a subclass says about itself
 
@@ -204,6 +207,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.trained_classes = self._classes_of_the_data()
         self._refuse_unknown_scores()
         self._settle_head()
+        self._has_hinted = False
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, DataModule) and type(self).__module__.startswith("srlora_pl."):
             require_that_a_batch_passes(self, data)  # of a user's own task it is not known what else it does
@@ -214,7 +218,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         if not all(type(each).__module__.startswith(("lightning.", "srlora_pl.")) for each in [self, *callbacks]):
             return  # what a user's own code logs is not known here
-        names = [*self._scores_of("val"), "score"]
+        names = [*(name for name in self._scores_of("val") if name != _ONE_CLASS), "score"]
         known = ["train/loss", "srlora/switches", *(f"{split}/{name}" for split in SPLITS["val"] for name in names)]
         for callback in callbacks:
             score = getattr(callback, "monitor", None)
@@ -254,6 +258,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def on_train_end(self) -> None:
         self._refuse_non_finite_loss()
         super().on_train_end()
+        self._hint_at_one_class("val")
 
     def _refuse_non_finite_loss(self) -> None:
         """Raise if any loss since the last look was NaN or infinite; the only place that waits for the device."""
@@ -307,10 +312,13 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._report("val")
+        if self.trainer.state.fn == "validate":
+            self._hint_at_one_class("val")
         super().on_validation_epoch_end()
 
     def on_test_epoch_end(self) -> None:
         self._report("test")
+        self._hint_at_one_class("test")
 
     def _score(self, split: str, batch: Batch) -> None:
         if "spare" in batch:  # another device scores it
@@ -330,10 +338,23 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
             # A device may have had nothing to score, but all must come along to add up.
             if self.trainer.strategy.reduce_boolean_decision(scores["loss"].update_called, all=False):
                 values = scores.compute()
+                self._one_class[split] = values.pop(_ONE_CLASS)
                 values["score"] = values[self.main_score]
                 # All devices have the same values already, and their largest is the same to the bit.
                 named = {f"{split}/{name}": value for name, value in values.items()}
                 self.log_dict(named, sync_dist=True, reduce_fx="max")
+
+    def _hint_at_one_class(self, stage: str) -> None:
+        """Say once a run that its end is a model which gives every sample the same class."""
+        for split in SPLITS[stage]:
+            place, count = self._one_class.get(split, torch.tensor([-1, 0])).tolist()
+            if place >= 0 and not self._is_rehearsal and not self._has_hinted:
+                self._has_hinted = True
+                names = getattr(self.trainer.datamodule, "class_names", None) or range(place + 1)  # type: ignore[attr-defined]
+                rank_zero_info(
+                    f"All {count} predictions on {split} are class {str(names[place])!r}: the model does not tell the "
+                    "classes apart yet; train longer, or try another model.lr."
+                )
 
     def _scores_of(self, split: str) -> MetricCollection:
         return cast(MetricCollection, self.scores[split])
@@ -391,7 +412,7 @@ def _pretrained_state(make: Callable[[], nn.Module], prepare: Callable[[nn.Modul
 
 def _collect(scores: dict[str, Metric]) -> MetricCollection:
     # Groups would be found by equal values in the first batch, which may be a coincidence.
-    return MetricCollection({"loss": Mean(), **scores}, compute_groups=False)
+    return MetricCollection({"loss": Mean(), **scores, _ONE_CLASS: OneClass()}, compute_groups=False)
 
 
 def require(key: str, value: Any, what: str, holds: bool) -> None:

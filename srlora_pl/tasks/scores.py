@@ -99,6 +99,36 @@ class ConfusionScore(Metric):
         return _exactly(self.formula, self.counts.view(self.num_classes, self.num_classes))
 
 
+class OneClass(Metric):
+    """The class that all predictions are, and how many they are, int64 (2,).
+
+    -1 for the class where predictions differ, or labels do not either. `update` takes ``preds``, logits (B, classes),
+    and ``target``, int64 (B,); numbers and several labels a sample are passed over.
+    """
+
+    full_state_update = False
+    low: Tensor
+    high: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Of predictions and of labels: all there is to know, for any number of classes.
+        self.add_state("low", torch.full((2,), torch.iinfo(torch.int64).max), dist_reduce_fx="min")
+        self.add_state("high", torch.full((2,), -1), dist_reduce_fx="max")
+        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        if preds.ndim == 2 and target.ndim == 1:
+            both = torch.stack([preds.argmax(-1), target])
+            self.low, self.high = torch.minimum(self.low, both.amin(1)), torch.maximum(self.high, both.amax(1))
+            self.count = self.count + both.shape[1]
+
+    def compute(self) -> Tensor:
+        predictions, labels = (self.low == self.high).unbind()
+        return torch.stack([torch.where(predictions & ~labels, self.low[0], -1), self.count])
+
+
 def accuracy(counts: Tensor) -> Tensor:
     """The share of right predictions."""
     return counts.trace() / counts.sum()

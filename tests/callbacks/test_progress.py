@@ -1,15 +1,18 @@
 """What a run says on the console, held against what it did."""
 
+import contextlib
 import csv
 import re
 from pathlib import Path
 
+import lightning as L
 import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
 from srlora_pl.callbacks.progress import Progress, closing_line, duration, matrix_rows, parameter_line
 from srlora_pl.lowrank import LoRA, SRLoRA
+from srlora_pl.resume import ExactResume
 from tests.callbacks.test_monitor import Watched, run  # noqa: F401
 from tests.test_cli import _no_trace  # noqa: F401
 from tests.test_mixin import Toy, loader, srlora, trainer
@@ -58,6 +61,70 @@ def test_the_bar_of_a_method_without_switches(tmp_path):
     assert all("switches" not in each for each in said)
 
 
+class Exact(ExactResume, Toy):
+    pass
+
+
+class Positions(Callback):
+    """What the bars show of batches done, and of how many, in training and in validation."""
+
+    def __init__(self):
+        self.train, self.val, self.strides = [], [], set()
+
+    def on_train_batch_end(self, fitting, *args):
+        shown = fitting.progress_bar_callback.train_progress_bar
+        self.train.append((shown.completed, shown.total))
+        self.strides |= {sample.completed for sample in shown._progress}  # what rich takes the speed from
+
+    def on_validation_batch_end(self, fitting, *args):
+        shown = fitting.progress_bar_callback.val_progress_bar
+        self.val.append((shown.completed, shown.total))
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ({"max_steps": 20}, [(12, 12), (8, 8)]),
+        ({"max_steps": 9}, [(9, 9)]),
+        ({"max_steps": 9, "max_epochs": 3}, [(9, 9)]),
+        ({"max_steps": -1, "max_epochs": 2}, [(12, 12)] * 2),
+        ({"max_steps": 7, "accumulate_grad_batches": 5}, [(12, 12), (12, 12), (5, 5)]),
+        ({"max_steps": 20, "limit_train_batches": 7}, [(7, 7), (7, 7), (6, 6)]),
+    ],
+)
+@pytest.mark.parametrize("stop", [6, 7])  # the validation after the sixth batch is owed, or done
+def test_the_bar_of_a_resumed_epoch_goes_on(options, epochs, stop, tmp_path):
+    def positions(*callbacks, ckpt_path=None):
+        seen = Positions()
+        fitting = trainer(
+            tmp_path,
+            callbacks=[Progress(), seen, *callbacks],
+            enable_progress_bar=True,
+            val_check_interval=6,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            **{"max_epochs": -1, **options},
+        )
+        with contextlib.suppress(InterruptedError):
+            fitting.fit(Exact(LoRA(rank=2)), loader(12), loader(3), ckpt_path=ckpt_path)
+        return seen
+
+    class Interrupt(Callback):
+        def on_train_batch_end(self, fitting, *args):
+            if fitting.fit_loop.epoch_loop.batch_progress.total.processed == stop:
+                fitting.save_checkpoint(tmp_path / "a.ckpt")
+                raise InterruptedError
+
+    L.seed_everything(0)
+    whole, first = positions(), positions(Interrupt())
+    second = positions(ckpt_path=tmp_path / "a.ckpt")
+    assert whole.train == [(batch + 1, total) for batches, total in epochs for batch in range(batches)]
+    assert first.train + second.train == whole.train
+    assert first.val + second.val == whole.val
+    assert second.strides == {1}
+    assert set(whole.val) == {(1, 3), (2, 3), (3, 3)}
+
+
 def test_the_table_counts_every_matrix_and_every_parameter():
     module = Toy(SRLoRA(rank=2, target_rank=16, rank_pattern={"blocks.1.fc1": 4}))
     rows = {row[0]: row[1:] for row in matrix_rows(module.adaptation)}
@@ -89,6 +156,13 @@ def test_the_closing_line_of_a_method_without_switches():
     assert re.fullmatch(
         r"3 steps, 2 min 3 s, [\d,]+ MiB of memory at the peak", closing_line(fitted, module.adaptation, 123)
     )
+
+
+def test_the_closing_line_of_a_resumed_run_tells_all_its_seconds_and_those_of_now():
+    module = Toy(LoRA(rank=2))
+    fitted = trainer(max_steps=3)
+    fitted.fit(module, loader())
+    assert closing_line(fitted, module.adaptation, 123, 83).startswith("3 steps, 2 min 3 s (40.0 s of it now), ")
 
 
 def test_a_run_that_ends_early_says_what_it_missed():

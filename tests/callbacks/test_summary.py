@@ -76,3 +76,4 @@ def test_seconds_add_up_over_the_processes_of_a_run(tmp_path, monkeypatch):
     assert second.seconds == 4.0
     second.on_fit_end(None, model)
     assert second.state_dict() == {"seconds": 10.0}
+    assert (first.earlier, second.earlier) == (0.0, 3.0)

@@ -1,5 +1,6 @@
 """The invariants of a start, of switches and of what one can do with an adapted network."""
 
+import re
 import warnings
 from copy import deepcopy
 
@@ -427,7 +428,7 @@ def test_a_history_goes_on_over_runs_that_count_from_0():
         assert ((fused < 0) | (fused > drawn)).all()
     again = Adaptation(toy_net(), srlora())
     again.load_state_dict(adaptation.state_dict())
-    again.plan(24)
+    again.plan(24, first_step=0)
     assert again.steps_before == 20
 
 
@@ -588,8 +589,51 @@ def test_the_largest_spectrum_and_the_furthest_matrix_decide_how_many_switches_t
 
 
 def test_more_switches_than_steps_is_an_error():
-    with pytest.raises(UserError, match=r"4 switches .*target_rank 12, rank 4.* 3 optimizer steps"):
+    with pytest.raises(UserError, match=r"4 switches .*target_rank 12, rank 4.* 3 optimizer steps.*max_steps by 1"):
         plan(srlora(), 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*no whole number of switches", "ignore:.*have fewer than")
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 7])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 2, "target_rank": 24},
+        {"rank": 4, "target_rank": 20, "fusion_ratio": 0.25},
+        {"rank": 6, "target_rank": 20, "fusion_ratio": 1.0},
+        {"rank": 10, "target_rank": 12, "fusion_ratio": 0.1},
+        {"rank": 2, "target_rank": 24, "rank_pattern": {"fc1": 4}},
+        {"rank": 2, "target_rank": 24, "rank_pattern": {"fc1": 12}},
+        {"rank": 4, "target_rank": 100, "target_modules": ["embed", "fc1"]},
+    ],
+)
+def test_the_target_that_is_named_fits_and_no_larger_one_does(options, steps):
+    """min(out, in) is 16 of most matrices and 5 of embed."""
+
+    def refused(**changes):
+        try:
+            plan(srlora(**{**options, **changes}), steps, dim=16, hidden=20)
+        except UserError as error:
+            return str(error)
+        return None
+
+    said = refused()
+    if said is None:
+        return
+    named = re.search(r"lower method.target_rank to (\d+)", said)
+    if named is None:  # the other ranks are too large already
+        largest = max(options["rank"], *options.get("rank_pattern", {}).values())
+        assert refused(target_rank=largest) is not None
+        return
+    assert refused(target_rank=int(named[1])) is None
+    assert refused(target_rank=int(named[1]) + 1) is not None
+
+
+def test_a_target_that_can_no_longer_be_lowered_is_not_named():
+    net, adaptation, optimizer = begun(srlora(rank=2), 20)
+    train(net, adaptation, optimizer, toy_batches(5))
+    with pytest.raises(UserError, match=r"8 switches .* do not fit into 3 .*, raise trainer.max_steps by 5$"):
+        adaptation.plan(8, 5)
 
 
 def test_a_target_above_every_matrix_is_planned_for_the_largest_and_said_once():

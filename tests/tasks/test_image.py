@@ -1,6 +1,7 @@
 import inspect
 import math
 import pickle
+import re
 from typing import Any
 
 import lightning as L
@@ -363,3 +364,31 @@ def test_a_resume_with_another_learning_rate_is_refused_and_a_test_is_not(classi
     with pytest.raises(UserError, match=r"written with model\.lr 0\.1, but this run has 0\.5"):
         trainer().fit(classifier(lr=0.5), loader, ckpt_path=tmp_path / "a.ckpt")
     trainer().test(classifier(lr=0.5), loader, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+
+
+@pytest.mark.parametrize("collapsed", [True, False])
+def test_one_class_for_every_sample_is_said_once_at_the_end(collapsed, classifier, trainer, loader, caplog):
+    def model():
+        made = classifier()
+        logits = made.logits
+        made.logits = lambda batch: (
+            logits(batch) + 1e4 * F.one_hot(3 + (batch["index"] // 21) * (not collapsed), CLASSES)
+        )
+        return made
+
+    def said():
+        found = re.findall(r"All (\d+) predictions on (\w+) are class '(\w+)'", caplog.text)
+        caplog.clear()
+        return found
+
+    with caplog.at_level("INFO"):
+        fitted, run = model(), trainer(max_steps=4, val_check_interval=1)
+        run.fit(fitted, loader, loader)
+        assert said() == [("22", "val", "3")] * collapsed
+        assert "val/one_class" not in run.callback_metrics
+        run.test(fitted, loader, verbose=False)
+        assert said() == []  # once
+        run.test(model(), loader, verbose=False)
+        assert said() == [("22", "test", "3")] * collapsed
+        run.validate(model(), loader, verbose=False)
+        assert said() == [("22", "val", "3")] * collapsed

@@ -8,7 +8,7 @@ from sklearn import metrics as sk
 from torch import Tensor
 
 from srlora_pl.errors import UserError
-from srlora_pl.tasks.scores import Mean, metrics
+from srlora_pl.tasks.scores import Mean, OneClass, metrics
 
 
 def computed(problem: str, names: list[str], classes: int, preds: Tensor, target: Tensor) -> dict[str, float]:
@@ -154,3 +154,26 @@ def test_a_mean_does_not_depend_on_how_the_batches_are_cut():
     assert means == pytest.approx([float(values.double().mean())] * 3, rel=1e-14)
     metric.update(torch.tensor([torch.nan]))
     assert metric.compute().isnan()
+
+
+@pytest.mark.parametrize(
+    ("said", "truth", "expected"),
+    [
+        ([2, 2, 2, 2, 2], [0, 1, 2, 2, 1], [2, 5]),
+        ([0, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 5]),
+        ([2, 2, 2, 2, 1], [0, 1, 2, 2, 1], [-1, 5]),
+        ([2, 2, 2, 2, 2], [2, 2, 2, 2, 2], [-1, 5]),  # no wonder
+    ],
+)
+def test_the_one_class_that_all_predictions_are(said, truth, expected):
+    metric = OneClass()
+    for preds, target in zip(one_hot(said, 3).split(2), torch.tensor(truth).split(2), strict=True):
+        metric.update(preds, target)
+    assert metric.compute().tolist() == expected
+
+
+def test_numbers_and_several_labels_are_no_one_class():
+    metric = OneClass()
+    metric.update(torch.ones(4), torch.arange(4.0))
+    metric.update(torch.ones(4, 3), torch.eye(4)[:, :3])
+    assert metric.compute().tolist() == [-1, 0]
