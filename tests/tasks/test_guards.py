@@ -55,7 +55,7 @@ def restless_run(trainer, monkeypatch, tried):
     model, states = classifier(), States()
     model.net.norm_pre = Restless()
     model.net.blocks[0].eval()  # a user may have reason to
-    trainer(callbacks=[states], num_sanity_val_steps=0).fit(model, datamodule=digits())
+    trainer(callbacks=[states], limit_val_batches=0).fit(model, datamodule=digits())
     assert model.net.norm_pre.modes[0] == ((False, False) if tried else (True, True))
     return states.seen, model.state_dict()
 
