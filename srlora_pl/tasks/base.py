@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
 
-from srlora_pl.checkpoints import class_names, keep_to_own_folders
+from srlora_pl.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
+from srlora_pl.config import plain
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Method
 from srlora_pl.lowrank.importance import all_finite
@@ -72,6 +73,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.lr, self.head_lr, self.schedule, self.warmup_steps = lr, head_lr, schedule, warmup_steps
         self._non_finite = torch.zeros((), dtype=torch.bool)
         self._checked_step = 0
+        self._began_with: dict[str, dict[str, Any]] = {}  # settings of the callbacks
 
     # What a subclass says about itself
 
@@ -99,7 +101,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         require("matmul_precision", precision, "highest, high or medium", precision in MATMUL_PRECISIONS)
         self.whole_checkpoints = arguments["checkpoints"] == "full"
         method = as_method(method)
-        self.save_hyperparameters({**arguments, "method": method.spec()})
+        self.save_hyperparameters(plain({**arguments, "method": method.spec()}))
         self.adapter = PeftFolder.read(arguments["adapter"]) if arguments.get("adapter") else None
         prepare = partial(_with_adapter, self.adapter, method, heads)
         self.net = prepare(net)
@@ -144,6 +146,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def setup(self, stage: str) -> None:
         self._precision_before = MatmulPrecision.now()
         torch.set_float32_matmul_precision(self.hparams["matmul_precision"])
+        if stage == "fit":
+            self._began_with = settings_of(self.trainer.callbacks)  # type: ignore[attr-defined]
         super().setup(stage)
 
     def teardown(self, stage: str) -> None:
@@ -265,6 +269,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self._score(SPLITS["test"][dataloader_idx], batch)
 
     def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
         self._reset("val")
 
     def on_test_epoch_start(self) -> None:
@@ -308,6 +313,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._refuse_non_finite_loss()
         self._refuse_non_finite_weights()
+        checkpoint["callback_settings"] = self._began_with
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -315,6 +321,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         # To go on, all must agree: the optimizer's state would bring the old values back without a word.
         resumes = self._trainer is not None and self.trainer.state.fn == "fit"
         if resumes:
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            keep_settings(checkpoint, callbacks, checkpoint.get("callback_settings", {}))
             keep_to_own_folders(checkpoint, self.trainer.checkpoint_callbacks)  # type: ignore[attr-defined]
         for key in sorted(set(saved) - FREE) if resumes else IDENTITY:
             if key in saved and _identity(saved[key]) != _identity(self.hparams.get(key)):
