@@ -1,6 +1,7 @@
 """Checkpoint files: written whole or not at all, and found again."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
 from srlora_pl.errors import UserError, causes, did_you_mean
 from srlora_pl.files import replacing
@@ -34,7 +35,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             cause = next((each for each in causes(error) if isinstance(each, OSError)), None)
             if cause is None:
                 raise
-            last = newest(path.parent.glob("*.ckpt"))
+            last = newest(filter(resumes, path.parent.glob("*.ckpt")))
             where = f"the last whole checkpoint is {last[0]} of step {last[1]}" if last else "there is no earlier one"
             raise UserError(
                 f"The checkpoint {path} of step {checkpoint.get('global_step')} could not be written "
@@ -68,6 +69,45 @@ def class_names(checkpoint: dict[str, Any]) -> list[str] | None:
     return next((list(state["class_names"]) for state in states if "class_names" in state), None)
 
 
+def resumes(file: Path) -> bool:
+    """Whether a run can go on from ``file``, if it can be read: not from weights alone."""
+    try:
+        return "optimizer_states" in read(file)
+    except UserError:
+        return True  # for others to say
+
+
+def settings_of(callbacks: Iterable[Callback]) -> dict[str, dict[str, Any]]:
+    """What the constructors of ``callbacks`` were given, by their keys in a checkpoint; only what one can hold."""
+    found = {}
+    for callback in callbacks:
+        arguments = signature(type(callback).__init__).parameters
+        values = {name.removeprefix("_"): value for name, value in vars(callback).items()}
+        plain = {name: value for name, value in values.items() if type(value) in (str, int, float, bool, type(None))}
+        found[callback.state_key] = {name: plain[name] for name in plain if name in arguments}
+    return found
+
+
+def keep_settings(checkpoint: dict[str, Any], callbacks: Sequence[Callback], began: dict[str, dict[str, Any]]) -> None:
+    """Of the state of each of ``callbacks`` keep what it has counted, but not its settings, which are this run's.
+
+    A setting is what its constructor was given and what has not changed since: ``began`` is `settings_of` the run that
+    wrote the file. When a ModelCheckpoint saves is one too, so that its state is also found under the key of another
+    schedule; what was counted of another score, or the other way, is not.
+    """
+    states, now = checkpoint.get("callbacks", {}), settings_of(callbacks)
+    for callback in callbacks:
+        key = old = callback.state_key
+        if isinstance(callback, ModelCheckpoint) and key not in states:
+            score = key.partition("'every_n_train_steps'")[0]
+            other = [each for each in states if each not in now and each.startswith(f"{score}'every_n_train_steps'")]
+            old = other[0] if len(other) == 1 else key
+        if isinstance(state := states.pop(old, None), dict):
+            before = began.get(old, {})
+            given = {name: value for name, value in now[key].items() if name in state and name != "dirpath"}
+            states[key] = {**state, **{name: given[name] for name in given if before.get(name) == state[name]}}
+
+
 def keep_to_own_folders(checkpoint: dict[str, Any], callbacks: Iterable[Checkpoint]) -> None:
     """Of the files that each ModelCheckpoint of ``callbacks`` remembers keep those in its folder, wherever it is now.
 
@@ -80,26 +120,47 @@ def keep_to_own_folders(checkpoint: dict[str, Any], callbacks: Iterable[Checkpoi
         if folder is None or not (state and "best_model_path" in state):
             continue
         models = [*state["best_k_models"], *(state[key] for key in _REMEMBERED)]
-        own = {path: str(file) for path in models if (file := Path(folder, Path(path).name)).is_file()}
+        before = state.get("dirpath") or ""
+        own = {path: str(file) for path in models if (file := Path(folder, _below(path, before))).is_file()}
         if state["best_model_path"] not in own:
             del states[callback.state_key]
             continue
         best = {own[path]: score for path, score in state["best_k_models"].items() if path in own}
         paths = {key: own.get(state[key], "") for key in _REMEMBERED}
+        few: Any = callback
+        if 0 < few.save_top_k < len(best):
+            ranked = sorted(best, key=lambda path: float(best[path]), reverse=few.mode == "max")
+            best = {path: best[path] for path in ranked[: few.save_top_k]}
+            paths["kth_best_model_path"] = ranked[few.save_top_k - 1]
         states[callback.state_key] = {**state, **paths, "best_k_models": best, "dirpath": str(folder)}
 
 
 _REMEMBERED = ("best_model_path", "kth_best_model_path", "last_model_path")
 
 
+def _below(path: str, folder: str) -> Path:
+    """The part of ``path`` below ``folder``, of several folders where a score's name holds a slash."""
+    name = Path(path)
+    if folder and name.is_relative_to(folder) and ".." not in name.parts:
+        return name.relative_to(folder)
+    return Path(name.name)
+
+
 def files_of(folder: Path) -> list[Path]:
-    """The checkpoints in a run's ``folder``, those that were written for SLURM too."""
-    return [*folder.glob("checkpoints/*.ckpt"), *folder.glob("hpc_ckpt_*.ckpt")]
+    """The checkpoints in a run's ``folder``, at any depth, those that were written for SLURM too."""
+    return [file for file in folder.rglob("*.ckpt") if not file.name.startswith(".")]
 
 
 def run_folders(checkpoint: Path) -> list[Path]:
     """The folders around ``checkpoint`` that hold a run's ``config.yaml``, the nearest first."""
-    return [folder for folder in checkpoint.resolve().parents[:2] if (folder / "config.yaml").is_file()]
+    file = checkpoint.resolve()
+    return [
+        folder
+        for depth, folder in enumerate(file.parents)
+        if (folder / "config.yaml").is_file()
+        # a config.yaml further up may be anyone's
+        and (depth < 2 or folder.name.startswith("version_") or file.relative_to(folder).parts[0] == "checkpoints")
+    ]
 
 
 def newest(files: Iterable[Path], pass_over: Callable[[Path], None] = lambda file: None) -> tuple[Path, int] | None:

@@ -21,13 +21,48 @@ _TASK_FIRST = (
 )
 
 
+class Text(str):
+    """Text that stood in quotes.
+
+    Where any value may stand, as in ``backbone_kwargs``, the parser reads text as YAML once more, but not this.
+    """
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-4`` as text; everybody who writes it means the number."""
+    """YAML 1.1 reads ``1e-4`` as text; everybody who writes it means the number. No setting is a date."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
-)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if tag != "tag:yaml.org,2002:timestamp"]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that `_Loader` would take for something else."""
+
+
+_EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+")
+for each in (_Loader, _Dumper):
+    each.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))  # type: ignore[attr-defined]
+
+
+def _read_text(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> str:
+    return Text(node.value) if node.style else node.value
+
+
+def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # In other quotes YAML folds what it holds for a line break, and cannot hold what is no UTF-8.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _read_text)
+_Dumper.add_representer(str, _write_text)
+# What an argument's default may be besides: an enumeration's text, a number of a type derived from one.
+_Dumper.add_multi_representer(str, lambda dumper, text: _write_text(dumper, str.__str__(text)))
+_Dumper.add_multi_representer(int, lambda dumper, number: dumper.represent_int(int(number)))
+_Dumper.add_multi_representer(float, lambda dumper, number: dumper.represent_float(float(number)))
 
 
 def read(path: str) -> Node:
@@ -56,13 +91,27 @@ def read(path: str) -> Node:
 
 def load(text: str) -> Any:
     """What the YAML ``text`` says; an empty one says {}."""
-    content = yaml.load(text, _Loader)
+    content = value(text)
     return {} if content is None else content
+
+
+def value(text: str) -> Any:
+    """What the YAML ``text`` says, as in every file and on the command line."""
+    return yaml.load(text, _Loader)
+
+
+def plain(node: Any) -> Any:
+    """``node`` with each `Text` in its lists and mappings as a common string."""
+    if isinstance(node, dict):
+        return {plain(key): plain(each) for key, each in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(map(plain, node))
+    return str(node) if isinstance(node, Text) else node
 
 
 def write(settings: Node) -> str:
     """The YAML text of ``settings``."""
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def combine(contents: Sequence[Node]) -> tuple[Node, Node | None]:
@@ -114,9 +163,37 @@ def changes(before: Node, after: Node) -> list[str]:
         old, new = before[key], after[key]
         if isinstance(old, dict) and isinstance(new, dict):
             found += [change if key == "init_args" else f"{key}.{change}" for change in changes(old, new)]
+        elif key in _JOINED and isinstance(old or [], list) and isinstance(new or [], list):
+            found += _changed_objects(key, old or [], new or [])
         else:
             found.append(f"{key} {_short(new)} (was {_short(old)})")
     return found
+
+
+def _changed_objects(key: str, old: list[Any], new: list[Any]) -> list[str]:
+    before, after = ({_class_name(each): _as_object(each) for each in every} for every in (old, new))
+    if len(before) < len(old) or len(after) < len(new):  # several of one class
+        return [f"{key} {_short(new)} (was {_short(old)})"] if old != new else []
+    both = [name for name in after if name in before]
+    found = [f"{key} {name}.{change}" for name in both for change in changes(before[name], after[name])]
+    found += [f"{key} with {name}" for name in after if name not in before]
+    return found + [f"{key} without {name}" for name in before if name not in after]
+
+
+def without_unwritable(node: Any, key: str = "") -> tuple[Any, list[str]]:
+    """``node`` as the parser gives it to be written, without what it has no text for, and the dotted keys of that."""
+    left_out: list[str] = []
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    kept = {}
+    for name, value in pairs:
+        place = f"{key} {_class_name(value)}" if isinstance(node, list) else f"{key}.{name}".lstrip(".")
+        place = key if name == "init_args" else place
+        if isinstance(value, str) and value.startswith("Unable to serialize instance"):
+            left_out.append(place)
+        else:
+            kept[name], below = without_unwritable(value, place)
+            left_out += below
+    return (kept if isinstance(node, dict) else [*kept.values()] if isinstance(node, list) else node), left_out
 
 
 def _names_model(content: Node) -> bool:
@@ -138,13 +215,53 @@ def _without_method(content: Node) -> Node:
     return {**content, "model": {**content["model"], "init_args": arguments}}
 
 
-def _merge(old: Any, new: Any) -> Any:
+def _merge(old: Any, new: Any, key: str = "") -> Any:
     """``new`` over ``old``, mappings key by key; arguments of one class are not handed to another."""
+    if key in _JOINED and old and new:
+        # One logger takes the place of another; one callback or plugin is a list of one.
+        several = [each if isinstance(each, list) or key == "logger" else [each] for each in (old, new)]
+        if all(isinstance(each, list) for each in several):
+            return _join(*several)
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
     if new.get("class_path", old.get("class_path")) != old.get("class_path"):
         return new
-    return {**old, **{key: _merge(old.get(key), value) for key, value in new.items()}}
+    return {**old, **{key: _merge(old.get(key), value, key) for key, value in new.items()}}
+
+
+# Settings that hold several objects, of which those of every file count; other lists are one value.
+_JOINED = ("callbacks", "logger", "plugins")
+# What tells two callbacks of one class apart, as Lightning does.
+_APART = ("monitor", "every_n_train_steps", "every_n_epochs", "train_time_interval")
+
+
+def _join(old: list[Any], new: list[Any]) -> list[Any]:
+    """The objects of both; one that both have is that of ``old`` with the arguments of ``new`` laid over its own."""
+    joined, added = list(old), []
+    for each in new:
+        place = next((i for i, other in enumerate(old) if _is_same_object(other, each)), None)
+        if place is None:
+            added.append(each)
+        else:
+            one = _as_object(joined[place])
+            joined[place] = _merge(one, {**_as_object(each), "class_path": one["class_path"]})
+    return joined + added
+
+
+def _is_same_object(one: Any, other: Any) -> bool:
+    paths = [str(_as_object(each).get("class_path")) for each in (one, other)]
+    if paths[0] != paths[1] and (all("." in path for path in paths) or _class_name(one) != _class_name(other)):
+        return False
+    arguments = [_as_object(each).get("init_args") or {} for each in (one, other)]
+    return all(arguments[0].get(name) == arguments[1].get(name) for name in _APART)
+
+
+def _as_object(node: Any) -> Node:
+    return node if isinstance(node, dict) else {"class_path": node}
+
+
+def _class_name(node: Any) -> str:
+    return str(_as_object(node).get("class_path")).rpartition(".")[2]
 
 
 # -- errors of the parser
@@ -197,6 +314,15 @@ def explain(message: str, known: Sequence[str], files: Sequence[str], options: S
             return f"{where(f'{key}.{extra}')} stands beside class_path, it belongs below init_args"
         return f"{where(key)} must name a {found[1]} as class_path, with its arguments below init_args"
     return _wrong_type(message, where(key)) or " ".join(message.split())
+
+
+def missing_package(message: str) -> str:
+    """Who needs which package, where ``message`` is Lightning's of one that is missing; else nothing."""
+    if not (found := re.search(r"(?:not met|installed)\.[^`]*`pip install (?:-U )?'?([A-Za-z][\w.-]*)", message)):
+        return ""
+    owners = re.findall(r"Problem with given class_path '([^']+)'|To use the `(\w+)`", message[: found.start()])
+    owner = "".join(owners[-1]) if owners else "a setting of the trainer"
+    return f"{owner} needs the package {found[1]}, which is not installed: pip install {found[1]}, or choose another"
 
 
 def _place(key: str, files: Sequence[str], options: Sequence[str]) -> str:

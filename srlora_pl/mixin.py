@@ -27,6 +27,8 @@ else:
 _PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
 _STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 _CHECKPOINT_KEY = "srlora"
+_CURRENT = "current_model_state"  # where Lightning's WeightAveraging puts the weights that it averages
+_WEIGHTS = ("state_dict", _CURRENT)
 
 
 class SRLoRAMixin(_Module):
@@ -43,6 +45,7 @@ class SRLoRAMixin(_Module):
 
     adaptation: Adaptation
     whole_checkpoints = False
+    _averages_are_in = False  # WeightAveraging has changed averages and trained weights about, for a validation
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -127,6 +130,8 @@ class SRLoRAMixin(_Module):
                 f"Singular directions of {len(spectra)} matrices: {size:.1f} MiB, ready after "
                 f"{time.perf_counter() - begin:.1f} s."
             )
+        for callback in self._averaging():  # which were set up before the start changed the weights
+            callback.setup(self.trainer, self, stage)
 
     def _require_adapted(self) -> None:
         if "adaptation" not in vars(self):
@@ -260,9 +265,24 @@ class SRLoRAMixin(_Module):
         self.adaptation.require_unmerged(before="saving a checkpoint")
         left_out = {id(p) for p in self.adaptation.untouched(self._trained())} if not self.whole_checkpoints else set()
         checkpoint[_CHECKPOINT_KEY] = self.adaptation.state_dict(compact=bool(left_out))
-        for name, value in self.state_dict(keep_vars=True).items():
-            if id(value) in left_out:
-                checkpoint["state_dict"].pop(name, None)
+        self._save_averages(checkpoint)
+        names = [name for name, value in self.state_dict(keep_vars=True).items() if id(value) in left_out]
+        for weights in (checkpoint[key] for key in _WEIGHTS if key in checkpoint):
+            for name in names:
+                weights.pop(name, None)
+
+    def _save_averages(self, checkpoint: dict[str, Any]) -> None:
+        """See to it that the weights in a file are the averages that validation scores, whenever it is written."""
+        for callback in self._averaging():
+            if "callbacks" not in checkpoint:  # weights alone, of which Lightning asks no callback
+                callback.on_save_checkpoint(self.trainer, self, checkpoint)
+                del checkpoint[_CURRENT], checkpoint["averaging_state"]
+            elif self._averages_are_in and _CURRENT in checkpoint:
+                checkpoint["state_dict"], checkpoint[_CURRENT] = checkpoint[_CURRENT], checkpoint["state_dict"]
+
+    def _averaging(self) -> list[WeightAveraging]:
+        callbacks: list[Any] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        return [each for each in callbacks if isinstance(each, WeightAveraging)]
 
     def _trained(self) -> list[Tensor]:
         optimizers: Sequence[Optimizer] = [] if self._trainer is None else self.trainer.optimizers
@@ -278,7 +298,20 @@ class SRLoRAMixin(_Module):
         self.adaptation.reached(checkpoint.get("global_step", 0))  # files are written before the end of their step
         if checkpoint[_CHECKPOINT_KEY]["compact"]:
             # What the file leaves out is in place by now; this keeps the strict load that follows.
-            checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+            for key in (key for key in _WEIGHTS if key in checkpoint):
+                checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
+        self._load_averages(checkpoint)
+
+    def _load_averages(self, checkpoint: dict[str, Any]) -> None:
+        """Take the trained weights to go on, the averages for everything else."""
+        if self._trainer is None:
+            return
+        if self.trainer.state.fn != "fit":  # the callback of a fit that is over has averages, and weights, of its own
+            checkpoint[_CURRENT] = checkpoint["state_dict"]
+            for callback in self._averaging() if "callbacks" not in checkpoint else ():  # Lightning will not ask it
+                callback.on_load_checkpoint(self.trainer, self, checkpoint)
+        elif _CURRENT in checkpoint and not self._averaging():
+            checkpoint["state_dict"] = checkpoint[_CURRENT]
 
 
 def refuse_copies(strategy: Strategy) -> None:

@@ -116,8 +116,13 @@ class ExactResume(_Module):
             callback._check_on_train_epoch_end = False
         self._not_asked = []
 
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self._averages_are_in = True
+
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
+        self._averages_are_in = False
         self._has_scores = not self.trainer.sanity_checking
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -162,8 +167,12 @@ class ExactResume(_Module):
         if self._half_done and self.trainer.world_size > 1:
             self._half_done = {name: each[self.global_rank] for name, each in self._half_done.items()}
         trainer: Any = self.trainer
-        # Without the callback a run that it has stopped goes on.
-        stops = state["should_stop"] and any(isinstance(each, EarlyStopping) for each in trainer.callbacks)
+        # Without the callback, or with more patience, a run that it has stopped goes on.
+        counted = checkpoint.get("callbacks", {})
+        stopping = [each for each in trainer.callbacks if isinstance(each, EarlyStopping) and each.state_key in counted]
+        stops = state["should_stop"] and any(
+            _still_stops(each, counted[each.state_key], state["scores"].get(each.monitor)) for each in stopping
+        )
         self._to_take_up = {**{k: state[k] for k in ("owes_validation", "scores")}, "should_stop": stops}
         if state["batches_per_epoch"] == float("inf"):
             return
@@ -214,6 +223,16 @@ def _is_over(trainer: Any) -> bool:
         or epochs >= fit_loop.max_epochs != -1
         or (trainer.should_stop and epochs >= (fit_loop.min_epochs or 0) and step >= (fit_loop.min_steps or 0))
     )
+
+
+def _still_stops(callback: EarlyStopping, counted: dict[str, Any], score: Tensor | None) -> bool:
+    """Whether ``callback``, as it is set in this run, stops one that has ``counted`` so far and has this last score."""
+    if counted["wait_count"] >= callback.patience or score is None:
+        return counted["wait_count"] >= callback.patience
+    good, bad = callback.stopping_threshold, callback.divergence_threshold
+    reached = good is not None and bool(callback.monitor_op(score, good))
+    diverged = bad is not None and bool(callback.monitor_op(-score, -bad))
+    return reached or diverged or (callback.check_finite and not bool(torch.isfinite(score)))
 
 
 def _processed(trainer: Any) -> int:

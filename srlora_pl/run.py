@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from srlora_pl import checkpoints, config, system
+from srlora_pl import checkpoints, config, finders, system
 from srlora_pl.callbacks import (
     ContinuedCSVLogger,
     ContinuedCurves,
@@ -37,12 +37,14 @@ from srlora_pl.callbacks import (
     Progress,
     Summary,
 )
+from srlora_pl.callbacks.defaults import KeepSettings, Last, best, chooses_best, keeps_last, refuse_unfit
 from srlora_pl.callbacks.progress import closing_line
 from srlora_pl.data.base import DataModule
 from srlora_pl.data.glue import GLUEData
-from srlora_pl.errors import Interrupted, UserError
-from srlora_pl.files import alone_in, relative, replacing
+from srlora_pl.errors import Interrupted, UserError, causes
+from srlora_pl.files import alone_in, relative
 from srlora_pl.mixin import refuse_copies
+from srlora_pl.settings import as_options, forget_quotes, share_yaml, split_revision, writable
 from srlora_pl.tasks.base import SPLITS, Task
 
 ROOT = "runs"
@@ -66,6 +68,8 @@ NOISE = (
     ".*treespec, LeafSpec.* is deprecated",
     ".*Total length of `list` across ranks is zero",  # no validation split
     ".*could not find the monitored key",  # the same; the closing words say so
+    ".*Unable to serialize instance",  # said below
+    ".*using the WeightAveraging callback, but loading a checkpoint outside",  # for its averages, as one expects
 )
 
 
@@ -84,10 +88,12 @@ class Run(LightningCLI):
 
     def __init__(self, command: str, files: Sequence[str], contents: Sequence[config.Node], options: list[str]) -> None:
         self.command, self.files, self.options = command, files, options
-        self.given, self.overlay = config.combine(contents)
+        commit, options = split_revision(options)
+        self.given, self.overlay = config.combine([*contents, *commit])
         self.folder: Path | None = None
         self.is_new = False
         _quieten()
+        share_yaml()
         super().__init__(
             Task,
             DataModule,
@@ -98,7 +104,7 @@ class Run(LightningCLI):
             save_config_callback=None,
             auto_configure_optimizers=False,
             parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": f"python cli.py {command}"},
-            args=[*_as_options(self.given, self.overlay), *options],
+            args=[*as_options(self.given, self.overlay), *options],
             # Without subcommands of its own LightningCLI leaves the checkpoint's hyperparameters alone; with
             # them they would overrule the command line.
             run=False,
@@ -109,7 +115,7 @@ class Run(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         parser.add_argument("--ckpt_path", type=str | None, help="The checkpoint to go on from, or to use.")
-        parser.add_argument("--name", type=str | None, help="Of the run; by default that of the config file.")
+        parser.add_argument("--name", type=str, help="Of the run; by default that of the config file.")
         if self.command == "predict":
             parser.add_argument("--output", type=str | None, help="The CSV, or GLUE's folder; by default the run's.")
 
@@ -119,6 +125,7 @@ class Run(LightningCLI):
         except argparse.ArgumentError as error:
             known = [*(action.dest for action in parser._actions), *config.keys(self.given)]
             raise UserError(config.explain(str(error), known, self.files, self.options)) from error
+        forget_quotes(self.config)
         self._refuse_num_classes()
         # Neither belongs to the settings that a run keeps: a second use of its config.yaml starts anew.
         self.ckpt_path = self.config.pop("ckpt_path")
@@ -132,7 +139,13 @@ class Run(LightningCLI):
         self._say_what_was_dropped()
         self._choose_checkpoint()
         if self.ckpt_path:
-            self._take_classes_of(checkpoints.read(Path(self.ckpt_path)))
+            content = checkpoints.read(Path(self.ckpt_path))
+            if self.command == "fit" and "optimizer_states" not in content:
+                raise UserError(
+                    f"--ckpt_path {self.ckpt_path} holds weights alone (save_weights_only), so that no run can go on "
+                    "from it: give another file, such as last.ckpt"
+                )
+            self._take_classes_of(content)
         elif self.command == "predict":
             raise UserError("predict needs --ckpt_path, the checkpoint of a finished run")
         elif self.command != "fit":
@@ -176,7 +189,8 @@ class Run(LightningCLI):
             return
         asked = "the requeued job" if self.folder else "--ckpt_path last"
         folders = [self.folder] if self.folder else self._run_folders()
-        each = (checkpoints.newest(checkpoints.files_of(folder), _pass_over) for folder in folders)
+        goes_on = checkpoints.resumes if self.command == "fit" else None
+        each = (checkpoints.newest(filter(goes_on, checkpoints.files_of(folder)), _pass_over) for folder in folders)
         found = next(filter(None, each), None)
         if found:
             self.ckpt_path = str(found[0])
@@ -210,6 +224,8 @@ class Run(LightningCLI):
             self._take_name_of(folder)
             self._say_what_changed_since(folder)
         folder = folder or _new_version(self.root)
+        if is_new and self.ckpt_path:
+            _note(f"{relative(self.ckpt_path)} lies in no run's folder, the run in {relative(folder)} goes on from it")
         if "SLURM_JOB_ID" in os.environ:
             self._write(folder / _JOB, self._job)
         return folder, is_new
@@ -225,7 +241,7 @@ class Run(LightningCLI):
     @property
     def _settings_text(self) -> str:
         """What a run's ``config.yaml`` says."""
-        return self.parser.dump(self.config, skip_none=False)
+        return config.write(writable(self.parser, self.config)[0])
 
     def _say_what_changed_since(self, folder: Path) -> None:
         """A run may go on with more epochs or in another precision, but not unnoticed."""
@@ -239,10 +255,54 @@ class Run(LightningCLI):
         path.write_text(text)
 
     def before_instantiate_classes(self) -> None:
+        if left_out := writable(self.parser, self.config)[1]:
+            _note(f"config.yaml has no way to say {', '.join(left_out)}, and leaves it out")
         # A task takes only a class that is imported: what a checkpoint names must not run, what a config names may.
         module = str(self.config.model.init_args.get("optimizer")).rpartition(".")[0]
         with contextlib.suppress(ImportError, ValueError):
             import_module(module)
+
+    # -- the objects
+
+    def instantiate_classes(self) -> None:
+        try:
+            self._use_finders()
+            super().instantiate_classes()
+        except Exception as error:
+            said = any(isinstance(each, UserError) for each in causes(error))
+            if not said and (missing := config.missing_package(str(error))):
+                raise UserError(missing) from error
+            raise
+
+    def _use_finders(self) -> None:
+        """Let the user's finders search, or take what they found when the run began; they have no part in it then."""
+        if self.command != "fit":
+            return
+        given, self.config.trainer.callbacks = finders.split(self.config.trainer.callbacks)
+        for finder in map(finders.Finder, given):
+            if finder.key not in self.config[finder.part].init_args:
+                raise UserError(f"{finder.name} is to find {finder.part}.{finder.key}, which is no setting: name one")
+            if self.config.trainer.fast_dev_run:
+                found = None
+            elif self.ckpt_path:
+                found = finder.found_before(checkpoints.read(Path(self.ckpt_path)))
+            else:
+                found = self._search(finder)
+            settings = self.config[finder.part].init_args
+            settings[finder.key] = found or settings[finder.key]
+            _note(f"{finder.name}: the run has {finder.part}.{finder.key} {settings[finder.key]}")
+
+    def _search(self, finder: finders.Finder) -> Any:
+        before = self.config.clone()
+        self.config.trainer.callbacks, self.config.trainer.logger = None, False
+        self.config_init = self.parser.instantiate_classes(self.config)
+        make_trainer = super().instantiate_trainer
+        found = finder.search(make_trainer, self.config_init.model, self.config_init.data)
+        # The run itself begins as if the value had been given: from the seed, and with new objects.
+        self.config = before
+        del self.config_dump
+        self._set_seed()
+        return found
 
     # -- the trainer
 
@@ -250,13 +310,15 @@ class Run(LightningCLI):
         settings = self.config_init.trainer
         callbacks = _as_list(settings.callbacks)
         loggers: Any = settings.logger
+        if self.command == "fit":
+            refuse_unfit(callbacks)
         if self.command == "fit" and not settings.fast_dev_run:
             self.folder, self.is_new = self._choose_folder()
             # Beside its name this tells Lightning where SLURM's checkpoints are.
             kwargs |= {"default_root_dir": self.folder, "plugins": _plugins(settings)}
         if loggers in (None, True):
             loggers = _loggers(self.folder) if self.folder else False
-        callbacks = self._default_callbacks(settings, callbacks, bool(loggers)) + callbacks
+        callbacks = self._with_defaults(settings, callbacks, bool(loggers))
         if _has(callbacks, MatrixTable):
             kwargs["enable_model_summary"] = False  # it says the same, layer by layer
         try:
@@ -271,19 +333,17 @@ class Run(LightningCLI):
             _note("16-mixed needs a GPU, on this CPU the run uses bf16-mixed")
         return trainer
 
-    def _default_callbacks(self, settings: Any, users: Sequence[Callback], logs: bool) -> list[Callback]:
-        """What the user's own callbacks do not already do; interrupts come before anything of the next step."""
+    def _with_defaults(self, settings: Any, users: Sequence[Callback], logs: bool) -> list[Callback]:
+        """The user's callbacks, and what they do not already do; interrupts come before anything of the next step."""
         saves = self.folder if settings.enable_checkpointing is not False else None
         self.interrupts = Interrupts(saves, Path(self.ckpt_path) if self.ckpt_path else None)
         callbacks: list[Callback] = [self.interrupts]
         if self.folder:
             self.summary = Summary(self.folder)
-            keeps = _KeepSettings(self.folder / "config.yaml", self._settings_text)
+            keeps = KeepSettings(self.folder / "config.yaml", self._settings_text)
             callbacks += [ContinuedCurves(), keeps, self.summary]
-        if saves and not _chooses_best(users):
-            callbacks.append(_best(saves))
-        if saves and not any(getattr(each, "save_last", None) for each in users):
-            callbacks.append(_Last(saves))
+        if saves and not chooses_best(users):
+            callbacks.append(best(saves))
         if self.folder and logs and not _has(users, LearningRateMonitor):
             callbacks.append(LearningRateMonitor("step"))
         if self.folder and logs and not _has(users, Monitor):
@@ -295,6 +355,10 @@ class Run(LightningCLI):
         if self.command == "predict":
             self.writer = self._prediction_writer()
             callbacks.append(self.writer)
+        callbacks += users
+        if saves and not keeps_last(users):  # after the others, so that it knows what they have saved
+            place = max((i for i, each in enumerate(callbacks, 1) if isinstance(each, ModelCheckpoint)), default=0)
+            callbacks.insert(place, Last(saves))
         return callbacks
 
     def _prediction_writer(self) -> PredictionWriter:
@@ -431,14 +495,6 @@ def _has_refused(child: subprocess.Popen) -> bool:
     return False
 
 
-def _as_options(settings: config.Node, overlay: config.Node | None) -> list[str]:
-    """The files' settings as two ``--config`` options: of the first method the second keeps what it also takes."""
-    nodes = [settings] if settings else []
-    if overlay:
-        nodes.append({"model": {"init_args": {"method": overlay}}})
-    return [option for node in nodes for option in ("--config", config.write(node))]
-
-
 def _require_writable(folder: Path) -> None:
     """Refuse a place for predictions before an hour of predicting, without making it yet."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -489,50 +545,6 @@ def _plugins(settings: Any) -> list[Any]:
     plugins = _as_list(settings.plugins)
     theirs = [*plugins, getattr(settings.strategy, "_checkpoint_io", None)]
     return plugins if _has(theirs, CheckpointIO) else [*plugins, checkpoints.AtomicCheckpointIO()]
-
-
-def _best(folder: Path) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        folder / "checkpoints",
-        filename="best-step{step}",
-        auto_insert_metric_name=False,
-        monitor="val/loss",
-        mode="min",
-        enable_version_counter=False,  # what a resumed run writes once more takes the old one's place
-    )
-
-
-class _Last(ModelCheckpoint):
-    """last.ckpt, renewed at every validation and with the last step of an epoch and of the run.
-
-    Lightning's own (``save_last``) is renewed only together with a new best one, which may be days ago.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder / "checkpoints", filename="last", enable_version_counter=False)
-
-    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
-        super().on_train_batch_end(trainer, *rest)
-        if trainer.fit_loop.epoch_loop._is_training_done and not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-            self._last_global_step_saved = 0  # the validation that may follow renews it
-
-
-class _KeepSettings(Callback):
-    """Writes a run's ``config.yaml``, once nothing can refuse the settings any more."""
-
-    def __init__(self, path: Path, text: str) -> None:
-        self.path, self.text = path, text
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            with replacing(self.path) as file:
-                file.write(self.text.encode())
-
-
-def _chooses_best(callbacks: Sequence[Callback]) -> bool:
-    """Whether the user brings a ModelCheckpoint that chooses by a score, which then takes the place of ours."""
-    return any(isinstance(callback, ModelCheckpoint) and callback.monitor for callback in callbacks)
 
 
 def _has(objects: Sequence[Any], kind: type) -> bool:

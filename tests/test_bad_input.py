@@ -116,8 +116,8 @@ TRAINER: dict[str, Case] = {
     "no batch at all": ([*FIT, "--trainer.limit_train_batches=0"], ["trainer.limit_train_batches 0", "no batch of"]),
     "no batches": ([*FIT, "--trainer.limit_train_batches=0.001"], ["0.001", "limit_train_batches"]),
     "averaged weights": (
-        [*FIT, "--trainer.callbacks+=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"],
-        ["StochasticWeightAveraging", "switch"],
+        [*FIT, "--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"],
+        ["EMAWeightAveraging", "switch"],
     ),
     "checkpoint by an unknown score": (
         [*FIT, "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/acuracy"],

@@ -19,7 +19,7 @@ from srlora_pl.files import replacing
 def content(step: int, size: int = 10) -> dict:
     """What looks like a checkpoint of Lightning."""
     state = {"weight": torch.full((size,), float(step))}
-    return {"global_step": step, "state_dict": state, "pytorch-lightning_version": "2.6.6"}
+    return {"global_step": step, "state_dict": state, "pytorch-lightning_version": "2.6.6", "optimizer_states": []}
 
 
 def save(path: Path, step: int, size: int = 10) -> None:

@@ -428,7 +428,7 @@ def test_default_callbacks_survive_the_users(small: Path) -> None:
     names = [type(callback).__name__ for callback in trainer.callbacks]
     assert {"EarlyStopping", "LearningRateMonitor", "ModelCheckpoint"} <= set(names)
     assert names.count("ModelCheckpoint") == 1
-    assert names.count("_Last") == 1
+    assert names.count("Last") == 1
 
 
 def test_a_users_checkpoint_that_chooses_takes_the_place_of_ours(small: Path) -> None:

@@ -3,9 +3,20 @@
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
-from srlora_pl.config import changes, combine, explain, keys, method_arguments, read
+from srlora_pl import config
+from srlora_pl.config import changes, combine, explain, keys, method_arguments, missing_package, plain, read
 from srlora_pl.errors import UserError
+
+# Texts that one reader of YAML or another takes for something else.
+LIKE_OTHERS = [
+    *("1e-3", "25921e05", "1e5", "0x10", "0o17", "012", "1_000", "1.0", ".5", "12:30", "1e400", ".inf", ".nan"),
+    *("yes", "no", "on", "null", "~", "true", "2024-01-01", "=", "<<", "-", "?", "[1]", "{}", "#x", "&a", "a: b", ""),
+    *(" a ", "a\nb", "\x85", "\u2028", "\udcff", "\ufeff", "'", '"'),
+]
 
 
 def task(**method_arguments: object) -> dict:
@@ -23,11 +34,79 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
     assert arguments == {"lr": 1e-4, "big": 5000.0, "text": "e4", "n": -0.2}
 
 
+@given(st.text() | st.from_regex(r"[-+.]?[0-9][-+.:_0-9a-fA-FxXoO]*", fullmatch=True) | st.sampled_from(LIKE_OTHERS))
+def test_text_stays_text_in_a_file(text: str) -> None:
+    written = config.write({"name": text, "more": [text], "deep": {"revision": text}})
+    assert plain(config.load(written)) == {"name": text, "more": [text], "deep": {"revision": text}}
+
+
+@given(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text())
+def test_other_programs_read_the_same_from_a_written_file(value: object) -> None:
+    assert yaml.safe_load(config.write({"value": value})) == {"value": value}
+
+
+def test_only_text_in_quotes_is_marked() -> None:
+    read_back = config.load("a: 25921e05\nb: '25921e05'\nc: word\nd: [\"null\"]\n")
+    assert read_back == {"a": 25921e05, "b": "25921e05", "c": "word", "d": ["null"]}
+    kinds = {"a": float, "b": config.Text, "c": str}
+    assert {key: type(read_back[key]) for key in kinds} == kinds
+    assert [type(each) for each in (read_back["d"][0], plain(read_back)["d"][0], plain(read_back)["b"])] == [
+        config.Text,
+        str,
+        str,
+    ]
+
+
+def test_no_setting_is_a_date() -> None:
+    assert config.load("a: 2024-01-01\nb: 2024-13-45") == {"a": "2024-01-01", "b": "2024-13-45"}
+
+
 @pytest.mark.parametrize("text", ["0", "false", "[]"])
 def test_a_file_of_nothing_but_a_value_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text(text)
     with pytest.raises(UserError, match="must hold settings as 'key: value' lines, not "):
         read(str(tmp_path / "settings.yaml"))
+
+
+def callbacks(*nodes: object) -> dict:
+    return {"trainer": {"callbacks": [*nodes]}}
+
+
+def callback(name: str, **arguments: object) -> dict:
+    return {"class_path": name, "init_args": arguments}
+
+
+def test_callbacks_of_all_files_count() -> None:
+    first = callbacks(callback("EarlyStopping", monitor="val/loss", mode="max", patience=3), "LearningRateMonitor")
+    keep = callback("ModelCheckpoint", save_top_k=-1)
+    settings, _ = combine([first, callbacks(keep), {"trainer": {"callbacks": callback("Timer", duration="1")}}])
+    assert settings == callbacks(*first["trainer"]["callbacks"], keep, callback("Timer", duration="1"))
+
+
+def test_the_same_callback_once_more_is_laid_over_the_first() -> None:
+    first = callback("lightning.pytorch.callbacks.EarlyStopping", monitor="val/loss", mode="max", patience=3)
+    other = callback("EarlyStopping", monitor="val/accuracy")
+    again = callback("EarlyStopping", monitor="val/loss", patience=20)
+    another = callback("my.EarlyStopping", monitor="val/loss")
+    settings, _ = combine([callbacks(first), callbacks(again, other, another)])
+    merged = callback("lightning.pytorch.callbacks.EarlyStopping", monitor="val/loss", mode="max", patience=20)
+    assert settings == callbacks(merged, other, another)
+    assert first["init_args"]["patience"] == 3
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_a_later_file_can_say_that_there_are_no_callbacks(nothing: object) -> None:
+    assert combine([callbacks("Timer"), {"trainer": {"callbacks": nothing}}])[0] == {"trainer": {"callbacks": nothing}}
+
+
+def test_lists_of_loggers_are_joined_one_takes_anothers_place_and_lists_of_values_are_values() -> None:
+    one, two = callback("CSVLogger"), callback("TensorBoardLogger")
+    for first, second, expected in (([one], [two], [one, two]), (one, two, two)):
+        assert combine([{"trainer": {"logger": first}}, {"trainer": {"logger": second}}])[0] == {
+            "trainer": {"logger": expected}
+        }
+    columns = [{"data": {"init_args": {"text_column": each}}} for each in (["a", "b"], ["c"])]
+    assert combine(columns)[0] == columns[1]
 
 
 def test_later_files_win_key_by_key() -> None:
@@ -100,15 +179,49 @@ def test_an_unknown_form_of_message_stays_on_one_line() -> None:
 
 
 def test_changes_are_named_as_on_a_command_line() -> None:
-    before = {"gone": 1, "trainer": {"max_epochs": 3, "callbacks": [{"class_path": "A"}], "logger": None}}
-    after = {"new": 1, "trainer": {"max_epochs": 5, "callbacks": [{"class_path": "B"}], "logger": {"class_path": "L"}}}
+    kept = [callback("x.Stop", monitor="a", patience=n) for n in (3, 20)]
+    before = {"gone": 1, "trainer": {"max_epochs": 3, "callbacks": [{"class_path": "x.A"}, kept[0]], "logger": None}}
+    after = {"new": 1, "trainer": {"max_epochs": 5, "callbacks": [kept[1], "B"], "logger": {"class_path": "L"}}}
     before, after = before | task(rank=8, alpha=2), after | task(rank=4, alpha=2)
     after["model"]["init_args"]["lr"] = 1e-3
     assert changes(before, before) == []
     assert changes(before, after) == [
         "trainer.max_epochs 5 (was 3)",
-        "trainer.callbacks [{'class_path': 'B'}] (was [{'class_path': 'A'}])",
+        "trainer.callbacks Stop.patience 20 (was 3)",
+        "trainer.callbacks with B",
+        "trainer.callbacks without A",
         "trainer.logger {'class_path': 'L'} (was None)",
         "model.lr 0.001 (was 0.1)",
         "model.method.rank 4 (was 8)",
     ]
+
+
+def test_what_no_file_can_say_is_left_out_and_named() -> None:
+    odd = callback("my.Callback", device="Unable to serialize instance cpu", steps=3)
+    kept, left_out = config.without_unwritable({"trainer": {"callbacks": [odd]}, "name": "a"})
+    assert kept == {"trainer": {"callbacks": [callback("my.Callback", steps=3)]}, "name": "a"}
+    assert left_out == ["trainer.callbacks Callback.device"]
+
+
+@pytest.mark.parametrize(
+    ("message", "owner", "package"),
+    [
+        (
+            "- Problem with given class_path 'x.WandbLogger':\n  Requirement 'wandb>=0.12.10' not met. HINT: Try "
+            "running `pip install -U 'wandb>=0.12.10'`",
+            "x.WandbLogger",
+            "wandb",
+        ),
+        (
+            "To use the `DeepSpeedStrategy`, you must have DeepSpeed installed. Install it by running `pip install -U "
+            "deepspeed`.",
+            "DeepSpeedStrategy",
+            "deepspeed",
+        ),
+    ],
+)
+def test_a_missing_package_is_named_with_who_needs_it(message: str, owner: str, package: str) -> None:
+    sentence = missing_package(message)
+    assert sentence.startswith(f"{owner} needs the package {package}")
+    assert f"pip install {package}," in sentence
+    assert missing_package("try `pip install anything` some day") == ""

@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from srlora_pl.checkpoints import files_of, newest
+from srlora_pl.checkpoints import files_of, newest, resumes
 from srlora_pl.errors import Interrupted
 from srlora_pl.files import relative
 
@@ -127,7 +127,7 @@ class Interrupts(Callback):
         number = self.received or self.requeue
         if self.requeue:
             what += " and SLURM asked to requeue the job"
-        if self._has_trained and self.folder and (found := newest(files_of(self.folder))):
+        if self._has_trained and self.folder and (found := newest(filter(resumes, files_of(self.folder)))):
             self.checkpoint = found[0]
         if self.folder and self.checkpoint:
             config, checkpoint = relative(self.folder / "config.yaml"), relative(self.checkpoint)

@@ -277,7 +277,7 @@ class DataModule(L.LightningDataModule):
             return
         for name, here in self._fingerprint().items():
             there = state_dict.get(name)
-            if there != here:
+            if there != here and state_dict["processed"]:  # else nothing began yet; so a tuner tries batch sizes
                 raise UserError(
                     f"The checkpoint was written with {name} = {there}, this run has {here}, so it cannot "
                     f"go on where that one stopped; give it the same value, or start anew without --ckpt_path."

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
 
-from srlora_pl.checkpoints import class_names, keep_to_own_folders
+from srlora_pl.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
+from srlora_pl.config import plain
 from srlora_pl.data.base import DataModule
 from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Method
@@ -91,6 +92,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self._checked_step = 0
         self._one_class: dict[str, Tensor] = {}  # by split, at its last scores
         self._has_hinted = False
+        self._began_with: dict[str, dict[str, Any]] = {}  # settings of the callbacks
 
     # What a subclass says about itself
 
@@ -118,7 +120,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         require("matmul_precision", precision, "highest, high or medium", precision in MATMUL_PRECISIONS)
         self.whole_checkpoints = arguments["checkpoints"] == "full"
         method = as_method(method)
-        self.save_hyperparameters({**arguments, "method": method.spec()})
+        self.save_hyperparameters(plain({**arguments, "method": method.spec()}))
         self.adapter = PeftFolder.read(arguments["adapter"]) if arguments.get("adapter") else None
         prepare = partial(_with_adapter, self.adapter, method, heads)
         self.net = prepare(net)
@@ -164,7 +166,9 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def setup(self, stage: str) -> None:
         self._precision_before = MatmulPrecision.now()
         torch.set_float32_matmul_precision(self.hparams["matmul_precision"])
-        if stage != "fit":
+        if stage == "fit":
+            self._began_with = settings_of(self.trainer.callbacks)  # type: ignore[attr-defined]
+        else:
             self._require_same_classes(self.trained_classes)
         super().setup(stage)
 
@@ -300,6 +304,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self._score(SPLITS["test"][dataloader_idx], batch)
 
     def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
         self._settle_head()
         self._reset("val")
 
@@ -364,6 +369,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._refuse_non_finite_loss()
         self._refuse_non_finite_weights()
+        checkpoint["callback_settings"] = self._began_with
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -371,6 +377,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         # To go on, all must agree: the optimizer's state would bring the old values back without a word.
         resumes = self._trainer is not None and self.trainer.state.fn == "fit"
         if resumes:
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            keep_settings(checkpoint, callbacks, checkpoint.get("callback_settings", {}))
             keep_to_own_folders(checkpoint, self.trainer.checkpoint_callbacks)  # type: ignore[attr-defined]
         for key in sorted(set(saved) - FREE) if resumes else IDENTITY:
             if key in saved and _identity(saved[key]) != _identity(self.hparams.get(key)):
