@@ -467,8 +467,7 @@ class Run(LightningCLI):
         files = " and ".join(str(relative(file)) for file in self.writer.files)
         count, whole = self.writer.rows, sum(map(len, _as_list(self.datamodule.predict_set)))
         part = f" of {whole}" if count < whole else ""
-        unfit = ", which GLUE's server takes only whole" if part and isinstance(self.writer, GLUEWriter) else ""
-        self._close({}, [f"{count}{part} predictions written to {files}{unfit}"])
+        self._close({}, [f"{count}{part} predictions written to {files}"])
 
     # -- closing words
 

@@ -90,7 +90,8 @@ class GLUEWriter(PredictionWriter):
     """Writes the files that GLUE's server takes into the folder ``path``, under the names it asks for.
 
     Columns ``index`` and ``prediction``, with a tab between; labels in the words of the task's own files, numbers
-    clipped to 0-5, the range of STS-B.
+    clipped to 0-5, the range of STS-B. A file that does not have every sample, which the server refuses, is named
+    ``CoLA.part.tsv`` and takes the place of no whole one.
     """
 
     def _write(self, data: Any, loader: int, table: list[Row]) -> None:
@@ -98,7 +99,9 @@ class GLUEWriter(PredictionWriter):
             return data.task.words[row["label"]] if "label" in row else f"{min(max(row['value'], 0.0), 5.0):.3f}"
 
         rows = [{"index": row["index"], "prediction": prediction(row)} for row in table]
-        self._save(self.path / data.task.submissions[loader], "\t", rows)
+        sets = data.predict_set if isinstance(data.predict_set, list) else [data.predict_set]
+        path = self.path / data.task.submissions[loader]
+        self._save(path if len(rows) == len(sets[loader]) else path.with_suffix(".part.tsv"), "\t", rows)
 
 
 def _gathered(tables: Mapping[int, list[Row]]) -> dict[int, list[Row]]:

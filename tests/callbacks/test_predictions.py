@@ -14,6 +14,7 @@ from srlora_pl.data.glue import TASKS
 
 def write(writer: PredictionWriter, data: Any, *loaders: list[dict[str, torch.Tensor]]) -> None:
     """Hand the predictions of each loader's batches to ``writer``."""
+    data.predict_set = [range(sum(len(batch["index"]) for batch in batches)) for batches in loaders]
     writer.on_predict_start(None, None)  # type: ignore[arg-type]
     for loader, batches in enumerate(loaders):
         for i, batch in enumerate(batches):
