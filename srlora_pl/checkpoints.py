@@ -78,13 +78,16 @@ def resumes(file: Path) -> bool:
 
 
 def settings_of(callbacks: Iterable[Callback]) -> dict[str, dict[str, Any]]:
-    """What the constructors of ``callbacks`` were given, by their keys in a checkpoint; only what one can hold."""
+    """What the constructors of ``callbacks`` were given, by their keys in a checkpoint; only what one can hold.
+
+    Where files are is none of it: a run may be moved.
+    """
     found = {}
     for callback in callbacks:
         arguments = signature(type(callback).__init__).parameters
         values = {name.removeprefix("_"): value for name, value in vars(callback).items()}
         plain = {name: value for name, value in values.items() if type(value) in (str, int, float, bool, type(None))}
-        found[callback.state_key] = {name: plain[name] for name in plain if name in arguments}
+        found[callback.state_key] = {name: plain[name] for name in plain if name in arguments and name != "dirpath"}
     return found
 
 
@@ -104,7 +107,7 @@ def keep_settings(checkpoint: dict[str, Any], callbacks: Sequence[Callback], beg
             old = other[0] if len(other) == 1 else key
         if isinstance(state := states.pop(old, None), dict):
             before = began.get(old, {})
-            given = {name: value for name, value in now[key].items() if name in state and name != "dirpath"}
+            given = {name: value for name, value in now[key].items() if name in state}
             states[key] = {**state, **{name: given[name] for name in given if before.get(name) == state[name]}}
 
 

@@ -369,7 +369,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._refuse_non_finite_loss()
         self._refuse_non_finite_weights()
-        checkpoint["callback_settings"] = self._began_with
+        states = checkpoint.get("callbacks", {})
+        checkpoint["callback_settings"] = {key: self._began_with[key] for key in states if key in self._began_with}
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
