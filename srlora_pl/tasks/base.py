@@ -211,7 +211,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.trained_classes = self._classes_of_the_data()
         self._refuse_unknown_scores()
         self._settle_head()
-        self._has_hinted = False
+        self._has_hinted, self._one_class = False, {}
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, DataModule) and type(self).__module__.startswith("srlora_pl."):
             require_that_a_batch_passes(self, data)  # of a user's own task it is not known what else it does
@@ -369,7 +369,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._refuse_non_finite_loss()
         self._refuse_non_finite_weights()
-        checkpoint["callback_settings"] = self._began_with
+        counted = checkpoint.get("callbacks", {})
+        checkpoint["callback_settings"] = {key: each for key, each in self._began_with.items() if key in counted}
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
