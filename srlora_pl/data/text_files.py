@@ -97,8 +97,7 @@ class TextData(TextDataModule):
         if predict_root is not None:
             files["predict"] = Path(predict_root).expanduser()
         if names := [path.name for path in others if path != files.get("predict")]:
-            shown = listed(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-            self.left_out[f"files or folders that are no split ({shown})"] = len(names)
+            self.left_out[f"files or folders that are no split ({listed(map(repr, names), most=10)})"] = len(names)
         self._tables = {split: self._table(split, file) for split, file in files.items()}
         self.class_names = self._classes() if class_names is None else list(class_names)
         if (problem == "regression") == bool(self.class_names):
@@ -186,7 +185,7 @@ def find_files(root: Path) -> tuple[dict[str, Path], list[Path]]:
         if found:
             files[split] = found[0]
     if "train" not in files:
-        shown = listed(path.name for path in there[:10]) or "nothing"
+        shown = listed((path.name for path in there), most=10) or "nothing"
         raise UserError(
             f"data.root '{root}' has no train{' or train'.join(SUFFIXES)}, only {shown}; name a file, or add one."
         )
