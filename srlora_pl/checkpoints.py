@@ -105,7 +105,8 @@ def keep_settings(checkpoint: dict[str, Any], callbacks: Sequence[Callback], beg
             score = key.partition("'every_n_train_steps'")[0]
             other = [each for each in states if each not in now and each.startswith(f"{score}'every_n_train_steps'")]
             old = other[0] if len(other) == 1 else key
-        if isinstance(state := states.pop(old, None), dict):
+        if isinstance(state := states.get(old), dict):
+            del states[old]
             before = began.get(old, {})
             given = {name: value for name, value in now[key].items() if name in state}
             states[key] = {**state, **{name: given[name] for name in given if before.get(name) == state[name]}}

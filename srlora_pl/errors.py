@@ -48,14 +48,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {plain[near[0]]!r}?)" if near else ""
 
 
-def listed(names: Iterable[Any]) -> str:
-    """``a, b, c``, in one line whatever the names hold."""
-    return " ".join(", ".join(map(str, names)).split())
+def listed(names: Iterable[Any], most: int | None = None) -> str:
+    """``a, b, c``, in one line whatever the names hold; ``a, b, ...`` where there are more than ``most``."""
+    every = [str(name) for name in names]
+    shown = every[:most] + ["..."] * (most is not None and len(every) > most)
+    return " ".join(", ".join(shown).split())
 
 
 def one_line(error: BaseException) -> str:
-    """What a library's error says, as a part of a sentence."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """What the first line of a library's error says, as a part of a sentence."""
+    first = " ".join(str(error).strip().partition("\n")[0].split())
+    return first[:200].rstrip(".:") or type(error).__name__
 
 
 def is_utf8(name: str) -> bool:

@@ -13,6 +13,7 @@ from srlora_pl.data.tokens import load_tokenizer
 from srlora_pl.errors import UserError
 from srlora_pl.tasks import backbones, encoders
 from srlora_pl.tasks.base import Task
+from srlora_pl.tasks.guards import in_evaluation
 from srlora_pl.tasks.image import ImageClassifier
 from srlora_pl.tasks.text import TextClassifier
 
@@ -41,13 +42,8 @@ class Library:
     @torch.no_grad()
     def outputs(self, net: nn.Module) -> Tensor:
         """Logits of a few seeded random inputs, float64 on the CPU."""
-        modes = {module: module.training for module in net.modules()}
-        net.eval()
-        try:
+        with in_evaluation(net):
             return self.run(net, torch.Generator().manual_seed(0)).cpu().double()
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
 
     def run(self, net: nn.Module, generator: torch.Generator) -> Tensor:
         """Logits of random inputs of the right shape."""

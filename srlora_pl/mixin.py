@@ -118,6 +118,7 @@ class SRLoRAMixin(_Module):
         self.trainer.precision_plugin.convert_module(self)
         if stage != "fit":
             return
+        self._averages_are_in = False  # a validation that was cut off may have left it otherwise
         self._refuse_what_cannot_be_right()
         if not self.trainer.fit_loop._data_source.is_module():  # whose own setup may not be over
             self._require_room()

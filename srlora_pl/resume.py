@@ -96,6 +96,10 @@ class ExactResume(_Module):
             epochs.completed += 1
         super().on_train_end()
 
+    def on_fit_end(self) -> None:
+        super().on_fit_end()
+        vars(self.trainer.fit_loop.epoch_loop).pop("_should_check_val_fx", None)  # the next fit may be another module's
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
         reseed(run_seed(), _processed(self.trainer), self.global_rank)
         self._has_scores = False

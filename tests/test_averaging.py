@@ -91,6 +91,25 @@ def test_a_file_of_the_middle_of_a_validation_holds_each_where_it_belongs(tmp_pa
     assert not torch.equal(inside["state_dict"]["net.head.weight"], inside["current_model_state"]["net.head.weight"])
 
 
+class CutOff(Callback):
+    def on_validation_batch_start(self, trainer, *_):
+        if not trainer.sanity_checking:
+            raise RuntimeError("cut off")
+
+
+def test_a_validation_that_was_cut_off_leaves_nothing_to_the_next_fit(tmp_path):
+    module = Compact(LoRA(rank=2))
+    with pytest.raises(RuntimeError, match="cut off"):
+        trainer(tmp_path, callbacks=[EMAWeightAveraging(decay=0.5), CutOff()], max_steps=2).fit(
+            module, loader(12), loader(4)
+        )
+    every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    run = trainer(tmp_path, callbacks=[EMAWeightAveraging(decay=0.5), every], enable_checkpointing=True, max_steps=3)
+    run.fit(module, loader(12))
+    for name, value in read(tmp_path / "step=3.ckpt")["state_dict"].items():
+        assert torch.equal(module.state_dict()[name], value)  # the averages, which training ends with
+
+
 def test_a_run_goes_on_without_the_callback_from_the_weights_that_it_trained(tmp_path):
     fit(tmp_path, LoRA(rank=2), EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path, filename="last"), steps=6)
     content = read(tmp_path / "last.ckpt")

@@ -415,6 +415,12 @@ def test_the_validation_at_the_end_is_made_up(case, tmp_path):
     assert validations.seen == expected[-1:]
 
 
+def test_a_trainer_is_left_to_other_modules_as_it_was(tmp_path):
+    run = trainer(tmp_path, max_steps=4)
+    run.fit(model(), datamodule=SmallDigits())
+    assert "_should_check_val_fx" not in vars(run.fit_loop.epoch_loop)
+
+
 def test_the_trial_of_a_tuner_ends_without_validation(tmp_path):
     class Watched(ImageClassifier):
         def on_validation_start(self):

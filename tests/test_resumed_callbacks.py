@@ -62,6 +62,8 @@ def test_more_patience_counts_on_from_where_the_run_stood(steps: int, tmp_path: 
     write(tmp_path, "EarlyStopping", **STOPS, patience=2)
     fit(tmp_path, steps)
     assert last(tmp_path)["global_step"] == min(steps, 6)
+    content = last(tmp_path)
+    assert set(content["callback_settings"]) <= set(content["callbacks"])  # not, say, the text of config.yaml
     write(tmp_path, "EarlyStopping", **STOPS, patience=4)
     said = fit(tmp_path, 20, "--ckpt_path=last")
     assert "trainer.callbacks EarlyStopping.patience 4 (was 2)" in said

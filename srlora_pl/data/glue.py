@@ -12,7 +12,7 @@ from srlora_pl.data.base import is_hub_name
 from srlora_pl.data.labels import encode_classes, encode_numbers, name_numbers
 from srlora_pl.data.tables import Table, read_table
 from srlora_pl.data.text import TextDataModule, Texts
-from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.errors import UserError, did_you_mean, one_line
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def _load_hub(root: str, name: str, split: str, task: GLUETask) -> Any:
     try:
         return load_dataset(root, name, split=split)
     except Exception as error:  # whatever its readers, the hub client and the network raise
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        reason = one_line(error)
         raise UserError(
             f"data.root {root!r} could not be loaded from the hub ({reason}); without a network, put {_files_of(task)} "
             f"into a folder and set data.root to it."

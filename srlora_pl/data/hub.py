@@ -154,7 +154,7 @@ class Hub:
         labels = self._labels(split)
         for row, label in enumerate(labels):
             if label not in self._classes:
-                names = listed(map(repr, self.class_names[:10])) + ", ..." * (len(self.class_names) > 10)
+                names = listed(map(repr, self.class_names), most=10)
                 near = did_you_mean(label, self.class_names) if isinstance(label, str) else ""
                 raise UserError(
                     f"The label {label!r} in column {self.label_column!r} of row {row} of {self._title(split)} is none "

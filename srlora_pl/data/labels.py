@@ -190,19 +190,17 @@ def _no_class(value: Any, where: str, column: str) -> UserError:
 
 
 def _vector(numbers: Sequence[Any], where: str, column: str) -> UserError:
-    shown = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
     return UserError(
-        f"The label in column {column!r} is {shown} in {where}, a number for every class and not the names of classes; "
-        f"write the names of those that the sample has."
+        f"The label in column {column!r} is {listed(numbers, most=10)} in {where}, a number for every class and "
+        f"not the names of classes; write the names of those that the sample has."
     )
 
 
 def _look_up(known: dict[str, int], label: str, where: Callable[[int], str], column: str, row: int) -> int:
     if label not in known:
-        names = listed(list(known)[:10]) + (", ..." if len(known) > 10 else "")
         raise UserError(
             f"The label {label!r} in column {column!r} of {where(row)} is none of the {len(known)} classes "
-            f"({names}){did_you_mean(label, known)}; correct it or remove the row."
+            f"({listed(known, most=10)}){did_you_mean(label, known)}; correct it or remove the row."
         )
     return known[label]
 

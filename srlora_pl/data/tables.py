@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from srlora_pl.errors import UserError, did_you_mean, listed
+from srlora_pl.errors import UserError, did_you_mean, listed, one_line
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 _SEPARATORS = (",", ";", "\t", "|")
@@ -140,7 +140,7 @@ def _read_parquet(wanted: _Wanted) -> Table:
         schema = parquet.read_schema(wanted.path)
         columns = parquet.read_table(wanted.path, columns=wanted.among(schema.names)).to_pydict()
     except (ArrowException, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(error)
         raise UserError(f"'{wanted.path}' is not a parquet file ({reason}); write it again.") from None
     rows = range(1, len(next(iter(columns.values()))) + 1)
     return Table(wanted.path, columns, rows, _class_labels(schema.metadata or {}, columns))

@@ -58,6 +58,8 @@ class TextData(TextDataModule):
         UserError: a file, column, text or label that is missing or wrong; an argument out of its range.
     """
 
+    names_numbers = False  # the classes are those of a ClassLabel, which older checkpoints call by their numbers
+
     def __init__(
         self,
         root: str,
@@ -97,8 +99,7 @@ class TextData(TextDataModule):
         if predict_root is not None:
             files["predict"] = Path(predict_root).expanduser()
         if names := [path.name for path in others if path != files.get("predict")]:
-            shown = listed(map(repr, names[:10])) + (", ..." if len(names) > 10 else "")
-            self.left_out[f"files or folders that are no split ({shown})"] = len(names)
+            self.left_out[f"files or folders that are no split ({listed(map(repr, names), most=10)})"] = len(names)
         self._tables = {split: self._table(split, file) for split, file in files.items()}
         self.class_names = self._classes() if class_names is None else list(class_names)
         if (problem == "regression") == bool(self.class_names):
@@ -140,7 +141,9 @@ class TextData(TextDataModule):
                 f"The classes {listed(map(repr, groups[0]))} of '{train.path}' are kept apart{more}; write them alike "
                 f"where they are one class."
             )
-        return train.class_labels.get(self.label_column, classes)
+        names = train.class_labels.get(self.label_column)
+        self.names_numbers = names is not None
+        return classes if names is None else names
 
     def _encode(self, table: Table) -> Tensor:
         if self.problem == "regression":
@@ -186,7 +189,7 @@ def find_files(root: Path) -> tuple[dict[str, Path], list[Path]]:
         if found:
             files[split] = found[0]
     if "train" not in files:
-        shown = listed(path.name for path in there[:10]) or "nothing"
+        shown = listed((path.name for path in there), most=10) or "nothing"
         raise UserError(
             f"data.root '{root}' has no train{' or train'.join(SUFFIXES)}, only {shown}; name a file, or add one."
         )

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from srlora_pl.cache import keep
-from srlora_pl.errors import UserError
+from srlora_pl.errors import UserError, one_line
 
 _FORMAT = "1"  # of the files in the cache; a change makes all of them stale
 _CHUNK = 10_000  # texts that are tokenised together: the tokenizer's own objects are many times larger than ours
@@ -70,10 +70,9 @@ def load_tokenizer(name: str, options: Mapping[str, Any] | None = None) -> Any:
         except OSError:
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # transformers, the hub client and the network raise what they like
-        reason = str(error).strip().partition("\n")[0].rstrip(".:")
         raise UserError(
-            f"The tokenizer of model.backbone {name!r} could not be loaded ({reason}); without a network, put the "
-            f"model's files, tokenizer.json among them, into a folder and set model.backbone to it."
+            f"The tokenizer of model.backbone {name!r} could not be loaded ({one_line(error)}); without a network, "
+            f"put the model's files, tokenizer.json among them, into a folder and set model.backbone to it."
         ) from error
     if not tokenizer.is_fast:
         raise UserError(

@@ -12,7 +12,7 @@ from timm.layers import to_2tuple
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
-from srlora_pl.errors import UserError, did_you_mean, some
+from srlora_pl.errors import UserError, did_you_mean, one_line, some
 from srlora_pl.tasks.heads import FoundHead, output_layers
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -179,7 +179,7 @@ def _create(name: str, source: str, download: bool, num_classes: int, options: d
     except TypeError as error:
         raise UserError(f"model.backbone_kwargs {options} does not fit {name!r} ({error}): correct it.") from error
     except Exception as error:  # timm, the hub client and the network raise what they like
-        reason = str(error).strip().partition("\n")[0]
+        reason = one_line(error)
         if download:
             raise UserError(
                 f"The pretrained weights of model.backbone {name!r} could not be loaded ({reason}): without a "
@@ -200,7 +200,7 @@ def read_weights(file: str) -> dict[str, Tensor]:
         readable = bool(state) and all(isinstance(value, Tensor) for value in state.values())
         reason = "it holds no tensors by name"
     except Exception as error:  # safetensors, zip and pickle errors share no base class
-        readable, reason = False, str(error).strip().partition("\n")[0]
+        readable, reason = False, one_line(error)
         if isinstance(error.__cause__, UnpicklingError):  # do not hand on its advice to let the file run code
             reason = "it holds something else than tensors"
     if not readable:

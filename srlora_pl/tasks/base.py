@@ -211,7 +211,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.trained_classes = self._classes_of_the_data()
         self._refuse_unknown_scores()
         self._settle_head()
-        self._has_hinted = False
+        self._has_hinted, self._one_class = False, {}
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, DataModule) and type(self).__module__.startswith("srlora_pl."):
             require_that_a_batch_passes(self, data)  # of a user's own task it is not known what else it does
@@ -396,6 +396,9 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def _require_same_classes(self, trained: Sequence[str]) -> None:
         """An output means a class by its place alone; so data of other classes would be scored against wrong ones."""
         given = self._classes_of_the_data()
+        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        if getattr(data, "names_numbers", False) and list(trained) == [*map(str, range(len(given)))]:
+            return  # of an older checkpoint
         if len(trained) != len(given):
             return  # regression, data that name no classes; or another number of classes, refused as such
         for place, (theirs, ours) in enumerate(zip(trained, given, strict=True)):

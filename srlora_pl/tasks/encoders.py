@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from srlora_pl.errors import UserError, did_you_mean, some
+from srlora_pl.errors import UserError, did_you_mean, one_line, some
 from srlora_pl.tasks.backbones import SECRET, read_weights, refuse_options
 from srlora_pl.tasks.heads import FoundHead, output_layers
 
@@ -162,7 +162,7 @@ def _config(name: str, source: str, num_classes: int, options: dict[str, Any]) -
             ) from error
         if Path(source).is_dir():
             raise UserError(
-                f"model.backbone {name!r} cannot be built with model.backbone_kwargs {options} ({_reason(error)}): "
+                f"model.backbone {name!r} cannot be built with model.backbone_kwargs {options} ({one_line(error)}): "
                 "correct config.json or the arguments."
             ) from error
         raise _not_here(name, hub_options(options), error) from error
@@ -182,7 +182,7 @@ def _random(name: str, config: PreTrainedConfig) -> PreTrainedModel:
         return AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except Exception as error:
         raise UserError(
-            f"model.backbone {name!r} cannot be built as a classifier ({_reason(error)}): choose another one, or "
+            f"model.backbone {name!r} cannot be built as a classifier ({one_line(error)}): choose another one, or "
             "correct model.backbone_kwargs."
         ) from error
 
@@ -212,8 +212,8 @@ def _load(name: str, place: str, kind: Any, source: str | None, **options: Any) 
     except Exception as error:
         if source is None or Path(source).is_dir():
             raise UserError(
-                f"The weights of model.backbone {name!r} cannot be read from {place} ({_reason(error)}): the file must "
-                "be whole and this model's."
+                f"The weights of model.backbone {name!r} cannot be read from {place} ({one_line(error)}): the file "
+                "must be whole and this model's."
             ) from error
         raise _not_here(name, hub_options(options), error) from error
     heads = tuple(f"{head}." for head in head_names(net))
@@ -234,14 +234,10 @@ def _not_here(name: str, hub: dict[str, Any], error: Exception) -> UserError:
     where = f" with model.backbone_kwargs {hub}" if hub else ""
     return UserError(
         f"model.backbone {name!r}{did_you_mean(name, PACKAGED)}{where} is not on this machine and cannot be downloaded "
-        f"({_reason(error)}): put its config.json, {WEIGHTS_FILES[0]} (or {WEIGHTS_FILES[2]}) and tokenizer files "
+        f"({one_line(error)}): put its config.json, {WEIGHTS_FILES[0]} (or {WEIGHTS_FILES[2]}) and tokenizer files "
         "(tokenizer.json or spm.model or vocab.txt, and tokenizer_config.json) into a folder, and set model.backbone "
         "to that folder."
     )
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from srlora_pl.data.base import DataModule
-from srlora_pl.errors import UserError
+from srlora_pl.errors import UserError, one_line
 
 
 def require_that_a_batch_passes(task: Any, data: DataModule) -> None:
@@ -25,7 +25,7 @@ def require_that_a_batch_passes(task: Any, data: DataModule) -> None:
     Raises:
         UserError: the network or the loss cannot take the batch, or the loss is not finite.
     """
-    with isolate_rng(), torch.no_grad(), _in_evaluation(task), torch.compiler.set_stance("force_eager"):
+    with isolate_rng(), torch.no_grad(), in_evaluation(task), torch.compiler.set_stance("force_eager"):
         batch = data.trial_batch()
         what = ", ".join(f"{key} {_short(value)}" for key, value in batch.items() if isinstance(value, Tensor))
         batch = task.trainer.precision_plugin.convert_input(batch)
@@ -37,11 +37,10 @@ def require_that_a_batch_passes(task: Any, data: DataModule) -> None:
         except UserError:
             raise
         except Exception as error:  # a network raises what it likes
-            reason = str(error).strip().partition("\n")[0].rstrip(".") or "no reason given"
             raise UserError(
                 f"model.backbone {task.hparams['backbone']!r} cannot take a first batch of this data "
-                f"({type(error).__name__}: {reason}), which holds {what}: choose another model.backbone, or change "
-                "model.backbone_kwargs or the settings of the data."
+                f"({type(error).__name__}: {one_line(error)}), which holds {what}: choose another model.backbone, or "
+                "change model.backbone_kwargs or the settings of the data."
             ) from error
         if not loss.isfinite().all():
             raise UserError(
@@ -51,7 +50,7 @@ def require_that_a_batch_passes(task: Any, data: DataModule) -> None:
 
 
 @contextmanager
-def _in_evaluation(module: nn.Module) -> Iterator[None]:
+def in_evaluation(module: nn.Module) -> Iterator[None]:
     """``module`` in evaluation mode; after it, modes and buffers are what they were, also those of a count of calls."""
     modes = [(each, each.training) for each in module.modules()]
     buffers = [

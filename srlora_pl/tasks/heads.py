@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from srlora_pl.errors import some
+from srlora_pl.randomness import run_seed
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def settle(net: nn.Module, head: FoundHead, classes: Sequence[str]) -> str:
         return f"The run begins with the head of {head.place}: its classes have the same names{put}."
     if _tells(theirs) and _tells(ours):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch.initial_seed())  # whatever a method has drawn until now
+            torch.manual_seed(run_seed())  # in every process, whatever was drawn there until now
             for layer in layers:
                 fresh: Any = copy.deepcopy(layer).cpu()
                 fresh.reset_parameters()

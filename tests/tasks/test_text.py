@@ -373,6 +373,15 @@ def test_data_of_other_classes_than_those_of_the_fit_are_refused(classifier, tra
     assert model.trained_classes == ["1", "0"]
 
 
+def test_a_model_of_numbered_classes_goes_on_with_data_that_name_the_numbers(classifier, trainer):
+    rows = samples(12, CLASSES[:12])
+    model, run = classifier(), trainer(max_steps=2)
+    run.fit(model, datamodule=ShuffledData(rows))
+    run.test(model, datamodule=Data(rows, class_names=["no", "yes"], names_numbers=True))
+    with pytest.raises(UserError, match="other classes"):
+        run.test(model, datamodule=Data(rows, class_names=["no", "yes"]))
+
+
 def test_a_checkpoint_of_other_classes_is_refused(classifier, trainer, tmp_path):
     rows = samples(12, CLASSES[:12])
     first = trainer(max_steps=2)
