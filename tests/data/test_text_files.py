@@ -152,6 +152,7 @@ def test_class_labels_are_compared_by_name(tmp_path: Path) -> None:
     write_file(tmp_path / "test.csv", [("w1", "pos"), ("w2", "neg")], "text,label")
     data = own(tmp_path)
     assert data.class_names == ["neg", "pos", "mixed"]
+    assert data.names_numbers
     read = {split: data.read(split).labels.tolist() for split in ("train", "val", "test")}
     assert read == {"train": [0, 1, 1], "val": [2, 1, 0], "test": [1, 0]}
 
