@@ -118,6 +118,15 @@ def test_an_enumeration_is_written_as_its_text() -> None:
     assert parse(config.load(run._settings_text))._settings_text == run._settings_text
 
 
+@pytest.mark.parametrize("value", [{"seconds": 30}, "00:00:05:00"])
+def test_a_duration_comes_through_a_run_and_its_own_config(value: Any) -> None:
+    timer = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"duration": value}}
+    run = parse(TASK, {"trainer": {"max_time": value, "callbacks": [timer]}})
+    kept = config.load(run._settings_text)["trainer"]
+    assert kept["max_time"] == value
+    assert kept["callbacks"][0]["init_args"]["duration"] == value
+
+
 def test_a_default_that_has_no_text_is_left_out_with_a_word(capsys: pytest.CaptureFixture) -> None:
     run = parse(TASK, with_callback(f"{__name__}.Odd"))
     assert "note: config.yaml has no way to say trainer.callbacks Odd.also" in capsys.readouterr().err
