@@ -279,7 +279,7 @@ def explain(message: str, known: Sequence[str], files: Sequence[str], options: S
     owner = owners[-1] if owners else ""
 
     def where(name: str) -> str:
-        return _place(name, files, options)
+        return written_at(name, files, options)
 
     def unknown(place: str, owner: str = "") -> str:
         # A config file's own slip, and what it has below it, are known as well.
@@ -325,7 +325,7 @@ def missing_package(message: str) -> str:
     return f"{owner} needs the package {found[1]}, which is not installed: pip install {found[1]}, or choose another"
 
 
-def _place(key: str, files: Sequence[str], options: Sequence[str]) -> str:
+def written_at(key: str, files: Sequence[str], options: Sequence[str]) -> str:
     """``model.lr (configs/x.yaml, line 12)`` for a dotted key, as far as it can be told where it was written."""
     for option in (re.split("[=+]", option)[0] for option in options):
         # jsonargparse leaves out the class that --model.methd.rank belongs to

@@ -12,8 +12,10 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, Trainer
@@ -127,6 +129,7 @@ class Run(LightningCLI):
             raise UserError(config.explain(str(error), known, self.files, self.options)) from error
         forget_quotes(self.config)
         self._refuse_num_classes()
+        self._refuse_null()
         # Neither belongs to the settings that a run keeps: a second use of its config.yaml starts anew.
         self.ckpt_path = self.config.pop("ckpt_path")
         self.output = self.config.pop("output", None)
@@ -155,6 +158,19 @@ class Run(LightningCLI):
         count = self.config.model.init_args.get("num_classes")
         if count is not None:
             raise UserError(f"model.num_classes {count} is not for you to set, it comes from the data: leave it out")
+
+    def _refuse_null(self) -> None:
+        """The parser takes an empty value, ``lr:``, for every argument of a class that has a default."""
+        for part in ("model", "data"):
+            module, _, name = self.config[part].class_path.rpartition(".")
+            parameters = signature(getattr(import_module(module), name)).parameters
+            for key, value in vars(self.config[part].init_args).items():
+                known = parameters.get(key)
+                if value is not None or not known or known.default in (None, Parameter.empty):
+                    continue
+                if NoneType not in get_args(known.annotation):
+                    place = config.written_at(f"{part}.{key}", self.files, self.options)
+                    raise UserError(f"{place} is null: give it a value, or leave it out for {known.default!r}")
 
     def _take_classes_of(self, checkpoint: dict[str, Any]) -> None:
         """To predict the user's own samples the data of the training are not needed."""

@@ -2,10 +2,11 @@
 
 import argparse
 import re
+from datetime import timedelta
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_loader
-from jsonargparse.typing import register_type
+from jsonargparse.typing import register_type, timedelta_deserializer
 
 from srlora_pl import config
 from srlora_pl.errors import UserError
@@ -16,6 +17,14 @@ def share_yaml() -> None:
     set_loader("yaml", config.value, (yaml.YAMLError,))
     set_dumper("yaml", config.write)
     register_type(config.Text, fail_already_registered=False)
+    register_type(timedelta, _duration, timedelta_deserializer, fail_already_registered=False)
+
+
+def _duration(value: timedelta) -> str:
+    """Its text; a mapping, ``trainer.max_time: {minutes: 5}``, stays one, which the parser would write as text too."""
+    if not isinstance(value, timedelta):
+        raise ValueError(f"{value!r} is no timedelta")
+    return str(value)
 
 
 def as_options(settings: config.Node, overlay: config.Node | None) -> list[str]:

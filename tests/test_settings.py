@@ -87,6 +87,20 @@ def test_text_on_the_command_line_needs_no_quotes(text: str) -> None:
         assert run.config.model.init_args.backbone_kwargs["img_size"] == 16
 
 
+@pytest.mark.parametrize(
+    ("key", "default"),
+    [("data.root", "'data'"), ("data.batch_size", ""), ("model.lr", ""), ("model.compile", "False")],
+)
+def test_an_empty_value_is_refused_where_none_may_stand(key: str, default: str) -> None:
+    part, name = key.split(".")
+    for content, options in (({part: {"init_args": {name: None}}}, ()), ({}, (f"--{key}", "null"))):
+        with pytest.raises(UserError) as caught:
+            parse(TASK, content, options=options)
+        assert f"{key} is null" in str(caught.value)
+        assert default in str(caught.value)
+    assert parse(TASK, {"data": {"init_args": {"predict_root": None}}}).config.data.init_args.predict_root is None
+
+
 def test_numbers_in_free_arguments_stay_numbers() -> None:
     run = parse(TASK, options=("--model.backbone_kwargs.drop_rate=1e-1", "--model.backbone_kwargs.depth=3"))
     kwargs = run.config.model.init_args.backbone_kwargs
@@ -116,6 +130,15 @@ def test_an_enumeration_is_written_as_its_text() -> None:
     (timer,) = config.load(run._settings_text)["trainer"]["callbacks"]
     assert timer["init_args"] == {"duration": "00:00:10:00", "interval": "step", "verbose": True}
     assert parse(config.load(run._settings_text))._settings_text == run._settings_text
+
+
+@pytest.mark.parametrize("value", [{"seconds": 30}, "00:00:05:00"])
+def test_a_duration_comes_through_a_run_and_its_own_config(value: Any) -> None:
+    timer = {"class_path": "lightning.pytorch.callbacks.Timer", "init_args": {"duration": value}}
+    run = parse(TASK, {"trainer": {"max_time": value, "callbacks": [timer]}})
+    kept = config.load(run._settings_text)["trainer"]
+    assert kept["max_time"] == value
+    assert kept["callbacks"][0]["init_args"]["duration"] == value
 
 
 def test_a_default_that_has_no_text_is_left_out_with_a_word(capsys: pytest.CaptureFixture) -> None:

@@ -12,7 +12,7 @@ from torch import tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from srlora_pl.data.pictures import Files, Split
-from srlora_pl.data.splits import split_of
+from srlora_pl.data.splits import hints_at_split, split_of
 from srlora_pl.errors import UserError, did_you_mean, is_utf8, listed
 
 # Folders that systems and programs make beside pictures, for thumbnails and what was deleted.
@@ -111,8 +111,9 @@ def _parts(root: Path) -> dict[str, Path]:
                     f"data.root '{root}' has {len(found)} folders for the split {split} ({listed(found)}); keep one."
                 )
         return {split: root / found[0] for split, found in named.items() if found}
-    # A class may well be called train or test, but not all of them.
-    if names and all(map(split_of, names)):
+    # A class may well be called train or test, but not all of them; nor seg_train where it holds folders of its own.
+    hints = all(map(hints_at_split, names)) and any(_folders(root / name) for name in names)
+    if names and (hints or all(map(split_of, names))):
         raise UserError(
             f"data.root '{root}' has folders of splits ({listed(names)}) but no class folders to train on; put the "
             f"images of each class into a folder of its own in '{root / 'train'}'."

@@ -21,6 +21,11 @@ def split_of(name: str) -> str | None:
     return next((split for split, names in _SPLITS.items() if word in names), None)
 
 
+def hints_at_split(name: str) -> bool:
+    """Whether a part of ``name`` is one of those names, as in ``seg_train`` and ``val2017``."""
+    return any(map(split_of, re.split(r"[\W\d_]+", name)))
+
+
 def hold_out(strata: Tensor, fraction: float, seed: int, kind: str) -> tuple[Tensor, Tensor]:
     """`stratified_split` for ``data.val_fraction``, with a word on the classes of which no sample is held out.
 

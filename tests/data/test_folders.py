@@ -75,6 +75,8 @@ def test_splits_are_known_by_any_of_their_names(tree: Tree, train: str, val: str
         (pets("Test"), ["Test", "no class folders to train on"]),
         (["train/0.png", "test/0.png"], ["test, train", "no class folders to train on"]),
         (["train/0.png"], ["train", "no class folders to train on"]),
+        (pets("seg_train", "seg_test"), ["seg_test, seg_train", "no class folders to train on"]),
+        (pets("train2017", "val2017"), ["train2017, val2017", "no class folders to train on"]),
         (["cat/0.png", "dog/0.png", *pets("test")], ["'cat'", "'test'", "root/train"]),
         ([*pets("train"), "val/0.png"], ["root/val", "no class folders"]),
         ([*pets("train"), "val/Cat/0.png"], ["'Cat'", "did you mean 'cat'"]),
