@@ -115,6 +115,7 @@ TRAINER: dict[str, Case] = {
     "endless run": ([*FIT, "--trainer.max_steps=-1", "--trainer.max_epochs=-1"], ["trainer.max_steps"]),
     "no batch at all": ([*FIT, "--trainer.limit_train_batches=0"], ["trainer.limit_train_batches 0", "no batch of"]),
     "no batches": ([*FIT, "--trainer.limit_train_batches=0.001"], ["0.001", "limit_train_batches"]),
+    "no batch to predict": ([*PREDICT, "--trainer.limit_predict_batches=0"], ["trainer.limit_predict_batches 0"]),
     "averaged weights": (
         [*FIT, "--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"],
         ["EMAWeightAveraging", "switch"],

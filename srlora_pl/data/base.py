@@ -120,6 +120,8 @@ class DataModule(L.LightningDataModule):
                 f"trainer.limit_train_batches {self.trainer.limit_train_batches} leaves no batch of "  # type: ignore[union-attr]
                 f"{len(EpochBatches(self))} to train on; raise it."
             )
+        if stage == "predict" and self.trainer and self.trainer.limit_predict_batches == 0:
+            raise UserError("trainer.limit_predict_batches 0 leaves no batch to predict; raise it.")
         if stage == "validate" and self.val_set is None:
             raise UserError("There is no validation split; set data.val_fraction above 0.")
         if not self._is_described:  # a fit ends with a test of the same data

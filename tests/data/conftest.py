@@ -50,7 +50,8 @@ class Recorder(ExactResume, L.LightningModule):
 def attach(data: DataModule, processed: int = 0, size: int = 16, limit: int | float = 1.0, **more: Any) -> Any:
     """``data`` with a stand-in for a trainer after ``processed`` micro-batches."""
     progress = SimpleNamespace(total=SimpleNamespace(processed=processed))
-    defaults = {"global_rank": 0, "world_size": 1, "overfit_batches": 0, "state": SimpleNamespace(fn="fit")}
+    defaults = {"global_rank": 0, "world_size": 1, "overfit_batches": 0, "limit_predict_batches": 1.0}
+    defaults |= {"state": SimpleNamespace(fn="fit")}
     data.trainer = SimpleNamespace(  # type: ignore[assignment]
         precision_plugin=SimpleNamespace(convert_input=lambda batch: batch),
         lightning_module=SimpleNamespace(data_config=data_config(size)),
