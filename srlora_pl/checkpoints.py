@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, and found again."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from inspect import signature
 from pathlib import Path
@@ -151,8 +152,12 @@ def _below(path: str, folder: str) -> Path:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The checkpoints in a run's ``folder``, at any depth, those that were written for SLURM too."""
-    return [file for file in folder.rglob("*.ckpt") if not file.name.startswith(".")]
+    """The checkpoints in a run's ``folder``, at any depth, those that were written for SLURM too.
+
+    None of other runs, of which a folder may hold several.
+    """
+    files = (file for file in folder.rglob("*.ckpt") if not file.name.startswith("."))
+    return [file for file in files if not re.search(r"(^|/)version_\d+/", file.relative_to(folder).as_posix())]
 
 
 def run_folders(checkpoint: Path) -> list[Path]:
