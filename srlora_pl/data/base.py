@@ -140,9 +140,9 @@ class DataModule(L.LightningDataModule):
             "to predict": self.predict_set,
         }
         sets = {use: each if isinstance(each, list) else [each] for use, each in splits.items() if each is not None}
-        parts = [", ".join(f"{sum(map(len, each)):,} {use}" for use, each in sets.items())]
-        first = next(iter(sets.values()))[0]
-        labels = None if first.labels is None else first.labels[first.rows]
+        parts = [", ".join(f"{sum(map(len, each)):,} {use}" for use, each in sets.items()) or "none"]
+        first = next((each[0] for each in sets.values()), None)  # a DataModule of the user's own may load nothing
+        labels = None if first is None or first.labels is None else first.labels[first.rows]
         if self.class_names:
             parts.append(f"{self.num_classes} classes: {_with_counts(self.class_names, labels)}")
         elif labels is not None and len(labels):

@@ -107,6 +107,10 @@ def test_a_description_is_one_line_and_cut_after_ten_classes() -> None:
     )
 
 
+def test_a_description_of_nothing() -> None:
+    assert NumberData(8, 2).description() == "data: none; 2 classes: odd, even"
+
+
 def test_a_description_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
     data = attach(NumberData(8, 2))
     data.setup("fit")
