@@ -22,9 +22,9 @@ from transformers import AutoModelForSequenceClassification, DebertaV2Config
 from benchmarks.models import DEBERTA_V3_BASE
 from benchmarks.report import report
 from srlora_pl import ImageClassifier, SRLoRA, TextClassifier
-from srlora_pl.checkpoints import AtomicCheckpointIO
-from srlora_pl.system import device_name
 from srlora_pl.tasks.base import Task
+from srlora_pl.training.checkpoints import AtomicCheckpointIO
+from srlora_pl.util.system import device_name
 
 
 def backbone(model: str, folder: Path) -> None:

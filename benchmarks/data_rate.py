@@ -21,7 +21,7 @@ import torch
 from benchmarks.report import report
 from benchmarks.step_time import Variant, network
 from srlora_pl import ImageData
-from srlora_pl.system import device_name
+from srlora_pl.util.system import device_name
 
 
 def main() -> None:

@@ -35,9 +35,9 @@ from benchmarks.clock import CLOCK, TheirClock
 from benchmarks.report import report
 from srlora_pl import GLUEData
 from srlora_pl.cli import main as srlora
-from srlora_pl.system import device_name
-from srlora_pl.tasks.backbones import ASSETS
-from srlora_pl.tasks.encoders import resolve
+from srlora_pl.models.encoders import resolve
+from srlora_pl.models.timm_models import ASSETS
+from srlora_pl.util.system import device_name
 
 BATCH = {"cola": 32, "cifar100": 64}
 SAMPLES = {"cola": 8551, "cifar100": 50_000}

@@ -33,10 +33,11 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks.report import report
-from srlora_pl import checkpoints, cli
+from srlora_pl import cli
 from srlora_pl.lowrank.adaptation import Adaptation
-from srlora_pl.run import Run
-from srlora_pl.system import device_name
+from srlora_pl.run.run import Run
+from srlora_pl.training import checkpoints
+from srlora_pl.util.system import device_name
 
 ROOT = Path(__file__).parents[1]
 AIMS = ("step", "switch", "checkpoint", "validation", "anywhere")

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.report import report
 from srlora_pl.lowrank import kernels
-from srlora_pl.system import device_name
+from srlora_pl.util.system import device_name
 
 SHAPES = [(768, 768), (3072, 768), (768, 3072), (384, 384), (1536, 384)]
 ROWS = [32, 64, 128, 256, 384, 512, 1024, 2048]

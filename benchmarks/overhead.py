@@ -22,9 +22,9 @@ from lightning.pytorch import Callback
 
 from benchmarks.report import report
 from srlora_pl import cli
-from srlora_pl.callbacks import MatrixTable, Monitor, Progress
-from srlora_pl.run import Run
-from srlora_pl.system import device_name
+from srlora_pl.reporting import MatrixTable, Monitor, Progress
+from srlora_pl.run.run import Run
+from srlora_pl.util.system import device_name
 
 ONCE = ("on_fit_start", "on_fit_end")
 

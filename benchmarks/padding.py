@@ -15,7 +15,7 @@ import torch
 from benchmarks.report import report
 from benchmarks.texts import glue_batches
 from srlora_pl import SRLoRA, TextClassifier
-from srlora_pl.system import device_name
+from srlora_pl.util.system import device_name
 
 
 def step(module: TextClassifier, optimizer: torch.optim.Optimizer, batch: dict[str, Any]) -> float:

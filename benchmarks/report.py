@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from srlora_pl.system import versions
+from srlora_pl.util.system import versions
 
 
 def report(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]], result: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from benchmarks.report import report
 from srlora_pl.lowrank import Adaptation, SRLoRA
-from srlora_pl.system import device_name
+from srlora_pl.util.system import device_name
 
 
 def seconds(work: Callable[[], object]) -> float:

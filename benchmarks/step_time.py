@@ -31,9 +31,9 @@ from benchmarks.models import DEBERTA_V3_BASE
 from benchmarks.report import report
 from benchmarks.texts import glue_batches
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
-from srlora_pl.system import device_name
+from srlora_pl.models.deberta import use_fast_attention
 from srlora_pl.tasks.attention import faster_attention
-from srlora_pl.tasks.deberta import use_fast_attention
+from srlora_pl.util.system import device_name
 
 # Optimizer steps between two switches in the paper's runs: 5,000 steps and 30 switches; CoLA's 10,700 and 62.
 INTERVAL = {"image": 5000 / 30, "text": 10_700 / 62}

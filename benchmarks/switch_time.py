@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.report import report
 from benchmarks.step_time import INTERVAL, Variant, image_batches, network, random_texts
-from srlora_pl.system import device_name
+from srlora_pl.util.system import device_name
 
 
 def main() -> None:

@@ -10,14 +10,14 @@ _HOMES = {
     "LoRA": "srlora_pl.lowrank",
     "PiSSA": "srlora_pl.lowrank",
     "SRLoRA": "srlora_pl.lowrank",
-    "SRLoRAMixin": "srlora_pl.mixin",
+    "SRLoRAMixin": "srlora_pl.training.mixin",
     "ImageClassifier": "srlora_pl.tasks.image",
     "TextClassifier": "srlora_pl.tasks.text",
-    "GLUEData": "srlora_pl.data.glue",
-    "ImageData": "srlora_pl.data.images",
-    "TextData": "srlora_pl.data.text_files",
-    "UserError": "srlora_pl.errors",
-    "export_model": "srlora_pl.export",
+    "GLUEData": "srlora_pl.data.texts.glue",
+    "ImageData": "srlora_pl.data.images.datamodule",
+    "TextData": "srlora_pl.data.texts.files",
+    "UserError": "srlora_pl.util.errors",
+    "export_model": "srlora_pl.export.command",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"

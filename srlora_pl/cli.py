@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from srlora_pl import config
-from srlora_pl.errors import START_AGAIN, WORKER_DIED, Interrupted, UserError, causes, did_you_mean, is_utf8
+from srlora_pl.run import config
+from srlora_pl.util.errors import START_AGAIN, WORKER_DIED, Interrupted, UserError, causes, did_you_mean, is_utf8
 
 COMMANDS = {
     "fit": "train, then test the best checkpoint where the test data have labels",
@@ -129,7 +129,7 @@ def _dispatch(arguments: list[str]) -> int:
     _require_utf8(options)
     contents = [config.read(file) for file in files]
 
-    from srlora_pl.run import Run
+    from srlora_pl.run.run import Run
 
     Run(command, files, contents, options).start()
     return 0
@@ -166,7 +166,7 @@ def _export(options: list[str]) -> int:
     if given.config:
         config.read(given.config)
 
-    from srlora_pl.export import export_checkpoint
+    from srlora_pl.export.command import export_checkpoint
 
     report = export_checkpoint(given.ckpt_path, given.format, given.output, given.rank, given.force, given.config)
     print("\n".join(report.lines()))
@@ -204,7 +204,7 @@ def _figures(options: list[str]) -> int:
     parser.add_argument("--output")
     given = parser.parse_args(options)
 
-    from srlora_pl.figures import draw_runs
+    from srlora_pl.figures.runs import draw_runs
 
     print("\n".join(draw_runs(given.run, given.output, given.layer)))
     return 0

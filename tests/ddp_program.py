@@ -19,11 +19,11 @@ from torch import Tensor
 
 from srlora_pl import ImageClassifier, ImageData, SRLoRA, TextClassifier, TextData, UserError
 from srlora_pl.cli import main
-from srlora_pl.data import tokens
-from srlora_pl.data.sources import Digits
+from srlora_pl.data.images.sources import Digits
+from srlora_pl.data.texts import tokens
 from srlora_pl.lowrank.importance import all_finite
-from srlora_pl.lowrank.spectrum import Spectrum
-from srlora_pl.run import Run
+from srlora_pl.lowrank.starts.spectrum import Spectrum
+from srlora_pl.run.run import Run
 from tests.data.texts import WORDS, save_tokenizer, sentence
 from tests.tasks.texts import BERT, folder
 

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint, WeightAveraging
 
 from srlora_pl.lowrank import LoRA, PiSSA
-from srlora_pl.resume import ExactResume
+from srlora_pl.training.resume import ExactResume
 from tests.test_mixin import Toy, loader, trainer
 from tests.toys import toy_net
 

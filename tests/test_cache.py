@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from srlora_pl import cache
+from srlora_pl.util import cache
 
 
 def test_a_file_is_kept_with_nothing_beside_it(tmp_path: Path) -> None:

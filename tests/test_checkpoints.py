@@ -11,9 +11,9 @@ import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from srlora_pl.checkpoints import AtomicCheckpointIO, newest
-from srlora_pl.errors import UserError
-from srlora_pl.files import replacing
+from srlora_pl.training.checkpoints import AtomicCheckpointIO, newest
+from srlora_pl.util.errors import UserError
+from srlora_pl.util.files import replacing
 
 
 def content(step: int, size: int = 10) -> dict:

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from srlora_pl import ImageClassifier
 from srlora_pl.cli import main
-from srlora_pl.data.sources import Digits
-from srlora_pl.run import Run
+from srlora_pl.data.images.sources import Digits
+from srlora_pl.run.run import Run
 
 ROOT = Path(__file__).parent.parent
 LORA = ROOT / "configs/methods/lora.yaml"
@@ -326,7 +326,7 @@ def test_two_processes_do_not_go_on_with_one_run(small: Path) -> None:
     (folder,) = small.glob("runs/*/version_0")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     hold = (
-        "import sys, pathlib; from srlora_pl.files import alone_in\n"
+        "import sys, pathlib; from srlora_pl.util.files import alone_in\n"
         "with alone_in(pathlib.Path(sys.argv[1])) as alone: print(alone, flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", hold, str(folder)]

@@ -7,9 +7,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlora_pl import config
-from srlora_pl.config import changes, combine, explain, keys, method_arguments, missing_package, plain, read
-from srlora_pl.errors import UserError
+from srlora_pl.run import config
+from srlora_pl.run.config import changes, combine, explain, keys, method_arguments, missing_package, read
+from srlora_pl.util import yaml_text
+from srlora_pl.util.errors import UserError
 
 # Texts that one reader of YAML or another takes for something else.
 LIKE_OTHERS = [
@@ -36,29 +37,31 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
 
 @given(st.text() | st.from_regex(r"[-+.]?[0-9][-+.:_0-9a-fA-FxXoO]*", fullmatch=True) | st.sampled_from(LIKE_OTHERS))
 def test_text_stays_text_in_a_file(text: str) -> None:
-    written = config.write({"name": text, "more": [text], "deep": {"revision": text}})
-    assert plain(config.load(written)) == {"name": text, "more": [text], "deep": {"revision": text}}
+    written = yaml_text.write({"name": text, "more": [text], "deep": {"revision": text}})
+    assert yaml_text.plain(yaml_text.load(written)) == {"name": text, "more": [text], "deep": {"revision": text}}
 
 
 @given(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text())
 def test_other_programs_read_the_same_from_a_written_file(value: object) -> None:
-    assert yaml.safe_load(config.write({"value": value})) == {"value": value}
+    assert yaml.safe_load(yaml_text.write({"value": value})) == {"value": value}
 
 
 def test_only_text_in_quotes_is_marked() -> None:
-    read_back = config.load("a: 25921e05\nb: '25921e05'\nc: word\nd: [\"null\"]\n")
+    read_back = yaml_text.load("a: 25921e05\nb: '25921e05'\nc: word\nd: [\"null\"]\n")
     assert read_back == {"a": 25921e05, "b": "25921e05", "c": "word", "d": ["null"]}
-    kinds = {"a": float, "b": config.Text, "c": str}
+    kinds = {"a": float, "b": yaml_text.Text, "c": str}
     assert {key: type(read_back[key]) for key in kinds} == kinds
-    assert [type(each) for each in (read_back["d"][0], plain(read_back)["d"][0], plain(read_back)["b"])] == [
-        config.Text,
+    assert [
+        type(each) for each in (read_back["d"][0], yaml_text.plain(read_back)["d"][0], yaml_text.plain(read_back)["b"])
+    ] == [
+        yaml_text.Text,
         str,
         str,
     ]
 
 
 def test_no_setting_is_a_date() -> None:
-    assert config.load("a: 2024-01-01\nb: 2024-13-45") == {"a": "2024-01-01", "b": "2024-13-45"}
+    assert yaml_text.load("a: 2024-01-01\nb: 2024-13-45") == {"a": "2024-01-01", "b": "2024-13-45"}
 
 
 @pytest.mark.parametrize("text", ["0", "false", "[]"])

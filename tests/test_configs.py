@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from srlora_pl import GLUEData, SRLoRA, config
+from srlora_pl import GLUEData, SRLoRA
 from srlora_pl.data.base import EpochBatches
 from srlora_pl.lowrank.schedule import Schedule
-from srlora_pl.run import Run
+from srlora_pl.run import config
+from srlora_pl.run.run import Run
 
 ROOT = Path(__file__).parent.parent
 TASKS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from srlora_pl import UserError
 from srlora_pl.cli import main
 from srlora_pl.data.base import Share
-from srlora_pl.run import Run
+from srlora_pl.run.run import Run
 from tests import ddp_program
 from tests.ddp_program import FewDigits, classifier, trainer
 
@@ -311,7 +311,7 @@ def test_a_bug_stays_one():
 
 def test_the_first_process_speaks_first(monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr("srlora_pl.run.time.sleep", waits.append)
+    monkeypatch.setattr("srlora_pl.run.run.time.sleep", waits.append)
     with pytest.raises(UserError):
         ending(UserError("said once"))
     assert not waits

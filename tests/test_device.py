@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from srlora_pl import ImageClassifier, ImageData, LoRA, PiSSA, SRLoRA, TextClassifier, UserError
-from srlora_pl.callbacks import ContinuedCurves, ContinuedTensorBoardLogger, Monitor, Progress
 from srlora_pl.lowrank import Adaptation, Spectrum
+from srlora_pl.reporting import ContinuedCurves, ContinuedTensorBoardLogger, Monitor, Progress
 from srlora_pl.tasks.scores import SCORES, Mean, metrics
 from tests.tasks.conftest import SMALL_VIT
 from tests.tasks.texts import BERT, DEBERTA, Data, folder, samples

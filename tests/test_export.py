@@ -21,11 +21,11 @@ from transformers import (
     AutoTokenizer,
 )
 
-import srlora_pl.export
-import srlora_pl.libraries
+import srlora_pl.export.command
+import srlora_pl.models.family
 from srlora_pl import ImageClassifier, LoRA, PiSSA, SRLoRA, UserError, export_model
-from srlora_pl.data.transforms import ImageTransform
-from srlora_pl.lowrank.export import change
+from srlora_pl.data.images.transforms import ImageTransform
+from srlora_pl.lowrank.delta import change
 from tests.data.texts import PAD, SEP, WORDS, cola, save_tokenizer
 from tests.models import CLASSES, VIT, batch_for, encoder_folder, fit, image_task, text_task, vit_folder
 from tests.tasks.texts import BERT, DEBERTA, folder
@@ -139,7 +139,7 @@ def test_a_compressed_adapter_is_what_peft_loads(vit, tmp_path):
 def test_without_peft_the_adapter_is_checked_in_memory(vit, tmp_path, monkeypatch, rank):
     task = fit(image_task(vit, SRLORA(target_rank=4)), steps=6)
     installed = export_model(task, tmp_path / "with", "peft", rank)
-    monkeypatch.setattr(srlora_pl.export, "find_spec", lambda name: None)
+    monkeypatch.setattr(srlora_pl.export.command, "find_spec", lambda name: None)
     report = export_model(task, tmp_path / "without", "peft", rank)
     assert "peft is not installed, so the files were not loaded back" in report.notes
     assert report.difference == pytest.approx(installed.difference, abs=1e-6)
@@ -449,16 +449,16 @@ def test_files_that_give_other_outputs_are_not_left(vit, tmp_path, monkeypatch, 
         key = next(key for key in tensors if key.endswith(("fc2.weight", "fc2.lora_B.weight")))
         save_file(tensors | {key: tensors[key] * 1.02}, path, {"format": "pt"})
 
-    write = srlora_pl.export._write_merged if mode == "merged" else srlora_pl.peft_format.write
+    write = srlora_pl.export.command._write_merged if mode == "merged" else srlora_pl.models.peft_folder.write
     if mode == "merged":
-        original = srlora_pl.libraries.Timm.write
+        original = srlora_pl.models.family.Timm.write
 
         def broken(self, net, folder, names):
             notes = original(self, net, folder, names)
             damage(folder / "model.safetensors", load_file(folder / "model.safetensors"))
             return notes
 
-        monkeypatch.setattr(srlora_pl.libraries.Timm, "write", broken)
+        monkeypatch.setattr(srlora_pl.models.family.Timm, "write", broken)
     else:
 
         def broken(folder, *rest):
@@ -466,7 +466,7 @@ def test_files_that_give_other_outputs_are_not_left(vit, tmp_path, monkeypatch, 
             damage(folder / "adapter_model.safetensors", load_file(folder / "adapter_model.safetensors"))
             return size
 
-        monkeypatch.setattr(srlora_pl.peft_format, "write", broken)
+        monkeypatch.setattr(srlora_pl.models.peft_folder, "write", broken)
     task = fit(image_task(vit, SRLORA(target_rank=4)), steps=6)
     with pytest.raises(UserError, match=r"exported files give outputs that differ by .*e-.*nothing was written"):
         export_model(task, tmp_path / "a/b/out", mode)
@@ -484,7 +484,7 @@ def test_a_folder_that_cannot_be_written_is_said_in_a_sentence(vit, tmp_path, mo
     def full(*_):
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(srlora_pl.peft_format, "save_file", full)
+    monkeypatch.setattr(srlora_pl.models.peft_folder, "save_file", full)
     with pytest.raises(UserError, match=r"out cannot be written \(No space left on device\), so nothing was"):
         export_model(task, tmp_path / "out", "peft")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

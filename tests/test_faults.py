@@ -25,8 +25,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks.faults import SAVE_OFTEN, difference, outcome
 from srlora_pl import ImageClassifier, UserError
-from srlora_pl.callbacks.csv_log import ContinuedCSVLogger
 from srlora_pl.data.base import _watch_workers
+from srlora_pl.reporting.csv_log import ContinuedCSVLogger
 from tests.test_bad_input import complaint
 from tests.test_cli import ROOT, SMALL_RUN, _no_trace, cli  # noqa: F401
 from tests.test_resume import SmallDigits, assert_equal, backbone, model, trainer  # noqa: F401

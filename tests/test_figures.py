@@ -20,8 +20,9 @@ from matplotlib.text import Text
 from PIL import Image
 from torch import Tensor
 
-from srlora_pl import UserError, figures
-from srlora_pl.figures import (
+from srlora_pl import UserError
+from srlora_pl.figures import runs as figures
+from srlora_pl.figures.runs import (
     Curve,
     active_lengths,
     direction_intervals,

@@ -21,9 +21,9 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from benchmarks.faults import curves
-from srlora_pl.callbacks.progress import duration
-from srlora_pl.checkpoints import AtomicCheckpointIO
-from srlora_pl.run import Run
+from srlora_pl.reporting.progress import duration
+from srlora_pl.run.run import Run
+from srlora_pl.training.checkpoints import AtomicCheckpointIO
 from tests.test_cli import ROOT, SMALL_RUN, _no_trace, cli  # noqa: F401
 
 RUN = f"""{SMALL_RUN}

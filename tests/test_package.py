@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import srlora_pl
-from srlora_pl.randomness import derive, uniform
+from srlora_pl.util.randomness import derive, uniform
 
 
 def test_the_maths_loads_no_lightning():

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification
 
 from srlora_pl import ImageClassifier, LoRA, PiSSA, SRLoRA, UserError, export_model
-from srlora_pl.lowrank.export import Factors
-from srlora_pl.peft_format import PeftFolder, write
+from srlora_pl.lowrank.delta import Factors
+from srlora_pl.models.peft_folder import PeftFolder, write
 from tests.models import CLASSES, batch_for, encoder_folder, fit, image_task, text_task, vit_folder
 from tests.tasks.texts import BERT
 

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from lightning.pytorch.loggers.logger import Logger
 
 from srlora_pl.data.base import DataModule, KeyedDataset, split_keys
-from srlora_pl.resume import ExactResume
+from srlora_pl.training.resume import ExactResume
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

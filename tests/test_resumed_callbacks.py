@@ -9,9 +9,9 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from srlora_pl.checkpoints import keep_to_own_folders, newest, resumes, run_folders
-from srlora_pl.config import Node
-from srlora_pl.finders import Finder
+from srlora_pl.run.config import Node
+from srlora_pl.run.finders import Finder
+from srlora_pl.training.checkpoints import keep_to_own_folders, newest, resumes, run_folders
 from tests.test_checkpoints import content
 from tests.test_cli import LORA, SMALL_RUN, _no_trace, cli, scores  # noqa: F401
 

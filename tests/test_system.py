@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from srlora_pl import system
+from srlora_pl.util import system
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -68,7 +68,7 @@ def test_freed_memory_is_used_again():
     faults = "resource.getrusage(resource.RUSAGE_SELF).ru_minflt"
     program = f"""
 import resource, sys, torch
-from srlora_pl import system
+from srlora_pl.util import system
 if sys.argv[1] == "keep":
     system.keep_freed_memory()
 for step in range(24):

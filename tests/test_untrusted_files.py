@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10
 
 from srlora_pl import ImageClassifier, ImageData, LoRA, UserError
-from srlora_pl.tasks.encoders import build_encoder
+from srlora_pl.models.encoders import build_encoder
 from tests.data.texts import save_tokenizer
 from tests.tasks.texts import BERT, folder
 from tests.test_bad_input import FIT, _no_network, complaint, contents, encoder, home, pictures, texts  # noqa: F401

@@ -12,9 +12,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from srlora_pl.callbacks.summary import FILE as SUMMARY
-from srlora_pl.errors import Interrupted, UserError
-from srlora_pl.files import lock
+from srlora_pl.reporting.summary import FILE as SUMMARY
+from srlora_pl.util.errors import Interrupted, UserError
+from srlora_pl.util.files import lock
 
 _CLI = "from srlora_pl.cli import main; raise SystemExit(main())"
 

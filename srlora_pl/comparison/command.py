@@ -15,12 +15,14 @@ import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from srlora_pl import config, figures, system
 from srlora_pl.comparison.cells import Cell, Plan, Runner, runner, writing_to
 from srlora_pl.comparison.paper import NUMBERS, TABLES
 from srlora_pl.comparison.results import Outcome, at_the_edge, best_point, made_with, table, unequal_terms
-from srlora_pl.errors import UserError, did_you_mean
-from srlora_pl.files import relative, replacing
+from srlora_pl.figures import runs as figures
+from srlora_pl.run import config
+from srlora_pl.util import system, yaml_text
+from srlora_pl.util.errors import UserError, did_you_mean
+from srlora_pl.util.files import relative, replacing
 
 _PLAN = "plan.json"
 _PROBE_STEPS = 4
@@ -137,7 +139,7 @@ def _grid(entries: Sequence[str]) -> dict[str, list[str]]:
 def _meaning(value: str) -> str:
     """The same for 0.001 and 1e-3, as runs read them, but not for 1 and 1.0, a number and a share of batches."""
     try:
-        return repr(config.load(value))
+        return repr(yaml_text.load(value))
     except (yaml.YAMLError, ValueError):  # broken, or no date
         return value
 
@@ -348,7 +350,7 @@ def _probe(plan: Plan, cell: Cell) -> tuple[float, int]:
     """Seconds of a training step here and now, and the optimizer steps of a whole run."""
     from lightning.pytorch.callbacks import LambdaCallback
 
-    from srlora_pl.run import Run
+    from srlora_pl.run.run import Run
 
     files = [*plan.configs, str(plan.methods[cell.method])]
     words = [f"--{key}={value}" for key, value in cell.point]

@@ -20,8 +20,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from srlora_pl.errors import WORKER_DIED, UserError, listed
-from srlora_pl.randomness import derive, run_seed
+from srlora_pl.util.errors import WORKER_DIED, UserError, listed
+from srlora_pl.util.randomness import derive, run_seed
 
 # Streams keep the uses of one seed apart; large numbers, so that no step or epoch is mistaken for one.
 _ORDER = int.from_bytes(b"order")

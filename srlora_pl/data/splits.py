@@ -6,7 +6,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from srlora_pl.data.base import stratified_split
-from srlora_pl.errors import UserError
+from srlora_pl.util.errors import UserError
 
 _SPLITS = {
     "train": ("train", "training"),

@@ -4,9 +4,9 @@
 """
 
 from srlora_pl.lowrank.adaptation import Adaptation
-from srlora_pl.lowrank.layer import LowRankLinear
+from srlora_pl.lowrank.linear import LowRankLinear
 from srlora_pl.lowrank.methods import LoRA, Method, PiSSA, SRLoRA
 from srlora_pl.lowrank.schedule import Schedule
-from srlora_pl.lowrank.spectrum import Spectrum
+from srlora_pl.lowrank.starts.spectrum import Spectrum
 
 __all__ = ["Adaptation", "LoRA", "LowRankLinear", "Method", "PiSSA", "SRLoRA", "Schedule", "Spectrum"]

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import recompose
 from srlora_pl.lowrank.importance import Importance, all_finite
-from srlora_pl.lowrank.layer import LowRankLinear, Matrix
+from srlora_pl.lowrank.linear import LowRankLinear, Matrix
 from srlora_pl.lowrank.matrix_state import MatrixState
 from srlora_pl.lowrank.methods import Method, SRLoRA
 from srlora_pl.lowrank.methods.base import is_below
-from srlora_pl.lowrank.precision import float64_device, full_precision
 from srlora_pl.lowrank.schedule import Schedule
-from srlora_pl.lowrank.spectrum import Spectrum, SpectrumCache, fingerprint
+from srlora_pl.lowrank.starts.spectrum import Spectrum, SpectrumCache, fingerprint
 from srlora_pl.lowrank.targets import inject
+from srlora_pl.util.errors import UserError, did_you_mean
+from srlora_pl.util.precision import float64_device, full_precision
 
 _PATIENCE = 20  # steps within which every layer must have had a gradient
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srlora_pl.lowrank.layer import LowRankLinear, Matrix
+from srlora_pl.lowrank.linear import LowRankLinear, Matrix
 
 
 class Importance:

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from srlora_pl.lowrank.layer import Matrix
-from srlora_pl.lowrank.spectrum import Spectrum
+from srlora_pl.lowrank.linear import Matrix
+from srlora_pl.lowrank.starts.spectrum import Spectrum
 
 
 class MatrixState:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from srlora_pl.lowrank.adaptation import Adaptation
-from srlora_pl.lowrank.export import all_pairs
-from srlora_pl.lowrank.layer import Matrix
+from srlora_pl.lowrank.delta import all_pairs
+from srlora_pl.lowrank.linear import Matrix
 from srlora_pl.lowrank.matrix_state import MatrixState
-from srlora_pl.lowrank.precision import full_precision
 from srlora_pl.lowrank.targets import block_and_kind
+from srlora_pl.util.precision import full_precision
 
 
 def by_kind(matrices: Iterable[Matrix]) -> dict[str, list[Matrix]]:

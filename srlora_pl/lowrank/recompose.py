@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from srlora_pl.errors import UserError
-from srlora_pl.lowrank.layer import Matrix
-from srlora_pl.lowrank.spectrum import Spectrum
+from srlora_pl.lowrank.linear import Matrix
+from srlora_pl.lowrank.starts.spectrum import Spectrum
+from srlora_pl.util.errors import UserError
 
 # What optimizers call their running mean of gradients and their running size of gradients, both shaped like the
 # parameter: SGD, Adam, AdamW (amsgrad too), NAdam, RAdam, Lion, RMSprop, Adagrad.

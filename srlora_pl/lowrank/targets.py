@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from srlora_pl.errors import UserError, did_you_mean
-from srlora_pl.lowrank.layer import LowRankLinear
+from srlora_pl.lowrank.linear import LowRankLinear
 from srlora_pl.lowrank.methods.base import ALL_LINEAR, Method, is_below, name_matches
+from srlora_pl.util.errors import UserError, did_you_mean
 
 QKV = ("query", "key", "value")
 # The same part of a transformer block in the names of timm and of the transformers families. A name is tried as it

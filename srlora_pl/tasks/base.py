@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
 
-from srlora_pl.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
-from srlora_pl.config import plain
 from srlora_pl.data.base import DataModule
-from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Method
 from srlora_pl.lowrank.importance import all_finite
-from srlora_pl.lowrank.precision import MatmulPrecision
-from srlora_pl.mixin import SRLoRAMixin
-from srlora_pl.peft_format import PeftFolder
-from srlora_pl.resume import ExactResume
+from srlora_pl.models.heads import FoundHead, settle
+from srlora_pl.models.peft_folder import PeftFolder
 from srlora_pl.tasks.guards import require_that_a_batch_passes
-from srlora_pl.tasks.heads import FoundHead, settle
 from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, param_groups, schedule_factor
 from srlora_pl.tasks.scores import Mean, OneClass
+from srlora_pl.training.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
+from srlora_pl.training.mixin import SRLoRAMixin
+from srlora_pl.training.resume import ExactResume
+from srlora_pl.util.errors import UserError, did_you_mean
+from srlora_pl.util.precision import MatmulPrecision
+from srlora_pl.util.yaml_text import plain
 
 Batch = dict[str, Tensor]
 # By data loader; MNLI has two development sets, matched and mismatched.

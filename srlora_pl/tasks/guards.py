@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from srlora_pl.data.base import DataModule
-from srlora_pl.errors import UserError, one_line
+from srlora_pl.util.errors import UserError, one_line
 
 
 def require_that_a_batch_passes(task: Any, data: DataModule) -> None:

@@ -10,11 +10,11 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
-from srlora_pl.errors import UserError
 from srlora_pl.lowrank import Method
+from srlora_pl.models.timm_models import build_backbone, data_config, find_head, head_names
 from srlora_pl.tasks.attention import faster_attention
-from srlora_pl.tasks.backbones import build_backbone, data_config, find_head, head_names
 from srlora_pl.tasks.base import Batch, Task, require
+from srlora_pl.util.errors import UserError
 
 
 class ImageClassifier(Task):
@@ -26,7 +26,7 @@ class ImageClassifier(Task):
 
     Args:
         backbone: a shipped backbone (``vit_tiny_in64``), a timm or hub name, or a local folder in timm's layout. A head
-            of ``num_classes`` that its weights bring along is taken, as `srlora_pl.tasks.heads.settle` says.
+            of ``num_classes`` that its weights bring along is taken, as `srlora_pl.models.heads.settle` says.
         num_classes: taken from the data when the command line builds the model.
         method: ``srlora_pl.LoRA``, ``PiSSA`` or ``SRLoRA``, or its ``{class_path, init_args}``.
         backbone_kwargs: for timm's constructor, such as ``drop_path_rate``; ``pretrained: false`` starts from

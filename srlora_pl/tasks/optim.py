@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from srlora_pl.errors import UserError, did_you_mean
+from srlora_pl.util.errors import UserError, did_you_mean
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 SCHEDULES = ("cosine", "linear", "constant")

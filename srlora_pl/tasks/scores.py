@@ -14,8 +14,8 @@ from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from srlora_pl.errors import UserError, did_you_mean
-from srlora_pl.lowrank.precision import float64_device
+from srlora_pl.util.errors import UserError, did_you_mean
+from srlora_pl.util.precision import float64_device
 
 
 def _exactly(formula: Callable[..., Tensor], *values: Tensor) -> Tensor:

@@ -12,12 +12,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
 
-from srlora_pl import config
-from srlora_pl.errors import UserError, did_you_mean
 from srlora_pl.lowrank import Method
-from srlora_pl.tasks import encoders, scores
+from srlora_pl.models import encoders
+from srlora_pl.models.deberta import use_fast_attention
+from srlora_pl.tasks import scores
 from srlora_pl.tasks.base import Batch, Task, require
-from srlora_pl.tasks.deberta import use_fast_attention
+from srlora_pl.util import yaml_text
+from srlora_pl.util.errors import UserError, did_you_mean
 
 
 class TextClassifier(Task):
@@ -31,7 +32,7 @@ class TextClassifier(Task):
 
     Args:
         backbone: a hub name, a local folder in transformers' layout, or ``minilm`` where that extra is installed. A
-            head of ``num_classes`` that its weights bring along is taken, as `srlora_pl.tasks.heads.settle` says.
+            head of ``num_classes`` that its weights bring along is taken, as `srlora_pl.models.heads.settle` says.
         num_classes: taken from the data when the command line builds the model; 1 for regression.
         method: ``srlora_pl.LoRA``, ``PiSSA`` or ``SRLoRA``, or its ``{class_path, init_args}``.
         backbone_kwargs: override the encoder's configuration, such as ``hidden_dropout_prob``, or say where the hub's
@@ -245,7 +246,7 @@ def _in_order(by_name: dict[Any, float], names: Sequence[str]) -> list[float]:
     read = {}
     for name in names:
         with contextlib.suppress(yaml.YAMLError, ValueError):
-            read[repr(config.load(f"- {name}"))] = name
+            read[repr(yaml_text.load(f"- {name}"))] = name
     given = {key if isinstance(key, str) else read.get(repr([key]), str(key)): by_name[key] for key in by_name}
     for name in given:
         if name not in names:

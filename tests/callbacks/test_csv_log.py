@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
-from srlora_pl.callbacks import ContinuedCSVLogger, ContinuedCurves
+from srlora_pl.reporting import ContinuedCSVLogger, ContinuedCurves
 
 
 def write(folder: Path, *rows: dict[str, float]) -> None:

@@ -6,7 +6,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
 
-from srlora_pl.callbacks.curves import ContinuedTensorBoardLogger
+from srlora_pl.reporting.curves import ContinuedTensorBoardLogger
 
 
 def test_files_of_one_folder_begin_in_seconds_of_their_own(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from srlora_pl.callbacks import Interrupts
-from srlora_pl.errors import Interrupted
+from srlora_pl.reporting import Interrupts
+from srlora_pl.util.errors import Interrupted
 
 
 class Together:

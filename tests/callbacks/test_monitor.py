@@ -17,8 +17,8 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from srlora_pl import ImageClassifier
-from srlora_pl.callbacks import Monitor
 from srlora_pl.lowrank.measures import by_kind
+from srlora_pl.reporting import Monitor
 from tests.test_cli import SMALL_RUN, _no_trace, cli  # noqa: F401
 from tests.test_faults import in_step
 from tests.test_mixin import Toy, loader, trainer
@@ -59,7 +59,7 @@ class Watched:
 
 def prepared(home: Path) -> Path:
     settings = yaml.safe_load(SMALL_RUN)
-    monitor = {"class_path": "srlora_pl.callbacks.Monitor", "init_args": {"figures_at_validation": True}}
+    monitor = {"class_path": "srlora_pl.reporting.Monitor", "init_args": {"figures_at_validation": True}}
     settings["trainer"] |= {"callbacks": [monitor], "enable_model_summary": True}
     home.mkdir(parents=True, exist_ok=True)
     (home / "small.yaml").write_text(yaml.safe_dump(settings))

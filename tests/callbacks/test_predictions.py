@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from srlora_pl import GLUEData, UserError
-from srlora_pl.callbacks import GLUEWriter, PredictionWriter
-from srlora_pl.data.glue import TASKS
+from srlora_pl.data.texts.glue import TASKS
+from srlora_pl.reporting import GLUEWriter, PredictionWriter
 
 
 def write(writer: PredictionWriter, data: Any, *loaders: list[dict[str, torch.Tensor]]) -> None:

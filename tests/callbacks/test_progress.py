@@ -10,9 +10,9 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from srlora_pl.callbacks.progress import Progress, closing_line, duration, matrix_rows, parameter_line
 from srlora_pl.lowrank import LoRA, SRLoRA
-from srlora_pl.resume import ExactResume
+from srlora_pl.reporting.progress import Progress, closing_line, duration, matrix_rows, parameter_line
+from srlora_pl.training.resume import ExactResume
 from tests.callbacks.test_monitor import Watched, run  # noqa: F401
 from tests.test_cli import _no_trace  # noqa: F401
 from tests.test_mixin import Toy, loader, srlora, trainer

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from srlora_pl import ImageClassifier, SRLoRA, system
-from srlora_pl.callbacks import Summary
+from srlora_pl import ImageClassifier, SRLoRA
+from srlora_pl.reporting import Summary
+from srlora_pl.util import system
 from tests.tasks.conftest import CLASSES, SMALL_VIT, samples
 
 
@@ -63,7 +64,7 @@ def test_the_switches_and_the_commit_are_those_of_the_whole_run(last, switches, 
 
 def test_seconds_add_up_over_the_processes_of_a_run(tmp_path, monkeypatch):
     clock = iter([100.0, 103.0, 104.5, 20.0, 21.0, 27.0])
-    monkeypatch.setattr("srlora_pl.callbacks.summary.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("srlora_pl.reporting.summary.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     first, second, model = Summary(tmp_path), Summary(tmp_path), small_model()
     first.on_fit_start(None, model)
     saved = first.state_dict()  # as a checkpoint in the middle of a run keeps it

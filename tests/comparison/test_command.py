@@ -21,7 +21,7 @@ from srlora_pl.comparison import command
 from srlora_pl.comparison.cells import Cell
 from srlora_pl.comparison.command import plans_of
 from srlora_pl.comparison.paper import NUMBERS
-from srlora_pl.errors import UserError
+from srlora_pl.util.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from srlora_pl.data.base import DataModule
-from srlora_pl.resume import ExactResume
+from srlora_pl.training.resume import ExactResume
 
 
 def data_config(size: int = 16, interpolation: str = "bicubic") -> dict[str, Any]:

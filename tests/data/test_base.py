@@ -20,8 +20,8 @@ from srlora_pl.data.base import (
     stratified_split,
     user_error_as_batch,
 )
-from srlora_pl.data.images import ImageData
-from srlora_pl.errors import UserError
+from srlora_pl.data.images.datamodule import ImageData
+from srlora_pl.util.errors import UserError
 
 from .conftest import Recorder, attach
 

@@ -11,10 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from srlora_pl.data.folders import _JUNK, Folder, picture_files
-from srlora_pl.data.sources import find_source
+from srlora_pl.data.images.folders import _JUNK, Folder, picture_files
+from srlora_pl.data.images.sources import find_source
 from srlora_pl.data.splits import split_of
-from srlora_pl.errors import UserError
+from srlora_pl.util.errors import UserError
 
 Tree = Callable[..., Path]
 of_bytes = pytest.mark.skipif(sys.platform != "linux", reason="other systems take fewer names for a file")

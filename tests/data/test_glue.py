@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from srlora_pl import GLUEData, UserError
-from srlora_pl.data.glue import TASKS
-from srlora_pl.data.tokens import load_tokenizer
+from srlora_pl.data.texts.glue import TASKS
+from srlora_pl.data.texts.tokens import load_tokenizer
 
 from .texts import GLUE_HEADS, save_tokenizer, with_model, write
 

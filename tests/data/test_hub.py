@@ -13,8 +13,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from pyarrow import parquet
 
-from srlora_pl.data.sources import find_source
-from srlora_pl.errors import UserError
+from srlora_pl.data.images.sources import find_source
+from srlora_pl.util.errors import UserError
 
 LABEL, OTHER = ClassLabel(names=["cat", "dog", "owl"]), ClassLabel(names=["owl", "cat", "dog"])
 TEXT, NUMBER = Value("string"), Value("int64")

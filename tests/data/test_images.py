@@ -21,10 +21,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
-from srlora_pl.data.images import FileImages, ImageData, MemoryImages
-from srlora_pl.data.sources import Files, picture_files
-from srlora_pl.data.transforms import ImageTransform, check_mode, to_rgb
-from srlora_pl.errors import UserError
+from srlora_pl.data.images.datamodule import FileImages, ImageData, MemoryImages
+from srlora_pl.data.images.sources import Files, picture_files
+from srlora_pl.data.images.transforms import ImageTransform, check_mode, to_rgb
+from srlora_pl.util.errors import UserError
 
 from .conftest import attach
 
@@ -115,7 +115,7 @@ def test_both_paths_give_the_same_batches(image_tree: Tree, monkeypatch: pytest.
     root = str(image_tree({"a": (40, 24), "b": (40, 24)}, count=8))
     memory = ready(root=root)
     assert isinstance(memory.train_set, MemoryImages)
-    monkeypatch.setattr("srlora_pl.data.pictures.SMALL", 30)
+    monkeypatch.setattr("srlora_pl.data.images.pictures.SMALL", 30)
     for workers in (0, 2):
         files = ready(root=root, num_workers=workers)
         assert isinstance(files.train_set, FileImages)

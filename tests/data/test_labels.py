@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from srlora_pl.data.labels import class_names, label_sets, look_alikes, present, refuse_vectors
-from srlora_pl.data.tables import Table
-from srlora_pl.errors import UserError
+from srlora_pl.data.texts.labels import class_names, label_sets, look_alikes, present, refuse_vectors
+from srlora_pl.data.texts.tables import Table
+from srlora_pl.util.errors import UserError
 
 
 def column(*labels: Any) -> Table:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from srlora_pl.data.splits import hold_out, split_of
-from srlora_pl.errors import UserError
+from srlora_pl.util.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from srlora_pl.data.tables import Table, read_table
-from srlora_pl.errors import UserError
+from srlora_pl.data.texts.tables import Table, read_table
+from srlora_pl.util.errors import UserError
 
 WHY = {"text": "that data.text_column names", "label": "that data.label_column names"}
 TEXTS = ['He said "no", twice', "two\nlines", "tabs\tare fine", "naïve ☃\u2028 one row"]

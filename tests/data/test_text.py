@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from srlora_pl import GLUEData, LoRA, TextClassifier, UserError
-from srlora_pl.data.text import in_buckets
-from srlora_pl.resume import ExactResume
+from srlora_pl.data.texts.datamodule import in_buckets
+from srlora_pl.training.resume import ExactResume
 from tests.tasks.texts import BERT, DEBERTA, folder
 
 from .texts import W0, WORDS, cola, save_tokenizer, with_model

@@ -13,7 +13,7 @@ import torch
 from pyarrow import parquet
 
 from srlora_pl import TextData, UserError
-from srlora_pl.data.tables import _quoted_rows
+from srlora_pl.data.texts.tables import _quoted_rows
 
 from .texts import save_tokenizer, sentence, with_model, write
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from srlora_pl.data import tokens as module
-from srlora_pl.data.tokens import Tokens, load_tokenizer, tokenize
-from srlora_pl.errors import UserError
+from srlora_pl.data.texts import tokens as module
+from srlora_pl.data.texts.tokens import Tokens, load_tokenizer, tokenize
+from srlora_pl.util.errors import UserError
 
 from .texts import CLS, PAD, SEP, W0, save_tokenizer, sentence
 

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torchvision.transforms import RandomResizedCrop
 
-from srlora_pl.data import transforms
-from srlora_pl.data.transforms import DRAWS, ImageTransform, random_boxes, to_rgb, vertical_first
-from srlora_pl.errors import UserError
+from srlora_pl.data.images import transforms
+from srlora_pl.data.images.transforms import DRAWS, ImageTransform, random_boxes, to_rgb, vertical_first
+from srlora_pl.util.errors import UserError
 
 KINDS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 

@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from srlora_pl.data.text import TextDataModule
+from srlora_pl.data.texts.datamodule import TextDataModule
 
 from .conftest import attach
 

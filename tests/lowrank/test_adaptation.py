@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, Spectrum, SRLoRA
 from srlora_pl.lowrank.kernels import merged as merge
-from srlora_pl.lowrank.precision import full_precision
+from srlora_pl.util.precision import full_precision
 from tests.toys import toy_batches, toy_net, train
 
 # rounding of one layer's products, a few dozen terms each
@@ -234,7 +234,7 @@ def test_merge_is_exact_idempotent_and_undone_to_the_bit(monkeypatch):
     torch.testing.assert_close(net(x), before, rtol=0, atol=2e-5)
     adaptation.unmerge()
     seen = []
-    monkeypatch.setattr("srlora_pl.lowrank.layer.merged", lambda *a: seen.append(_precision()) or merge(*a))
+    monkeypatch.setattr("srlora_pl.lowrank.linear.merged", lambda *a: seen.append(_precision()) or merge(*a))
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -8,7 +8,7 @@ from torch import nn
 
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA, SRLoRA
-from srlora_pl.lowrank.export import change, overall_error, plain_copy
+from srlora_pl.lowrank.delta import change, overall_error, plain_copy
 from tests.toys import toy_batches, toy_net, train
 
 SRLORA = partial(SRLoRA, rank=2, alpha=5.0)

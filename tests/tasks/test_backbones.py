@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from srlora_pl import ImageClassifier, LoRA, export_model
-from srlora_pl.errors import UserError
-from srlora_pl.tasks.backbones import ASSETS, build_backbone, data_config, head_names
+from srlora_pl.models.timm_models import ASSETS, build_backbone, data_config, head_names
+from srlora_pl.util.errors import UserError
 from tests.tasks.conftest import SMALL_VIT
 
 NAME = "vit_tiny_patch16_224"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, DebertaV2Config
 
 from srlora_pl import SRLoRA, TextClassifier, UserError
-from srlora_pl.tasks.deberta import FastDisentangledAttention, use_fast_attention
+from srlora_pl.models.deberta import FastDisentangledAttention, use_fast_attention
 from tests.tasks.texts import BERT, DEBERTA, folder
 
 # 8 buckets reach 4 distances each way and then widen: texts of 30 tokens meet all of them, some several times;

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.utils import logging
 
 from srlora_pl import GLUEData, LoRA, TextClassifier, export_model
-from srlora_pl.errors import UserError
-from srlora_pl.tasks.encoders import PACKAGED, build_encoder, head_names, max_tokens, resolve, token_types
+from srlora_pl.models.encoders import PACKAGED, build_encoder, head_names, max_tokens, resolve, token_types
+from srlora_pl.util.errors import UserError
 from tests.data.texts import cola, save_tokenizer, with_model
 from tests.tasks.texts import BERT, DEBERTA, Data, folder, samples
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from srlora_pl import ImageClassifier, ImageData, LoRA, TextClassifier
-from srlora_pl.errors import UserError
 from srlora_pl.tasks import base
+from srlora_pl.util.errors import UserError
 from tests.tasks.conftest import SMALL_VIT
 from tests.tasks.texts import BERT, ShuffledData, folder, samples
 

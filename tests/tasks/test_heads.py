@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from srlora_pl import ImageClassifier, LoRA, PiSSA, TextClassifier, export_model
-from srlora_pl.tasks.heads import FoundHead, output_layers, settle
+from srlora_pl.models.heads import FoundHead, output_layers, settle
 from tests.models import VIT, batch_for, encoder_folder, fit, image_task, text_task, vit_folder
 from tests.tasks.texts import BERT, Data, folder, samples
 

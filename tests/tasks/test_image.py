@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from srlora_pl import ImageClassifier, LoRA, PiSSA, SRLoRA
-from srlora_pl.errors import UserError
-from srlora_pl.tasks.backbones import build_backbone
+from srlora_pl.models.timm_models import build_backbone
 from srlora_pl.tasks.base import as_method
+from srlora_pl.util.errors import UserError
 from tests.tasks.conftest import CLASSES, SMALL_VIT, samples
 
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from srlora_pl.errors import UserError
 from srlora_pl.tasks.optim import build_optimizer, optimizer_class, param_groups, schedule_factor
+from srlora_pl.util.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from scipy import stats
 from sklearn import metrics as sk
 from torch import Tensor
 
-from srlora_pl.errors import UserError
 from srlora_pl.tasks.scores import Mean, OneClass, metrics
+from srlora_pl.util.errors import UserError
 
 
 def computed(problem: str, names: list[str], classes: int, preds: Tensor, target: Tensor) -> dict[str, float]:

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from transformers import AutoTokenizer
 
 from srlora_pl import LoRA, PiSSA, SRLoRA, TextClassifier
-from srlora_pl.errors import UserError
+from srlora_pl.util.errors import UserError
 from tests.tasks.texts import BERT, DEBERTA, DEBERTA_V3_BASE, Data, ShuffledData, folder, samples
 
 TOKENIZER = Path(__file__).parents[3] / "shared" / "models" / "deberta_v3_tokenizer"

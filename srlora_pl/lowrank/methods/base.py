@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from srlora_pl.errors import UserError
-from srlora_pl.lowrank.layer import Matrix
-from srlora_pl.lowrank.spectrum import Spectrum
+from srlora_pl.lowrank.linear import Matrix
+from srlora_pl.lowrank.starts.spectrum import Spectrum
+from srlora_pl.util.errors import UserError
 
 ALL_LINEAR = "all-linear"
 

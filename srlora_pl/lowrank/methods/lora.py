@@ -4,7 +4,7 @@ import math
 
 from torch import nn
 
-from srlora_pl.lowrank.layer import Matrix
+from srlora_pl.lowrank.linear import Matrix
 from srlora_pl.lowrank.methods.base import Method
 
 

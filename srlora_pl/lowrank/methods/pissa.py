@@ -1,10 +1,10 @@
 """PiSSA (Meng et al. 2024, arXiv 2404.02948)."""
 
-from srlora_pl.errors import UserError
 from srlora_pl.lowrank import recompose
-from srlora_pl.lowrank.layer import Matrix
+from srlora_pl.lowrank.linear import Matrix
 from srlora_pl.lowrank.methods.base import Method
-from srlora_pl.lowrank.spectrum import Spectrum
+from srlora_pl.lowrank.starts.spectrum import Spectrum
+from srlora_pl.util.errors import UserError
 
 
 class PiSSA(Method):

@@ -2,9 +2,9 @@
 
 from typing import Any, Literal
 
-from srlora_pl.errors import UserError
-from srlora_pl.lowrank.layer import Matrix
+from srlora_pl.lowrank.linear import Matrix
 from srlora_pl.lowrank.methods.pissa import PiSSA
+from srlora_pl.util.errors import UserError
 
 
 class SRLoRA(PiSSA):

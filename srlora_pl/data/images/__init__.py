@@ -1,0 +1,1 @@
+"""Images: folders, data sets of a hub, torchvision's own."""

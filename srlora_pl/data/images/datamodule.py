@@ -1,0 +1,223 @@
+"""Images for classification: known data sets, the user's own folder, or a data set of ``datasets``."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys, user_error_as_batch
+from srlora_pl.data.images.folders import picture_files
+from srlora_pl.data.images.pictures import Pictures, Split, into_memory
+from srlora_pl.data.images.sources import NamesOnly, find_source
+from srlora_pl.data.images.transforms import ImageTransform
+from srlora_pl.data.splits import hold_out
+from srlora_pl.util.errors import UserError
+
+
+class ImageData(DataModule):
+    """Images and labels, split, augmented, resized and normalised for the model at hand.
+
+    Batches, once on the device, are dicts of ``image``, float32 (b, 3, H, W) normalised; ``label``, int64 (b,),
+    absent where there is none; ``index``, int64 (b,), the position in the split.
+
+    Mean, std, size and interpolation are the model's (its ``data_config``). Images of one size that fit in memory
+    are kept there as bytes and cropped and resized by the batch, on the device; others are decoded, cropped and
+    resized in the workers. The validation split is the source's own, or ``val_fraction`` of the training split,
+    stratified.
+
+    Args:
+        name: ``digits`` (shipped), ``mnist``, ``cifar10``, ``cifar100`` or ``stl10`` (downloaded into ``root`` when
+            missing); None for data of your own at ``root``.
+        root: a folder; without ``name`` one with a folder of images per class (or ``train/``, ``val/``, ``test/``
+            with such folders in them, also as ``Training/``, ``valid/`` and the like), a folder of a data set of
+            ``datasets``, or that data set's name on the hub. Hidden folders and files are left out.
+        batch_size: images in a batch, per device.
+        val_fraction: share of the training data held out for validation, in [0, 1).
+        seed: of that split only.
+        num_workers: processes that load data; 0 loads in the main process.
+        image_column: column of the images in a data set of ``datasets``.
+        label_column: column of the labels there.
+        hflip: mirror half of the training images left to right.
+        crop_scale: smallest and largest share of the area that a random training crop keeps.
+        test_crop_pct: evaluation images are resized to size / test_crop_pct, and the middle is kept.
+        predict_root: a folder of images or one file to predict; None predicts the test split.
+        class_names: of a trained model, in the order of its outputs, to predict ``predict_root`` without the data at
+            ``root``; ``python cli.py predict`` takes them from the checkpoint.
+
+    Raises:
+        UserError: data that is missing, empty, broken or of one class; an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        name: str | None = None,
+        root: str = "data",
+        batch_size: int = 64,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        num_workers: int = 0,
+        image_column: str = "image",
+        label_column: str = "label",
+        hflip: bool = True,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        test_crop_pct: float = 1.0,
+        predict_root: str | None = None,
+        class_names: list[str] | None = None,
+    ) -> None:
+        super().__init__(batch_size, val_fraction, seed, num_workers)
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise UserError(f"data.crop_scale is {list(crop_scale)}; it needs 0 < smallest <= largest <= 1.")
+        if not 0 < test_crop_pct <= 1:
+            raise UserError(f"data.test_crop_pct is {test_crop_pct}; it must be above 0 and at most 1.")
+        self.options = {"crop_scale": tuple(crop_scale), "hflip": hflip, "test_crop_pct": test_crop_pct}
+        self.predict_root = predict_root
+        self.source = (
+            find_source(name, root, image_column, label_column) if class_names is None else NamesOnly(class_names)
+        )
+        self.class_names = list(self.source.class_names)
+        self.num_classes = len(self.class_names)
+        self.transform: ImageTransform | None = None
+        self._splits: dict[str, Split] = {}
+        self._name: Callable[[int], str] = str
+
+    def prepare_data(self) -> None:
+        """Download what is missing; pictures of one's own are predicted without the data of the training."""
+        predicts = self.trainer is not None and self.trainer.state.fn == "predict"
+        if not (predicts and self.predict_root):
+            self.source.prepare()
+
+    def load(self, stage: str) -> None:
+        """Read the splits of ``stage``; the model's data config decides their size and scale."""
+        config = getattr(self.trainer and self.trainer.lightning_module, "data_config", None)
+        if config is None:
+            raise UserError(
+                "ImageData needs a model with data_config (mean, std, input_size, interpolation); "
+                "set self.data_config in the model's __init__."
+            )
+        self.transform = ImageTransform.for_model(config, **self.options)
+        if stage in ("fit", "validate"):
+            self._load_train_and_val()
+            if stage == "fit" and self.has_test_labels:  # a run ends with a test, of which nothing is wrong only then
+                self._split("test")
+        elif stage == "test":
+            if not self.has_test_labels:
+                raise UserError("The data has no labelled test split; add one, or run validate instead.")
+            self.test_set = self._images(self._split("test"))
+        elif stage == "predict":
+            self._load_predict()
+        self.left_out = dict(sum((split.left_out for split in self._splits.values()), Counter()))
+
+    def _load_train_and_val(self) -> None:
+        train = self._split("train")
+        assert train.labels is not None
+        if self.source.has("val"):
+            self.train_set, self.val_set = self._images(train), self._images(self._split("val"))
+            return
+        kept, held = hold_out(train.labels, self.val_fraction, self.seed, "image")
+        self.train_set = self._images(train, kept)
+        self.val_set = self._images(train, held) if len(held) else None
+
+    def _load_predict(self) -> None:
+        if self.predict_root is None and not self.source.has("test"):
+            raise UserError("The data has no test split to predict; set data.predict_root to images.")
+        self._splits.pop("predict", None)  # the folder, or what is in it, may be another by now
+        split = self._split("test" if self.predict_root is None else "predict")
+        self._name = split.name
+        self.predict_set = self._images(Split(split.images, None))
+
+    @property
+    def has_test_labels(self) -> bool:
+        """Whether there is a test split to score on."""
+        return self.source.has_labels("test")
+
+    def sample_name(self, index: int) -> str:
+        """What to call a predicted image: its file, or its index in the test split."""
+        return self._name(index)
+
+    def _split(self, name: str) -> Split:
+        if name not in self._splits:
+            own = self.predict_root if name == "predict" else None
+            split = self.source.load(name) if own is None else picture_files(Path(own), "data.predict_root")
+            if not isinstance(split.images, Tensor):
+                split.images = into_memory(split.images)
+            self._splits[name] = split
+        return self._splits[name]
+
+    def _images(self, split: Split, rows: Tensor | None = None) -> "MemoryImages | FileImages":
+        assert self.transform is not None
+        if isinstance(split.images, Tensor):
+            return MemoryImages(split.images, split.labels, rows, self.transform)
+        return FileImages(split.images, split.labels, rows, self.transform)
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Crop and resize what was not cropped in the workers, then normalise; the batch is on its device."""
+        assert self.transform is not None
+        batch = dict(batch)
+        image, crops = batch.pop("image"), batch.pop("crops", None)
+        if batch.pop("whole"):
+            image = self.transform.test(image) if crops is None else self.transform.train(image, crops)
+        batch = {"image": self.transform.normalise(image), **batch}
+        # Lightning does this for 64-true before the images are floats.
+        return self.trainer.precision_plugin.convert_input(batch) if self.trainer else batch
+
+
+class MemoryImages(KeyedDataset):
+    """Images of one size, uint8 (n, c, h, w), given out whole, in training with the crops to make of them."""
+
+    def __init__(self, images: Tensor, labels: Tensor | None, rows: Tensor | None, transform: ImageTransform) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
+        self.rows = torch.arange(len(images)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        index, epoch = split_keys(keys)
+        rows = self.rows[index]
+        batch = _batch(self.images[rows], True, self.labels, rows, index)
+        if epoch is not None:
+            batch["crops"] = self.transform.crops(torch.stack([epoch, index], 1), *self.images.shape[2:])
+        return batch
+
+
+class FileImages(KeyedDataset):
+    """Encoded images of any size, decoded, cropped and resized here, that is, in the workers."""
+
+    def __init__(
+        self, pictures: Pictures, labels: Tensor | None, rows: Tensor | None, transform: ImageTransform
+    ) -> None:
+        self.pictures, self.labels, self.transform = pictures, labels, transform
+        self.rows = torch.arange(len(pictures)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        index, epoch = split_keys(keys)
+        rows = self.rows[index]
+        try:
+            images = self._test(rows) if epoch is None else self._train(rows, torch.stack([epoch, index], 1))
+        except UserError as error:
+            return user_error_as_batch(error)
+        return _batch(images, False, self.labels, rows, index)
+
+    def _test(self, rows: Tensor) -> Tensor:
+        return torch.stack([self.pictures.decode(row, self.transform.test_one) for row in rows.tolist()])
+
+    def _train(self, rows: Tensor, keys: Tensor) -> Tensor:
+        numbers = self.transform.numbers(keys).split(1)
+        images = [
+            self.pictures.decode(row, partial(self.transform.train_one, numbers=own))
+            for row, own in zip(rows.tolist(), numbers, strict=True)
+        ]
+        return torch.stack(images)
+
+
+def _batch(images: Tensor, whole: bool, labels: Tensor | None, rows: Tensor, index: Tensor) -> Batch:
+    batch: Batch = {"image": images, "whole": whole, "index": index}
+    if labels is not None:
+        batch["label"] = labels[rows]
+    return batch

@@ -1,0 +1,189 @@
+"""Images in folders of the user's own: to train on, a folder for each class, or to predict.
+
+Links to folders are followed. What lies between the images and is not used is counted by its kind.
+"""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from srlora_pl.data.images.pictures import Files, Split
+from srlora_pl.data.splits import hints_at_split, split_of
+from srlora_pl.util.errors import UserError, did_you_mean, is_utf8, listed
+
+# Folders that systems and programs make beside pictures, for thumbnails and what was deleted.
+_JUNK = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information")
+
+
+class Folder:
+    """A folder of class folders, or ``train/``, ``val/`` and ``test/`` (see `split_of`) with class folders in each.
+
+    Without ``train/`` the whole tree is the training split. A ``test/`` of bare images has no labels.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.parts = _parts(root)
+        train = self.parts["train"]
+        self.class_names = _folders(train)
+        if not self.class_names:
+            raise UserError(
+                f"data.root '{root}' has no class folders with images; put the images of each class into a "
+                f"folder of its own, under '{root}' or '{root / 'train'}'."
+            )
+        if len(self.class_names) < 2:
+            raise UserError(
+                f"data.root '{root}' has the one class {self.class_names[0]!r}; put the images of at least two "
+                f"classes into '{train}', each into its own folder."
+            )
+        for name in self.class_names:
+            if not is_utf8(name):
+                raise UserError(f"The class folder {name!r} in '{train}' is not named in UTF-8; rename it.")
+
+    def prepare(self) -> None:
+        pass
+
+    def has(self, split: str) -> bool:
+        return split in self.parts
+
+    def has_labels(self, split: str) -> bool:
+        return split in self.parts and bool(_folders(self.parts[split]))
+
+    def load(self, split: str) -> Split:
+        part = self.parts[split]
+        if split == "test" and not self.has_labels(split):
+            return picture_files(part, "data.root")
+        self._check_classes(part)
+        left_out = self._beside_classes(split)
+        above = frozenset({os.path.realpath(part)})
+        by_class = [_images_under(part / name, left_out, above) for name in self.class_names]
+        empty = [name for name, paths in zip(self.class_names, by_class, strict=True) if not paths]
+        if empty and (split == "train" or not any(by_class)):
+            raise UserError(
+                f"The class folder '{part / empty[0]}' holds no images, which end in {listed(IMG_EXTENSIONS)}; fill or "
+                f"remove it."
+            )
+        labels = [label for label, paths in enumerate(by_class) for _ in paths]
+        files = Files([path for paths in by_class for path in paths])
+        return Split(files, tensor(labels), files.name, left_out)
+
+    def _check_classes(self, part: Path) -> None:
+        classes = _folders(part)
+        if not classes:
+            raise UserError(f"'{part}' has no class folders; give it those of '{self.parts['train']}', or remove it.")
+        unknown = [name for name in classes if name not in self.class_names]
+        if unknown:
+            raise UserError(
+                f"'{part}' has the class {unknown[0]!r}, which '{self.parts['train']}' does not have"
+                f"{did_you_mean(unknown[0], self.class_names)}; rename or remove it."
+            )
+
+    def _beside_classes(self, split: str) -> Counter[str]:
+        """What lies beside the class folders of a split; what lies beside those of the splits counts for ``train``."""
+        left_out: Counter[str] = Counter()
+        part = self.parts[split]
+        for _, is_folder in _entries(part, left_out):
+            left_out["outside the class folders"] += not is_folder
+        if split == "train" and part != self.root:
+            for name, is_folder in _entries(self.root, left_out):
+                if not is_folder:
+                    left_out["outside the class folders"] += 1
+                elif self.root / name not in self.parts.values():
+                    left_out[f"folder {name!r}"] += 1
+        return +left_out
+
+
+def _parts(root: Path) -> dict[str, Path]:
+    """The folder of each split."""
+    names = _folders(root)
+    named: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        if split := split_of(name):
+            named[split].append(name)
+    if any(_folders(root / name) for name in named["train"]):
+        for split, found in named.items():
+            if len(found) > 1:
+                raise UserError(
+                    f"data.root '{root}' has {len(found)} folders for the split {split} ({listed(found)}); keep one."
+                )
+        return {split: root / found[0] for split, found in named.items() if found}
+    # A class may well be called train or test, but not all of them; nor seg_train where it holds folders of its own.
+    hints = all(map(hints_at_split, names)) and any(_folders(root / name) for name in names)
+    if names and (hints or all(map(split_of, names))):
+        raise UserError(
+            f"data.root '{root}' has folders of splits ({listed(names)}) but no class folders to train on; put the "
+            f"images of each class into a folder of its own in '{root / 'train'}'."
+        )
+    for name in (name for found in named.values() for name in found):
+        if again := [each for each in _folders(root / name) if each in names]:
+            raise UserError(
+                f"data.root '{root}' has the folder {again[0]!r}, and its folder {name!r} has one of this name too; "
+                f"move the class folders to train on into '{root / 'train'}'."
+            )
+    return {"train": root}
+
+
+def picture_files(root: Path, key: str) -> Split:
+    """All images under a folder, or one file, without labels; ``key`` is what a complaint names."""
+    if not root.exists():
+        raise UserError(f"{key} '{root}' does not exist; give a folder of images or one image file.")
+    left_out: Counter[str] = Counter()
+    files = Files([root] if root.is_file() else _images_under(root, left_out))
+    if not len(files):
+        raise UserError(f"{key} '{root}' holds no images; it needs files that end in {listed(IMG_EXTENSIONS)}.")
+    return Split(files, None, files.name, left_out)
+
+
+def _folders(root: Path) -> list[str]:
+    """Names of the folders in ``root``, sorted; none where there is no such place."""
+    return [name for name, is_folder in _entries(root, Counter()) if is_folder]
+
+
+def _images_under(root: Path, left_out: Counter[str], above: frozenset[str] = frozenset()) -> list[Path]:
+    """The images that can be read, sorted; ``above`` are the folders that a link must not lead back to."""
+    here = os.path.realpath(root)
+    if here in above:
+        left_out["link in a circle"] += 1
+        return []
+    found = []
+    for name, is_folder in _entries(root, left_out):
+        if is_folder:
+            found += _images_under(root / name, left_out, above | {here})
+        else:
+            found.append(root / name)
+    return found
+
+
+def _entries(root: Path, left_out: Counter[str]) -> list[tuple[str, bool]]:
+    """Names of the images and the folders in ``root``, sorted, and whether each is a folder."""
+    try:
+        with os.scandir(root) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
+    except OSError:
+        left_out["unreadable folder"] += 1
+        return []
+    found = []
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name.casefold() in _JUNK:
+            left_out["hidden"] += 1
+        elif _leads_to(entry.is_dir):
+            found.append((entry.name, True))
+        elif not _leads_to(entry.is_file):
+            left_out["broken link" if entry.is_symlink() else "no regular file"] += 1
+        elif (ending := Path(entry.name).suffix.lower()) in IMG_EXTENSIONS:
+            found.append((entry.name, False))
+        else:
+            left_out[ending or "without an ending"] += 1
+    return found
+
+
+def _leads_to(check: Callable[[], bool]) -> bool:
+    """Whether an entry is of a kind; a link in a circle or through a closed folder is of none."""
+    try:
+        return check()
+    except OSError:
+        return False

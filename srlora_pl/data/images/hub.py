@@ -1,0 +1,289 @@
+"""Images from a data set of the ``datasets`` library."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from io import BytesIO
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, tensor
+
+from srlora_pl.data.images.pictures import Pictures, Split
+from srlora_pl.data.splits import split_of
+from srlora_pl.util.errors import UserError, did_you_mean, listed, one_line
+
+_FILES = (".parquet", ".arrow", ".jsonl")
+# Of several names for one split the first of these is taken.
+_FIRST = ("train", "val", "valid", "validation", "dev", "test")
+
+
+class Cells(Pictures):
+    """The image column of a data set of ``datasets``."""
+
+    def __init__(self, table: Any, column: str, title: str) -> None:
+        from datasets import Image as ImageFeature
+
+        self.table = table.select_columns(column).cast_column(column, ImageFeature(decode=False))
+        self.column, self.title = column, title
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def file(self, index: int) -> Path | BytesIO:
+        cell = self.table.data.column(self.column)[index].as_py()  # straight from Arrow: half the time
+        return Path(cell["path"]) if cell["bytes"] is None else BytesIO(cell["bytes"])
+
+    def name(self, index: int) -> str:
+        return f"{index} of {self.title}"
+
+    def require_all(self) -> None:
+        """Refuse a row that holds nothing, neither bytes nor a path."""
+        from pyarrow import compute
+
+        def length(part: str) -> Any:
+            part = compute.struct_field(self.table.data.column(self.column), part)
+            return compute.fill_null(compute.binary_length(part), absent)
+
+        absent = -1
+        content, path = length("bytes"), length("path")
+        nothing = compute.or_(compute.equal(content, 0), compute.less(compute.max_element_wise(content, path), 1))
+        if (row := compute.index(nothing, True).as_py()) >= 0:
+            raise UserError(f"The image {self.name(row)} is missing; fill or remove the row.")
+
+
+class Hub:
+    """A data set of ``datasets``: a local folder of its files, or a name on the hub.
+
+    The label column holds a ``ClassLabel``, whole numbers or names; -1, an empty name or nothing means unlabelled.
+    The classes are those of the training split; the labels of the others are compared with them by name, whatever
+    numbers stand for the names there.
+    """
+
+    def __init__(self, root: str, image_column: str, label_column: str) -> None:
+        self.root, self.image_column, self.label_column = root, image_column, label_column
+        self.left_out: Counter[str] = Counter()
+        tables = _load(root, label_column, self.left_out)
+        self.splits = _choose(tables, self.left_out)
+        if "train" not in self.splits:
+            raise UserError(f"The data set {root!r} has no split 'train', only {listed(tables)}; rename one of them.")
+        train = self.splits["train"][1]
+        self._check_columns(train)
+        names = getattr(train.features[label_column], "names", None)
+        values = names or sorted(set(self._labels("train")))
+        self.class_names = [str(value) for value in values]
+        if len(self.class_names) < 2:
+            raise UserError(
+                f"data.label_column {label_column!r} of {root!r} has only {len(self.class_names)} class; "
+                f"a classifier needs two or more."
+            )
+        self._has_numbers = not isinstance(values[0], str)
+        self._classes = _classes(values, are_positions=bool(names))
+
+    def _check_columns(self, table: Any, labels: bool = True) -> None:
+        from datasets import ClassLabel
+        from datasets import Image as ImageFeature
+
+        for key, column in (("image_column", self.image_column), ("label_column", self.label_column))[: 1 + labels]:
+            if column not in table.features:
+                raise UserError(
+                    f"data.{key} is {column!r}{did_you_mean(column, table.features)}, but the columns of "
+                    f"{self.root!r} are {listed(table.features)}."
+                )
+        if not isinstance(table.features[self.image_column], ImageFeature):
+            images = [name for name, kind in table.features.items() if isinstance(kind, ImageFeature)]
+            raise UserError(
+                f"data.image_column {self.image_column!r} of {self.root!r} holds no images; its columns of images "
+                f"are: {listed(images) or 'none'}."
+            )
+        kind = table.features.get(self.label_column)
+        if (
+            labels
+            and not isinstance(kind, ClassLabel)
+            and getattr(kind, "dtype", "").rstrip("0123456789_")
+            not in ("int", "uint", "string", "large_string", "bool")
+        ):
+            raise UserError(
+                f"data.label_column {self.label_column!r} of {self.root!r} holds {kind}, not classes; name a column "
+                f"of whole numbers or names."
+            )
+
+    def prepare(self) -> None:
+        pass
+
+    def has(self, split: str) -> bool:
+        return split in self.splits
+
+    def has_labels(self, split: str) -> bool:
+        if split not in self.splits or self.label_column not in self.splits[split][1].features:
+            return False
+        return any(not _is_missing(value) for value in self.splits[split][1][self.label_column][:])
+
+    def load(self, split: str) -> Split:
+        name, table = self.splits[split]
+        labelled = split != "test" or self.has_labels(split)
+        self._check_columns(table, labelled)
+        if not len(table):
+            raise UserError(f"The split {name!r} of {self.root!r} is empty.")
+        cells = Cells(table, self.image_column, self._title(split))
+        cells.require_all()
+        left_out = self.left_out if split == "train" else Counter[str]()
+        return Split(cells, self._positions(split) if labelled else None, left_out=left_out)
+
+    def _title(self, split: str) -> str:
+        return f"the split {self.splits[split][0]!r} of {self.root!r}"
+
+    def _labels(self, split: str) -> list[Any]:
+        """The label of every row: a number, or the name that it has in this split."""
+        table = self.splits[split][1]
+        values, names = table[self.label_column][:], getattr(table.features[self.label_column], "names", None)
+        row = next((row for row, value in enumerate(values) if _is_missing(value)), None)
+        if row is not None:
+            raise UserError(
+                f"The label in column {self.label_column!r} of row {row} of {self._title(split)} is missing "
+                f"({values[row]!r}); fill or remove the row."
+            )
+        named = dict(enumerate(names or ()))
+        if split != "train" and self._has_numbers and not any(name in self._classes for name in named.values()):
+            named = {}
+        return [named.get(value, value) for value in values]
+
+    def _positions(self, split: str) -> Tensor:
+        """Positions among the classes, int64 (n,)."""
+        labels = self._labels(split)
+        for row, label in enumerate(labels):
+            if label not in self._classes:
+                names = listed(map(repr, self.class_names), most=10)
+                near = did_you_mean(label, self.class_names) if isinstance(label, str) else ""
+                raise UserError(
+                    f"The label {label!r} in column {self.label_column!r} of row {row} of {self._title(split)} is none "
+                    f"of the {len(self.class_names)} training classes ({names}){near}; correct it or remove the row."
+                )
+        return tensor([self._classes[label] for label in labels])
+
+
+def _is_missing(label: Any) -> bool:
+    return label is None or label == -1 or (isinstance(label, str) and not label.strip())
+
+
+def _classes(values: list[Any], are_positions: bool) -> dict[Any, int]:
+    """The class of every label that a split may hold: its name, its number in the training split, or both."""
+    classes = {str(value): position for position, value in enumerate(values)}
+    numbers = {int(name): position for name, position in classes.items() if re.fullmatch("0|[1-9][0-9]{0,17}", name)}
+    if are_positions:  # a number stands for the name there, unless it might be one of the names
+        positions = {position: position for position in classes.values()}
+        numbers = positions if not numbers or numbers == positions else {}
+    return classes | dict(zip(values, classes.values(), strict=True)) | numbers
+
+
+def is_table(root: Path) -> bool:
+    """Whether a folder holds files of a data set and no folders of images."""
+    return any(_tables_in(root))
+
+
+def _tables_in(root: Path) -> Iterator[Path]:
+    found = chain.from_iterable(root.glob(f"{where}*{kind}") for where in ("", "*/") for kind in _FILES)
+    return (path for path in found if path.is_file() and "/." not in f"/{path.relative_to(root).as_posix()}")
+
+
+def _load(root: str, label_column: str, left_out: Counter[str]) -> dict[str, Any]:
+    """The tables of a data set, by the names of their splits."""
+    # Imported here: it takes a second, and only these sources need it.
+    from datasets import load_dataset
+
+    try:
+        if Path(root).is_dir():
+            return _load_saved(Path(root)) or _load_files(Path(root), label_column, left_out)
+        return dict(load_dataset(root))
+    except UserError:
+        raise
+    except Exception as error:  # whatever its many readers raise
+        raise UserError(
+            f"data.root '{root}' is neither a folder of images here nor a data set that could be loaded "
+            f"({one_line(error)}); give a folder, or download the data set and give its folder."
+        ) from None
+
+
+def _load_saved(root: Path) -> dict[str, Any]:
+    """What ``save_to_disk`` has written: a single table is the training split; none where there is no such thing."""
+    from datasets import load_from_disk
+
+    if (root / "state.json").exists():
+        return {"train": load_from_disk(str(root))}
+    try:
+        if (root / "dataset_dict.json").exists():
+            return dict(load_from_disk(str(root)))
+    except FileNotFoundError as error:
+        raise UserError(f"data.root '{root}' is not whole ({one_line(error)}); save the data set again.") from None
+    return {}
+
+
+def _load_files(root: Path, label_column: str, left_out: Counter[str]) -> dict[str, Any]:
+    from datasets import load_dataset, load_dataset_builder
+
+    # The whole path, as the names of some folders, such as parquet, mean readers to the library.
+    where = {"path": str(root.absolute()), "data_files": _capitals(root)}
+    builder = load_dataset_builder(**where)
+    files = {str(split): list(map(str, found)) for split, found in (builder.config.data_files or {}).items()}
+    used = {Path(file).resolve() for found in files.values() for file in found}
+    for path in _tables_in(root):
+        if path.resolve() not in used:
+            left_out[f"file {str(path.relative_to(root))!r}"] = 1
+    # Of several files the library takes the first one's names for the numbers of all.
+    kinds = {split: [_label_kind(file, label_column) for file in found] for split, found in files.items()}
+    if len({kind for found in kinds.values() for kind in found}) < 2:
+        return dict(load_dataset(**where))
+    for split, found in kinds.items():
+        for file, kind in zip(files[split], found, strict=True):
+            if kind != found[0] and "ClassLabel" in f"{kind}{found[0]}":
+                raise UserError(
+                    f"Column {label_column!r} holds {found[0]} in '{files[split][0]}' but {kind} in '{file}', both of "
+                    f"the split {split!r}; write them alike."
+                )
+    return {
+        split: load_dataset(where["path"], data_files={"train": found}, split="train") for split, found in files.items()
+    }
+
+
+def _capitals(root: Path) -> dict[str, list[str]] | None:
+    """The files of every split, if capitals are in their names, which the library does not know; otherwise None."""
+    named: dict[str, list[str]] = defaultdict(list)
+    words = []
+    for path in sorted(root.iterdir()):
+        word = next(filter(split_of, re.split(r"[\W\d_]+", path.stem)), None)
+        if word and (path.is_dir() or path.suffix in _FILES):
+            kind = next((kind for kind in _FILES[:2] if any(path.rglob(f"*{kind}"))), "")
+            named[str(split_of(word))].append(f"{path.name}/**/*{kind}" if path.is_dir() else path.name)
+            words.append(word)
+    return None if all(word == word.lower() for word in words) else dict(named)
+
+
+def _label_kind(file: str, column: str) -> str | None:
+    """What a file says of its labels; None for kinds of files that say nothing."""
+    from datasets import Features
+    from pyarrow import ArrowInvalid, ipc, memory_map, parquet
+
+    if file.endswith(".parquet"):
+        schema = parquet.read_schema(file)
+    elif file.endswith(".arrow"):
+        with memory_map(file) as source:
+            try:
+                schema = ipc.open_stream(source).schema
+            except ArrowInvalid:
+                schema = ipc.open_file(source).schema
+    else:
+        return None
+    return str(Features.from_arrow_schema(schema).get(column))
+
+
+def _choose(tables: dict[str, Any], left_out: Counter[str]) -> dict[str, tuple[str, Any]]:
+    """For each of our splits the name and the table that are taken for it."""
+    chosen = {}
+    for name in sorted(tables, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)):
+        split = split_of(name)
+        if split and split not in chosen:
+            chosen[split] = (name, tables[name])
+        else:
+            left_out[f"rows of the split {name!r}"] = len(tables[name])
+    return chosen

@@ -1,0 +1,208 @@
+"""Where images come from: each source knows its classes at once and hands out its splits when asked.
+
+Names of splits are ``train``, ``val`` and ``test``. A source reads no pixels in ``__init__``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, STL10
+
+from srlora_pl.data.base import is_hub_name
+from srlora_pl.data.images.folders import Folder, picture_files
+from srlora_pl.data.images.hub import Hub, is_table
+from srlora_pl.data.images.pictures import Files, Pictures, Split, into_memory
+from srlora_pl.util.errors import UserError, did_you_mean, listed, one_line
+
+__all__ = ["Files", "NamesOnly", "Pictures", "Source", "Split", "find_source", "into_memory", "picture_files"]
+
+
+class Source(Protocol):
+    """What `ImageData` needs of a source."""
+
+    class_names: list[str]
+
+    def prepare(self) -> None:
+        """Download what is missing; called in one process only."""
+
+    def has(self, split: str) -> bool:
+        """Whether there is such a split."""
+
+    def has_labels(self, split: str) -> bool:
+        """Whether there is such a split and it can be scored on."""
+
+    def load(self, split: str) -> Split:
+        """The split's images and labels."""
+
+
+class NamesOnly:
+    """No data, only the classes of a model that is to predict pictures of the user's own."""
+
+    def __init__(self, class_names: list[str]) -> None:
+        self.class_names = class_names
+
+    def prepare(self) -> None:
+        pass
+
+    def has(self, split: str) -> bool:
+        return False
+
+    has_labels = has
+
+    def load(self, split: str) -> Split:
+        raise UserError(
+            f"data.class_names stands for the data of a trained model, and there is no {split} split: leave it out."
+        )
+
+
+# -- shipped
+
+
+_TEN_DIGITS = [str(digit) for digit in range(10)]
+
+
+class Digits:
+    """The UCI handwritten digits, 8x8 (see ``assets/digits/README.md``), with a fixed test split of 360."""
+
+    def __init__(self) -> None:
+        self.class_names = _TEN_DIGITS
+
+    def prepare(self) -> None:
+        pass
+
+    def has(self, split: str) -> bool:
+        return split in ("train", "test")
+
+    has_labels = has
+
+    def load(self, split: str) -> Split:
+        with as_file(files("srlora_pl") / "assets" / "digits" / "digits.safetensors") as path:
+            table = load_file(path)
+        rows = table["test"] == (split == "test")
+        grey = (table["images"][rows].float() * (255 / 16)).round().to(torch.uint8)
+        return Split(grey[:, None], table["labels"][rows].long())
+
+
+# -- torchvision
+
+
+@dataclass(frozen=True)
+class _Known:
+    build: Callable[..., Any]  # (root, split, download) -> a torchvision data set
+    files: str  # what to put where, when it cannot be downloaded
+    class_names: list[str]
+
+
+def _by_train(kind: type) -> Callable[..., Any]:
+    return lambda root, split, download: kind(root, train=split == "train", download=download)
+
+
+_CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+_STL10 = "airplane bird car cat deer dog horse monkey ship truck"
+_CIFAR100 = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
+flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree
+motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider
+squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+wardrobe whale willow_tree wolf woman worm
+"""
+
+TORCHVISION = {
+    "cifar10": _Known(_by_train(CIFAR10), f"{CIFAR10.url} into {{root}}", _CIFAR10.split()),
+    "cifar100": _Known(_by_train(CIFAR100), f"{CIFAR100.url} into {{root}}", _CIFAR100.split()),
+    "mnist": _Known(
+        _by_train(MNIST),
+        f"the four files *-ubyte.gz of {MNIST.mirrors[0]} into {{root}}/MNIST/raw",
+        _TEN_DIGITS,
+    ),
+    "stl10": _Known(
+        lambda root, split, download: STL10(root, split=split, download=download),
+        f"{STL10.url} into {{root}}",
+        _STL10.split(),
+    ),
+}
+NAMES = ("digits", *TORCHVISION)
+
+
+class Torchvision:
+    """One of the data sets that torchvision knows how to download."""
+
+    def __init__(self, name: str, root: str) -> None:
+        self.name, self.root = name, root
+        self.known = TORCHVISION[name]
+        self.class_names = self.known.class_names
+        self._prepared: Any = None
+
+    def prepare(self) -> None:
+        # Kept for `load`: torchvision reads whole files to check them, gigabytes for STL-10.
+        self._prepared = self._build("train", download=True)
+
+    def has(self, split: str) -> bool:
+        return split in ("train", "test")
+
+    has_labels = has
+
+    def load(self, split: str) -> Split:
+        data = self._prepared if split == "train" else None
+        data, self._prepared = data or self._build(split, download=False), None
+        images = torch.as_tensor(np.asarray(data.data))
+        if images.ndim == 3:
+            images = images[:, None]
+        elif images.shape[-1] == 3:
+            images = images.permute(0, 3, 1, 2).contiguous()
+        labels = data.labels if hasattr(data, "labels") else data.targets
+        return Split(images, torch.as_tensor(np.asarray(labels)).long())
+
+    def _build(self, split: str, download: bool) -> Any:
+        try:
+            return self.known.build(self.root, split, download)
+        except (OSError, RuntimeError, ValueError, AssertionError, EOFError, UnpicklingError) as error:
+            what = self.known.files.format(root=self.root)
+            # The advice of the latter is to let the file run code.
+            reason = (
+                "a file holds something else than tensors" if isinstance(error, UnpicklingError) else one_line(error)
+            )
+            raise UserError(
+                f"{self.name} is not whole under data.root '{self.root}' and could not be downloaded "
+                f"({reason}); put {what}, and it is unpacked there."
+            ) from None
+
+
+# -- which one
+
+
+def find_source(name: str | None, root: str, image_column: str, label_column: str) -> Source:
+    """The source that a config's ``data.name`` and ``data.root`` mean."""
+    if name is not None and name not in NAMES:
+        raise UserError(
+            f"data.name is {name!r}{did_you_mean(name, NAMES)}; it is one of {listed(NAMES)}, or absent for a "
+            f"folder of your own at data.root."
+        )
+    if name == "digits":
+        return Digits()
+    if name is not None:
+        return Torchvision(name, root)
+    path = Path(root)
+    if path.is_dir():
+        if is_table(path):
+            return Hub(root, image_column, label_column)
+        if below := sorted(path.glob("*/dataset_dict.json")):
+            raise UserError(f"data.root '{root}' holds a data set in a folder of its own; give '{below[0].parent}'.")
+        return Folder(path)
+    if path.exists():
+        raise UserError(f"data.root '{root}' is a file; give the folder that holds the images.")
+    if is_hub_name(root):
+        return Hub(root, image_column, label_column)
+    raise UserError(
+        f"data.root '{root}' does not exist; give a folder with one folder of images per class, or set data.name "
+        f"to one of {listed(NAMES)}."
+    )

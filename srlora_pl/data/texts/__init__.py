@@ -1,0 +1,1 @@
+"""Texts: GLUE and files of one's own."""

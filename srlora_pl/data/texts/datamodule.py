@@ -1,0 +1,314 @@
+"""Texts for classification and regression: what GLUE and the user's own files share."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys
+from srlora_pl.data.splits import hold_out
+from srlora_pl.data.texts.labels import Problem
+from srlora_pl.data.texts.tokens import Tokens, load_tokenizer, tokenize
+from srlora_pl.util.cache import cache_folder
+from srlora_pl.util.errors import UserError
+from srlora_pl.util.randomness import derive, run_seed
+
+_BUCKETS = int.from_bytes(b"buckets")
+# Batches are padded to a multiple of this many tokens: few distinct shapes, and whole tiles for matrix units.
+_ROUND = 8
+
+
+@dataclass
+class Texts:
+    """A split as read: n texts, or n pairs of texts, and their labels (n, ...), None where there are none."""
+
+    first: Sequence[str]
+    second: Sequence[str] | None
+    labels: Tensor | None
+
+
+class TextDataModule(DataModule):
+    """Base of the DataModules of text: tokenised once, batched by length, the order exact.
+
+    Batches are dicts of ``input_ids``, ``attention_mask`` and, where the tokenizer makes them, ``token_type_ids``,
+    int64 (b, L); ``label``, int64 (b,), or float32 (b,) for numbers and (b, classes) for several classes at once,
+    absent where there is none; ``index``, int64 (b,), the position in the split.
+
+    The tokenizer is that of the model (its ``backbone_name``, loaded with its ``tokenizer_options`` if it has any). A
+    training batch holds texts of similar length and is padded to its longest, rounded up to a multiple of 8; the order
+    of the batches is random. A subclass gives `splits` and `read`, and sets the four attributes below in ``__init__``.
+
+    Args:
+        batch_size: samples in a batch, per device.
+        val_fraction: share of the training data held out for validation, in [0, 1).
+        seed: of that split only.
+        num_workers: processes that make batches; 0 makes them in the main process.
+        max_length: tokens that are kept of a text or pair of texts.
+        pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length; done
+            anyway for a network that sees its padding, as FNet.
+        cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
+    """
+
+    num_classes: int  # 1 for regression
+    class_names: list[str]  # none for regression
+    problem: Problem
+    score_names: list[str]  # what the task reports, the main one first
+
+    def __init__(
+        self,
+        batch_size: int,
+        val_fraction: float,
+        seed: int,
+        num_workers: int,
+        max_length: int,
+        pad_to_max_length: bool,
+        cache_dir: str | None,
+    ) -> None:
+        super().__init__(batch_size, val_fraction, seed, num_workers)
+        if max_length < 1:
+            raise UserError(f"data.max_length is {max_length}, but it must be 1 or more.")
+        self.max_length, self.pad_to_max_length = max_length, pad_to_max_length
+        self.cache = cache_folder("tokens") if cache_dir is None else Path(cache_dir).expanduser()
+        self._tokenizer: tuple[str, dict[str, Any], Any] = ("", {}, None)  # behind what it was loaded by
+        self._read: dict[str, tuple[Tokens, Tensor | None]] = {}
+        self._said: set[str] = set()  # splits whose cut texts were counted aloud
+
+    def splits(self, use: str) -> list[str]:
+        """Names of the splits for ``train``, ``val``, ``test`` or ``predict``; several are scored apart.
+
+        With no name for ``val`` it is held out of the training split.
+        """
+        raise NotImplementedError
+
+    def read(self, split: str) -> Texts:
+        """The texts and labels of a split."""
+        raise NotImplementedError
+
+    @property
+    def has_test_labels(self) -> bool:
+        """Whether there is a test split to score on."""
+        return bool(self.splits("test"))
+
+    def sample_name(self, index: int) -> str:
+        """What to call a predicted text: its position in the split."""
+        return str(index)
+
+    # -- loading
+
+    def prepare_data(self) -> None:
+        """Download what is missing and tokenise it, in one process; the others find it in the cache."""
+        for split in self._needed(str(self.trainer.state.fn.value)):  # type: ignore[union-attr]
+            self._tokens(split)
+
+    def _needed(self, stage: str) -> list[str]:
+        if stage == "fit":
+            # A run ends with a test, of which nothing should be found wrong only then.
+            return [*dict.fromkeys(self.splits("train") + self.splits("val") + self.splits("test"))]
+        if stage == "validate":
+            return self.splits("val") or self.splits("train")
+        return self.splits(stage)
+
+    def load(self, stage: str) -> None:
+        """Tokenise the splits of ``stage`` and say what was cut."""
+        self._require_room()
+        self._say_padding()
+        if stage in ("fit", "validate"):
+            self._load_train_and_val(stage)
+        elif stage == "test":
+            if not self.has_test_labels:
+                raise UserError("The data has no labelled test split; add one, or run validate instead.")
+            self.test_set = self._sets("test")
+        elif stage == "predict":
+            if not self.splits("predict"):
+                raise UserError("The data has no test split to predict; set data.predict_root to a file of texts.")
+            self.predict_set = self._sets("predict")
+        for split in self._needed(stage):
+            self._require_known(split)
+            self._say_truncated(split)
+
+    def _require_room(self) -> None:
+        longest = getattr(self.trainer and self.trainer.lightning_module, "max_tokens", None)
+        if longest is not None and self.max_length > longest:
+            raise UserError(
+                f"data.max_length is {self.max_length}, but this model has positions for {longest} tokens: lower it."
+            )
+
+    def _require_known(self, split: str) -> None:
+        """A number without an embedding would end the run with an error of the device, at whatever batch it is in."""
+        tokens, module = self._tokens(split)[0], self.trainer and self.trainer.lightning_module
+        for name, ids, attribute in (
+            ("token", tokens.input_ids, "vocab_size"),
+            ("token type", tokens.token_type_ids, "token_types"),
+        ):
+            known = getattr(module, attribute, None)
+            if known is not None and ids is not None and len(ids) and (largest := int(ids.max())) >= known:
+                raise UserError(
+                    f"The tokenizer of model.backbone {self._tokenizer[0]!r} makes {name} {largest} of '{split}', but "
+                    f"the network knows {known} of them, counted from 0; put the tokenizer of this network there."
+                )
+
+    def _load_train_and_val(self, stage: str) -> None:
+        names = self.splits("val")
+        self.val_set = self._sets("val") if names else None
+        if names and stage == "validate":
+            return
+        tokens, labels = self._tokens(self.splits("train")[0])
+        assert labels is not None
+        kept = torch.arange(len(tokens))
+        if not names and self.val_fraction > 0:
+            strata = labels if self.problem == "single_label" else torch.zeros(len(tokens), dtype=torch.int64)
+            kept, held = hold_out(strata, self.val_fraction, self.seed, "text")
+            self.val_set = self._set(tokens, labels, held, by_length=True)
+        self.train_set = self._set(tokens, labels, kept, by_length=False)
+
+    def _sets(self, use: str) -> KeyedDataset | list[KeyedDataset]:
+        sets: list[KeyedDataset] = []
+        for split in self.splits(use):
+            tokens, labels = self._tokens(split)
+            rows = torch.arange(len(tokens))
+            sets.append(self._set(tokens, None if use == "predict" else labels, rows, by_length=True))
+        return sets if len(sets) > 1 else sets[0]
+
+    def _set(self, tokens: Tokens, labels: Tensor | None, rows: Tensor, by_length: bool) -> "TokenSet":
+        tokenizer = self._load_tokenizer()
+        left = self._of_model("pads_left", tokenizer.padding_side == "left")
+        pad = (self._pads_to_max_length, self.padding_token or 0, left)
+        return TokenSet(tokens, labels, rows, by_length, self.max_length, *pad)
+
+    def _tokens(self, split: str) -> tuple[Tokens, Tensor | None]:
+        """Tokens and labels of a split, read once."""
+        tokenizer = self._load_tokenizer()
+        if split not in self._read:
+            texts = self.read(split)
+            tokens = tokenize(tokenizer, texts.first, texts.second, self.max_length, self.cache)
+            self._read[split] = (tokens, texts.labels)
+        return self._read[split]
+
+    def _load_tokenizer(self) -> Any:
+        """The tokenizer of the model at hand; what another model's has read is forgotten."""
+        name, options = self._of_model("backbone_name", None), self._of_model("tokenizer_options", {})
+        if name is None:
+            raise UserError(
+                f"{type(self).__name__} needs a model with backbone_name, whose tokenizer it takes; set "
+                f"self.backbone_name in the model's __init__."
+            )
+        if (name, options) != self._tokenizer[:2]:
+            self._tokenizer = (name, options, load_tokenizer(name, options))
+            self._read.clear()
+            self._said.clear()
+        return self._tokenizer[-1]
+
+    def _of_model(self, attribute: str, default: Any) -> Any:
+        return getattr(self.trainer and self.trainer.lightning_module, attribute, default)
+
+    # -- padding
+
+    @property
+    def padding_token(self) -> int | None:
+        """The number of the token behind shorter texts: the tokenizer's, else the network's, else the end of a text.
+
+        Tokens that the network does not know are passed over.
+        """
+        tokenizer, known = self._load_tokenizer(), self._of_model("vocab_size", None)
+        tokens = (tokenizer.pad_token_id, self._of_model("padding_token", None), tokenizer.eos_token_id)
+        return next((token for token in tokens if token is not None and 0 <= token < (known or math.inf)), None)
+
+    @property
+    def _pads_to_max_length(self) -> bool:
+        return self.pad_to_max_length or self._of_model("sees_padding", False)
+
+    def _say_padding(self) -> None:
+        if self._pads_to_max_length and not self.pad_to_max_length:
+            name = self._of_model("backbone_name", None)
+            rank_zero_info(
+                f"The network of model.backbone {name!r} sees the padding of a text, so all are padded to "
+                f"data.max_length {self.max_length}, as with data.pad_to_max_length."
+            )
+
+    def _say_truncated(self, split: str) -> None:
+        tokens = self._tokens(split)[0]
+        if tokens.truncated and split not in self._said:
+            self._said.add(split)
+            rank_zero_info(
+                f"{tokens.truncated} of the {len(tokens)} samples in '{split}' are longer than data.max_length "
+                f"{self.max_length} tokens and were cut."
+            )
+
+    # -- order
+
+    def train_order(self, epoch: int) -> Tensor:
+        """A permutation whose batches hold texts of similar length, in random order: f(run seed, epoch)."""
+        order = super().train_order(epoch)
+        if self._pads_to_max_length:
+            return order
+        assert isinstance(self.train_set, TokenSet)
+        # The devices of one step cut their batches from one piece, so that none waits for another's longer texts.
+        size = self.batch_size * (self.trainer.world_size if self.trainer else 1)
+        generator = torch.Generator().manual_seed(derive(run_seed(), _BUCKETS, epoch))
+        return in_buckets(order, self.train_set.padded_lengths, size, generator)
+
+    def _fingerprint(self) -> dict[str, int | float]:
+        lengths = {"data.max_length": self.max_length, "data.pad_to_max_length": self._pads_to_max_length}
+        return {**super()._fingerprint(), **lengths}
+
+
+def in_buckets(order: Tensor, lengths: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """``order`` rearranged so that each ``size`` in a row have similar ``lengths``.
+
+    Samples of equal length keep their order among themselves, so a random order gives random batches. The pieces
+    come in random order, but for the short one, cut from a random place, which is last.
+    """
+    order = order[lengths[order].argsort(stable=True)]
+    whole, rest = divmod(len(order), size)
+    cut = int(torch.randint(whole + 1, (), generator=generator)) * size
+    short, pieces = order[cut : cut + rest], torch.cat([order[:cut], order[cut + rest :]]).view(whole, size)
+    return torch.cat([pieces[torch.randperm(whole, generator=generator)].flatten(), short])
+
+
+class TokenSet(KeyedDataset):
+    """Tokenised texts, padded by the batch.
+
+    ``rows``: which samples of ``tokens``, int64 (n,); ``by_length``: hand them out longest first (so that a batch
+    too large for the memory shows at once), each with its own position among ``rows`` as ``index``.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        labels: Tensor | None,
+        rows: Tensor,
+        by_length: bool,
+        max_length: int,
+        pad_to_max_length: bool,
+        pad: int,
+        pad_left: bool,
+    ) -> None:
+        self.tokens, self.labels, self.rows = tokens, labels, rows
+        self.max_length, self.pad_to_max_length = max_length, pad_to_max_length
+        self.pad, self.pad_left = pad, pad_left
+        lengths = tokens.lengths[rows]
+        self.padded_lengths = (-(-lengths // _ROUND) * _ROUND).clamp(max=max_length)
+        in_turn = torch.arange(len(rows))
+        self.turns = lengths.argsort(descending=True, stable=True) if by_length else in_turn
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def extremes(self) -> tuple[int, int]:
+        """The longest and the shortest text, so that one of them is padded."""
+        order = self.tokens.lengths[self.rows].argsort()
+        return int(order[0]), int(order[-1])
+
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
+        index = self.turns[split_keys(keys)[0]]
+        rows = self.rows[index]
+        length = self.max_length if self.pad_to_max_length else int(self.padded_lengths[index].max())
+        batch: Batch = {**self.tokens.padded(rows, length, self.pad, self.pad_left), "index": index}
+        if self.labels is not None:
+            batch["label"] = self.labels[rows]
+        return batch

@@ -1,0 +1,196 @@
+"""Texts and labels from the user's own files."""
+
+from pathlib import Path
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from srlora_pl.data.splits import split_of
+from srlora_pl.data.texts.datamodule import TextDataModule, Texts
+from srlora_pl.data.texts.labels import (
+    Problem,
+    class_names,
+    encode_classes,
+    encode_numbers,
+    encode_sets,
+    is_labelled,
+    label_sets,
+    look_alikes,
+    name_numbers,
+    present,
+    refuse_vectors,
+)
+from srlora_pl.data.texts.tables import SUFFIXES, Table, read_table
+from srlora_pl.util.errors import UserError, did_you_mean, listed
+
+_USUAL = ("train", "val", "valid", "validation", "dev", "test")  # names of a split's file that are taken first
+_SCORES = {"single_label": ["accuracy"], "multi_label": ["f1", "accuracy"], "regression": ["pearson", "spearman"]}
+
+
+class TextData(TextDataModule):
+    """Texts and labels from your own CSV, TSV, JSON-lines or parquet files.
+
+    A label is one class, several classes or a number, as ``problem`` says; the classes are those of the training
+    file, or all that its ``ClassLabel`` names where the `datasets` library wrote it. Batches and the order are as in
+    `TextDataModule`.
+
+    Args:
+        root: a file to train on; or a folder with ``train.csv`` (or ``.tsv``, ``.jsonl``, ``.parquet``) and, if
+            there are such, ``val`` and ``test`` files. A test file without labels is only predicted.
+        text_column: name of the column with the text, or a list of two names for pairs of texts.
+        label_column: name of the column with the label.
+        problem: ``single_label`` for one class a sample, ``multi_label`` for any number of classes, ``regression``
+            for numbers.
+        separator: of the fields of a CSV or TSV; by default the comma or the tab.
+        label_separator: of the classes of a sample where ``multi_label`` files hold them as text and not as a list.
+        batch_size: samples in a batch, per device.
+        val_fraction: share of the training data held out for validation where there is no ``val`` file, in [0, 1).
+        seed: of that split only.
+        num_workers: processes that make batches; 0 makes them in the main process.
+        max_length: tokens that are kept of a text or pair of texts.
+        pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length.
+        predict_root: a file to predict, labels not needed; None predicts the test file.
+        cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
+        class_names: of a trained model, in the order of its outputs (none for numbers), to predict ``predict_root``
+            without the files at ``root``; ``python cli.py predict`` takes them from the checkpoint.
+
+    Raises:
+        UserError: a file, column, text or label that is missing or wrong; an argument out of its range.
+    """
+
+    names_numbers = False  # the classes are those of a ClassLabel, which older checkpoints call by their numbers
+
+    def __init__(
+        self,
+        root: str,
+        text_column: str | list[str] = "text",
+        label_column: str = "label",
+        problem: Problem = "single_label",
+        separator: str | None = None,
+        label_separator: str = ",",
+        batch_size: int = 16,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        num_workers: int = 0,
+        max_length: int = 128,
+        pad_to_max_length: bool = False,
+        predict_root: str | None = None,
+        cache_dir: str | None = None,
+        class_names: list[str] | None = None,
+    ) -> None:
+        super().__init__(batch_size, val_fraction, seed, num_workers, max_length, pad_to_max_length, cache_dir)
+        self.text_columns = [text_column] if isinstance(text_column, str) else list(text_column)
+        if len(set(self.text_columns) - {label_column}) != len(self.text_columns) or len(self.text_columns) not in (
+            1,
+            2,
+        ):
+            raise UserError(
+                f"data.text_column is {text_column!r}; name one column, or a list of two, other than the label's."
+            )
+        for key, value in (("separator", separator), ("label_separator", label_separator)):
+            if value is not None and len(value) != 1:
+                raise UserError(f"data.{key} is {value!r}, but it must be one character.")
+        if problem not in _SCORES:
+            near = did_you_mean(problem, _SCORES)
+            raise UserError(f"data.problem is {problem!r}{near}; it is one of {', '.join(_SCORES)}.")
+        self.label_column, self.problem, self.score_names = label_column, problem, _SCORES[problem]
+        self.separator, self.label_separator = separator, label_separator
+        files, others = find_files(Path(root).expanduser()) if class_names is None else ({}, [])
+        if predict_root is not None:
+            files["predict"] = Path(predict_root).expanduser()
+        if names := [path.name for path in others if path != files.get("predict")]:
+            self.left_out[f"files or folders that are no split ({listed(map(repr, names), most=10)})"] = len(names)
+        self._tables = {split: self._table(split, file) for split, file in files.items()}
+        self.class_names = self._classes() if class_names is None else list(class_names)
+        if (problem == "regression") == bool(self.class_names):
+            raise UserError(f"data.problem is {problem!r}, but the model was trained on {_what(self.class_names)}.")
+        self.num_classes = len(self.class_names) or 1
+        self._labels = {
+            split: self._encode(table)
+            for split, table in self._tables.items()
+            if split in ("train", "val") or (split == "test" and is_labelled(table, label_column))
+        }
+
+    def _table(self, split: str, file: Path) -> Table:
+        columns = dict.fromkeys(self.text_columns, "that data.text_column names")
+        columns[self.label_column] = "that data.label_column names"
+        optional = (self.label_column,) if split in ("test", "predict") else ()
+        table = read_table(file, columns, optional, self.separator)
+        if self.problem != "regression" and split != "predict":
+            name_numbers(table, self.label_column)
+        return table
+
+    def _classes(self) -> list[str]:
+        train = self._tables["train"]
+        if self.problem == "regression":
+            return []
+        if self.problem == "multi_label":
+            sets = label_sets(train, self.label_column, self.label_separator)
+            refuse_vectors(train, self.label_column, sets)
+            classes = class_names(name for names in sets for name in names)
+        else:
+            classes = class_names(present(train, self.label_column))
+        if len(classes) < 2:
+            raise UserError(
+                f"data.label_column {self.label_column!r} of {train.path} holds only {len(classes)} class; a "
+                f"classifier needs two or more."
+            )
+        if groups := look_alikes(classes):
+            more = f", and so are {len(groups) - 1} more such groups" if len(groups) > 1 else ""
+            rank_zero_info(
+                f"The classes {listed(map(repr, groups[0]))} of '{train.path}' are kept apart{more}; write them alike "
+                f"where they are one class."
+            )
+        names = train.class_labels.get(self.label_column)
+        self.names_numbers = names is not None
+        return classes if names is None else names
+
+    def _encode(self, table: Table) -> Tensor:
+        if self.problem == "regression":
+            return encode_numbers(table, self.label_column)
+        if self.problem == "multi_label":
+            return encode_sets(table, self.label_column, self.class_names, self.label_separator)
+        return encode_classes(table, self.label_column, self.class_names)
+
+    def splits(self, use: str) -> list[str]:
+        if use == "train" and use not in self._tables:
+            raise UserError("data.class_names stands for the files of a trained model: leave it out to read them.")
+        if use == "test":
+            return ["test"] if "test" in self._labels else []
+        if use == "predict" and "predict" not in self._tables:
+            use = "test"
+        return [use] if use in self._tables else []
+
+    def read(self, split: str) -> Texts:
+        table = self._tables[split]
+        columns = [table.texts(column) for column in self.text_columns]
+        return Texts(columns[0], columns[1] if len(columns) > 1 else None, self._labels.get(split))
+
+
+def _what(class_names: list[str]) -> str:
+    return f"{len(class_names)} classes" if class_names else "numbers"
+
+
+def find_files(root: Path) -> tuple[dict[str, Path], list[Path]]:
+    """The files of the splits ``train``, ``val`` and ``test`` that ``root``, a file or a folder, stands for.
+
+    And what else is in the folder.
+    """
+    if not root.is_dir():
+        return {"train": root}, []
+    there = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    tables = [path for path in there if path.suffix.lower() in SUFFIXES and path.is_file()]
+    files = {}
+    for split in ("train", "val", "test"):
+        alike = [path for path in tables if split_of(path.stem) == split]
+        found = [path for path in alike if path.stem in _USUAL and path.suffix in SUFFIXES] or alike
+        if len(found) > 1:
+            raise UserError(f"data.root '{root}' has both {found[0].name} and {found[1].name}; keep one of them.")
+        if found:
+            files[split] = found[0]
+    if "train" not in files:
+        shown = listed((path.name for path in there), most=10) or "nothing"
+        raise UserError(
+            f"data.root '{root}' has no train{' or train'.join(SUFFIXES)}, only {shown}; name a file, or add one."
+        )
+    return files, [path for path in there if path not in files.values()]

@@ -1,0 +1,223 @@
+"""The tasks of GLUE (Wang et al. 2019), from the folder of its TSV files or from the hub."""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from srlora_pl.data.base import is_hub_name
+from srlora_pl.data.texts.datamodule import TextDataModule, Texts
+from srlora_pl.data.texts.labels import encode_classes, encode_numbers, name_numbers
+from srlora_pl.data.texts.tables import Table, read_table
+from srlora_pl.util.errors import UserError, did_you_mean, one_line
+
+
+@dataclass(frozen=True)
+class GLUETask:
+    """How one task's files are laid out, and how it is scored.
+
+    ``folder``: of its TSV files; ``texts`` and ``label``: their columns; ``header``: the columns of train and dev
+    where the files do not name them; ``words``: the labels as the files and submissions write them, in the order of
+    the hub's numbers, none for numbers; ``names``: what they mean; ``scores``: the main one first; ``dev`` and
+    ``test``: the files' names; ``submissions``: of the files that GLUE's server takes, one for each of ``test``;
+    ``skip_broken``: the official file has broken lines, which everybody leaves out.
+    """
+
+    folder: str
+    texts: tuple[str, ...]
+    label: str
+    words: tuple[str, ...]
+    names: tuple[str, ...]
+    submissions: tuple[str, ...]
+    scores: tuple[str, ...] = ("accuracy",)
+    header: tuple[str, ...] | None = None
+    dev: tuple[str, ...] = ("dev",)
+    test: tuple[str, ...] = ("test",)
+    skip_broken: bool = False
+
+
+_NLI = ("entailment", "not_entailment")
+_MNLI = ("entailment", "neutral", "contradiction")
+_PAIR = ("sentence1", "sentence2")
+
+TASKS = {
+    "cola": GLUETask(
+        "CoLA",
+        ("sentence",),
+        "label",
+        ("0", "1"),
+        ("unacceptable", "acceptable"),
+        ("CoLA.tsv",),
+        scores=("matthews",),
+        header=("source", "label", "mark", "sentence"),
+    ),
+    "sst2": GLUETask("SST-2", ("sentence",), "label", ("0", "1"), ("negative", "positive"), ("SST-2.tsv",)),
+    "mrpc": GLUETask(
+        "MRPC",
+        ("#1 String", "#2 String"),
+        "Quality",
+        ("0", "1"),
+        ("not_equivalent", "equivalent"),
+        ("MRPC.tsv",),
+        scores=("f1", "accuracy"),
+    ),
+    "stsb": GLUETask("STS-B", _PAIR, "score", (), (), ("STS-B.tsv",), scores=("pearson", "spearman")),
+    "qnli": GLUETask("QNLI", ("question", "sentence"), "label", _NLI, _NLI, ("QNLI.tsv",)),
+    "rte": GLUETask("RTE", _PAIR, "label", _NLI, _NLI, ("RTE.tsv",)),
+    "mnli": GLUETask(
+        "MNLI",
+        _PAIR,
+        "gold_label",
+        _MNLI,
+        _MNLI,
+        ("MNLI-m.tsv", "MNLI-mm.tsv"),
+        dev=("dev_matched", "dev_mismatched"),
+        test=("test_matched", "test_mismatched"),
+    ),
+    "qqp": GLUETask(
+        "QQP",
+        ("question1", "question2"),
+        "is_duplicate",
+        ("0", "1"),
+        ("not_duplicate", "duplicate"),
+        ("QQP.tsv",),
+        scores=("f1", "accuracy"),
+        skip_broken=True,
+    ),
+    "wnli": GLUETask("WNLI", _PAIR, "label", ("0", "1"), ("not_entailment", "entailment"), ("WNLI.tsv",)),
+}
+
+
+class GLUEData(TextDataModule):
+    """A task of GLUE. The labels of its test split are hidden, so ``val`` and ``test`` are both the dev split.
+
+    With ``val_fraction`` above 0 the validation split is held out of train, and dev is left for ``test``. ``predict``
+    takes the hidden test split. MNLI has two of each, matched and mismatched. Batches and the order are as in
+    `TextDataModule`.
+
+    Args:
+        task: ``cola``, ``sst2``, ``mrpc``, ``stsb``, ``qnli``, ``rte``, ``mnli``, ``qqp`` or ``wnli``.
+        root: a folder that holds the task's folder of TSV files (``CoLA/train.tsv``), or a name on the hub.
+        batch_size: samples in a batch, per device.
+        val_fraction: share of the training data held out for validation, in [0, 1); 0 validates on dev.
+        seed: of that split only.
+        num_workers: processes that make batches; 0 makes them in the main process.
+        max_length: tokens that are kept of a text or pair of texts.
+        pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length.
+        cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
+
+    Raises:
+        UserError: an unknown task; files that are missing or not GLUE's; an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        root: str = "nyu-mll/glue",
+        batch_size: int = 16,
+        val_fraction: float = 0.0,
+        seed: int = 0,
+        num_workers: int = 0,
+        max_length: int = 128,
+        pad_to_max_length: bool = False,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__(batch_size, val_fraction, seed, num_workers, max_length, pad_to_max_length, cache_dir)
+        self.task_name = task.lower().replace("-", "").replace("_", "")
+        if self.task_name not in TASKS:
+            raise UserError(
+                f"data.task is {task!r}{did_you_mean(self.task_name, TASKS)}; it is one of {', '.join(TASKS)}."
+            )
+        self.task, self.root = TASKS[self.task_name], root
+        self.class_names = list(self.task.names)
+        self.num_classes = len(self.class_names) or 1
+        self.problem = "single_label" if self.class_names else "regression"
+        self.score_names = list(self.task.scores)
+        self.folder = _local_folder(root, self.task)
+
+    def splits(self, use: str) -> list[str]:
+        if use == "train":
+            return ["train"]
+        if use == "val":
+            return [] if self.val_fraction > 0 else list(self.task.dev)
+        return list(self.task.dev if use == "test" else self.task.test)
+
+    def read(self, split: str) -> Texts:
+        return self._read_hub(split) if self.folder is None else self._read_tsv(self.folder, split)
+
+    def _read_tsv(self, folder: Path, split: str) -> Texts:
+        task, hidden = self.task, split in self.task.test
+        columns = dict.fromkeys(task.texts if hidden else (*task.texts, task.label), "that GLUE's file has")
+        file = _tsv_file(folder, split, task)
+        header, skip_broken = None if hidden else task.header, task.skip_broken and not hidden
+        table = read_table(file, columns, header=header, skip_broken=skip_broken, may_be_quoted=False)
+        if table.broken:
+            self.left_out[f"lines of {task.folder}/{file.name} with too few or too many fields"] = table.broken
+        texts = [table.texts(column, may_be_empty=task.skip_broken) for column in task.texts]
+        labels: Tensor | None = None
+        if not hidden:
+            encode = partial(encode_classes, classes=task.words) if task.words else encode_numbers
+            labels = encode(table, task.label)
+        return Texts(texts[0], texts[1] if len(texts) > 1 else None, labels)
+
+    def _read_hub(self, split: str) -> Texts:
+        table = _load_hub(self.root, self.task_name, split.replace("dev", "validation"), self.task)
+        columns = [name for name in table.column_names if name not in ("idx", "label")]
+        texts = [list(table[name]) for name in columns]
+        labels = None if split in self.task.test else self._hub_labels(table, split)
+        return Texts(texts[0], texts[1] if len(texts) > 1 else None, labels)
+
+    def _hub_labels(self, table: Any, split: str) -> Tensor:
+        """By their names: a copy of the data set may number them in another order."""
+        names = getattr(table.features["label"], "names", None) or list(self.task.names)
+        place = Path(self.root, self.task_name, split)
+        labels = Table(place, {"label": list(table["label"])}, range(1, len(table) + 1), {"label": names})
+        if self.problem == "regression":
+            return encode_numbers(labels, "label")
+        name_numbers(labels, "label")
+        words = self.task.words
+        return encode_classes(labels, "label", words if set(words) == set(names) else self.task.names)
+
+
+def _local_folder(root: str, task: GLUETask) -> Path | None:
+    """The task's folder under a local ``root``; None for a name on the hub."""
+    path = Path(root).expanduser()
+    if not path.is_dir():
+        if is_hub_name(root):
+            return None
+        raise UserError(
+            f"data.root '{root}' does not exist; give the folder that holds {_files_of(task)}, or a hub name."
+        )
+    if not (path / task.folder).is_dir():
+        raise UserError(f"data.root '{root}' has no folder {task.folder}; put {_files_of(task)} there.")
+    return path / task.folder
+
+
+def _files_of(task: GLUETask) -> str:
+    return ", ".join(f"{task.folder}/{split}.tsv" for split in ("train", *task.dev, *task.test))
+
+
+def _tsv_file(folder: Path, split: str, task: GLUETask) -> Path:
+    file, subset = folder / f"{split}.tsv", folder / f"{split}_subset.tsv"
+    if not file.is_file() and subset.is_file():
+        rank_zero_info(f"There is no '{file}', so the run takes the part of it in '{subset.name}'.")
+        return subset
+    if not file.is_file():
+        raise UserError(f"The file '{file}' does not exist; {task.folder} needs {_files_of(task)} in data.root.")
+    return file
+
+
+def _load_hub(root: str, name: str, split: str, task: GLUETask) -> Any:
+    from datasets import load_dataset  # takes a second, and local files need none of it
+
+    try:
+        return load_dataset(root, name, split=split)
+    except Exception as error:  # whatever its readers, the hub client and the network raise
+        reason = one_line(error)
+        raise UserError(
+            f"data.root {root!r} could not be loaded from the hub ({reason}); without a network, put {_files_of(task)} "
+            f"into a folder and set data.root to it."
+        ) from error

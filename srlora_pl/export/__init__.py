@@ -1,0 +1,1 @@
+"""Trained models as plain weights, or as a LoRA for PEFT."""

@@ -1,0 +1,171 @@
+"""What an adapted network is to programs that know nothing of this package: plain weights, or one LoRA on W0.
+
+Factors are computed in float64 and rounded to float32 once.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from srlora_pl.lowrank.adaptation import Adaptation
+from srlora_pl.lowrank.linear import LowRankLinear, Matrix
+from srlora_pl.lowrank.matrix_state import MatrixState
+from srlora_pl.util.errors import UserError
+from srlora_pl.util.precision import full_precision
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What training changed in one linear layer: W_eff - W0 = ``B @ A``.
+
+    Attributes:
+        B: (out, k), float32.
+        A: (k, in), float32.
+        size: Frobenius norm of W_eff - W0.
+        lost: Frobenius norm of what a smaller k left out of ``B @ A``.
+    """
+
+    B: Tensor
+    A: Tensor
+    size: float
+    lost: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        return self.B.shape[1]
+
+    @property
+    def error(self) -> float:
+        """``lost`` relative to ``size``."""
+        return self.lost / self.size if self.size else 0.0
+
+
+def overall_error(factors: Iterable[Factors]) -> float:
+    """The relative error of all layers together, in the Frobenius norm."""
+    lost, size = (math.hypot(*values) for values in zip(*((f.lost, f.size) for f in factors), strict=True))
+    return lost / size if size else 0.0
+
+
+@full_precision()
+def plain_copy(adaptation: Adaptation, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """A copy of the network with plain linears instead of pairs, in float32 on the CPU, in evaluation mode.
+
+    It computes what the adapted network computes; its state has the names of the pretrained one's. Tensors that are
+    float32 on the CPU already are shared with the network.
+
+    Args:
+        adaptation: stays as it is.
+        weights: by layer, (out, in); W_eff where it is left out.
+    """
+    net = adaptation.net
+    kept: dict[int, object] = {id(p): nn.Parameter(_plain(p), p.requires_grad) for p in net.parameters()}
+    kept |= {id(buffer): _plain(buffer) for buffer in net.buffers()}
+    for name, layer in adaptation.layers.items():
+        weight = layer.merged_weight() if weights is None else weights[name]
+        kept[id(layer)] = _linear(weight, None if layer.bias is None else kept[id(layer.bias)])
+    # deepcopy takes what it finds here for copies that it has made already
+    return copy.deepcopy(net, kept).eval()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None).contiguous()
+
+
+def _linear(weight: Tensor, bias: object) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(_plain(weight), requires_grad=False)
+    linear.bias = bias  # type: ignore[assignment]
+    return linear
+
+
+@full_precision()
+def change(
+    adaptation: Adaptation, rank: int | None = None, before: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> dict[str, Factors]:
+    """What training changed, by layer: exact, or the best approximation of at most ``rank``.
+
+    Every pair that was ever active left its mark, and every direction that it started on is missing from the weight:
+    W_eff - W0 = s (all pairs, current and fused) - s (all initial pairs). Stacked, they are the factors; their rank
+    is at most twice the pairs ever active, in a fused linear summed over its matrices, and never above min(out, in).
+
+    Args:
+        adaptation: stays as it is.
+        rank: None for the exact factors.
+        before: B (out, k) and A (k, in) by layer of what was merged into the pretrained weights before; they are
+            added, also for layers without pairs.
+
+    Raises:
+        UserError: ``rank`` is below 1 or above min(out, in) of a layer.
+    """
+    before, factors, pretrained = before or {}, {}, None
+    groups = {name: list(group) for name, group in groupby(adaptation.matrices, lambda matrix: matrix.layer_name)}
+    for name in [*groups, *(name for name in before if name not in groups)]:
+        stacks = [(_double(B), _double(A)) for B, A in [before[name]]] if name in before else []
+        limit = sum(B.shape[1] for B, _ in stacks)
+        matrices = groups.get(name, [])
+        if any(adaptation.states[matrix].fused is None for matrix in matrices):
+            pretrained = pretrained or adaptation.pretrained_weights()
+            stacks.append(_difference(adaptation.layers[name], pretrained[name]))
+            limit += sum(2 * adaptation.states[matrix].next_direction for matrix in matrices)
+        else:
+            stacks += [_stack(matrix, adaptation.states[matrix]) for matrix in matrices]
+            limit = sum(B.shape[1] for B, _ in stacks)
+        B, A = torch.cat([B for B, _ in stacks], 1), torch.cat([A for _, A in stacks])
+        smallest = min(len(B), A.shape[1])
+        if rank is not None and not 1 <= rank <= smallest:
+            raise UserError(f"rank {rank} does not lie between 1 and min(out, in) = {smallest} of {name}, change it")
+        factors[name] = _factorize(B, A, min(limit, smallest), rank)
+    return factors
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double()
+
+
+def _difference(layer: LowRankLinear, pretrained: Tensor) -> tuple[Tensor, Tensor]:
+    """W_eff - W0 where the fused pairs are not known any more, and the identity on its smaller side."""
+    difference = _double(layer.merged_weight()) - _double(pretrained)
+    identity = torch.eye(min(difference.shape), dtype=torch.float64)
+    return (difference, identity) if len(difference) > len(identity) else (identity, difference)
+
+
+def all_pairs(matrix: Matrix, state: MatrixState) -> tuple[Tensor, Tensor]:
+    """W_eff - W0 of one matrix as s [current | fused | -initial], B (out, k) and A (k, in), float64 on the CPU.
+
+    The fused pairs must still be known, see `MatrixState.fused`.
+    """
+    assert state.fused is not None
+    pairs = [(matrix.B, matrix.A), *state.fused]
+    if (drawn := state.drawn) is not None:
+        B, A = drawn.pairs(0, len(drawn), matrix.scaling, like=drawn.U)
+        pairs.append((-B, A))
+    B = matrix.scaling * torch.cat([_double(B) for B, _ in pairs], 1)
+    return B, torch.cat([_double(A) for _, A in pairs])
+
+
+def _stack(matrix: Matrix, state: MatrixState) -> tuple[Tensor, Tensor]:
+    """`all_pairs`, with B (out of the layer, k) in the matrix's own rows."""
+    B, A = all_pairs(matrix, state)
+    rows = B.new_zeros(matrix.layer.parts, *B.shape)
+    rows[matrix.layer.adapted[matrix.index]] = B
+    return rows.flatten(0, 1), A
+
+
+def _factorize(B: Tensor, A: Tensor, limit: int, rank: int | None) -> Factors:
+    """``B @ A``, whose rank is at most ``limit``, in at most ``rank`` pairs."""
+    keep = limit if rank is None else min(rank, limit)
+    if B.shape[1] <= keep:
+        size = ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt()
+        return Factors(B.float(), A.float(), float(size))
+    # The singular values of a product are those of its small core.
+    (Q_B, R_B), (Q_A, R_A) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+    U, sigma, Vh = torch.linalg.svd(R_B @ R_A.T, full_matrices=False)
+    root = sigma[:keep].sqrt()
+    B, A = (Q_B @ U[:, :keep]) * root, root[:, None] * (Vh[:keep] @ Q_A.T)
+    # What lies beyond the exact rank is rounding.
+    return Factors(B.float(), A.float(), float(sigma[:limit].norm()), float(sigma[keep:limit].norm()))

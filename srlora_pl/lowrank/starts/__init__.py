@@ -1,0 +1,1 @@
+"""The sources of a start, such as the spectra of the pretrained weights."""

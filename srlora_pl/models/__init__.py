@@ -1,0 +1,1 @@
+"""Networks, and the libraries that they come from."""

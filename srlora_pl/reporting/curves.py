@@ -1,0 +1,83 @@
+"""The curves of a resumed run go on where its checkpoint was written: no row twice, none missing."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+from srlora_pl.reporting.csv_log import ContinuedCSVLogger, Row
+
+_KEY = "curves"
+
+
+class ContinuedTensorBoardLogger(TensorBoardLogger):
+    """Lightning's TensorBoardLogger, with ``purge_step`` for a run that is known to go on only after it was set up."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """Readers take files in the order of their names, which begin with the second; so each has one of its own."""
+        if self._experiment is None:
+            while any(Path(self.log_dir).glob(f"events.out.tfevents.{int(time.time())}.*")):
+                time.sleep(0.05)
+        return super().experiment
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """What is logged later, as by a test, goes into a file begun above; a closed writer would begin one itself."""
+        super().finalize(status)
+        self._experiment = None
+
+    @rank_zero_only
+    def cut(self, step: int) -> None:
+        """Make readers forget ``step`` and all later ones of earlier files."""
+        restart = Event(step=step, session_log=SessionLog(status=SessionLog.START))
+        self.experiment.file_writer.add_event(restart)
+
+
+class ContinuedCurves(Callback):
+    """Cuts what was logged after the checkpoint was written, in the run's own loggers.
+
+    A step's rows are logged one after another (learning rate, training, validation) and files are written between
+    them. So a checkpoint carries the rows of the step that it falls into; curves are cut before that step, and these
+    rows are logged once more.
+    """
+
+    _saved: tuple[int, list[Row]] = 0, []
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # what the file counts on is on the disk before it
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step that loggers see
+        for logger in trainer.loggers:
+            if isinstance(logger, ContinuedCSVLogger):
+                rows = [row for row in logger.latest if row["step"] == step]
+                checkpoint[_KEY] = {"step": step, "rows": rows + self._row_to_come(trainer)}
+
+    def _row_to_come(self, trainer: Any) -> list[Row]:
+        """Inside `on_train_batch_end`: the training row that Lightning logs as soon as that hook is over."""
+        progress, connector = trainer.fit_loop.epoch_loop.batch_progress.total, trainer._logger_connector
+        in_batch_end = trainer.training and progress.completed < progress.processed
+        if not in_batch_end or trainer.fit_loop._should_accumulate() or not connector.should_update_logs:
+            return []
+        row = convert_tensors_to_scalars(connector.metrics["log"])
+        return [{**row, "epoch": trainer.current_epoch}] if row else []
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(_KEY, {"step": checkpoint["global_step"], "rows": []})
+        self._saved = saved["step"], saved["rows"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The first hook after all that may refuse the checkpoint."""
+        step, rows = self._saved
+        for logger in trainer.loggers:
+            if isinstance(logger, ContinuedCSVLogger | ContinuedTensorBoardLogger):
+                logger.cut(step)
+                for row in rows:
+                    logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step)

@@ -1,0 +1,288 @@
+"""What TensorBoard shows of a run besides its loss, scores and learning rates."""
+
+import math
+import os
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
+
+from srlora_pl.lowrank import Adaptation, SRLoRA
+from srlora_pl.lowrank.measures import by_kind, drawn_after, scores_by_kind, size_of_change, switches_survived
+from srlora_pl.reporting.curves import ContinuedTensorBoardLogger
+from srlora_pl.reporting.progress import MATRICES, adaptation_of, matrix_rows, parameter_line
+from srlora_pl.util.markdown import markdown
+from srlora_pl.util.system import device_name, peak_memory_bytes, versions
+
+_KEY = "monitor"
+_BINS = 30
+_MEASUREMENTS = 10  # of W_eff - W0 in a run, at most
+# From how many to how many switches a curve of ages counts; -1: since the start, never recycled.
+_AGES = {
+    "initial": (-1, -1),
+    "survived_0": (0, 0),
+    "survived_1": (1, 1),
+    "survived_2_to_3": (2, 3),
+    "survived_4_or_more": (4, math.inf),
+}
+_KEPT = ("scalar", "histogram", "image")  # in a checkpoint
+
+Event = tuple[str, str, Any]  # what a SummaryWriter adds, its tag, and the value
+
+
+class Monitor(Callback):
+    """Writes into the TensorBoard files of a run whose module is an `srlora_pl.SRLoRAMixin`.
+
+    Every ``trainer.log_every_n_steps`` steps, with the step that the other curves have:
+
+    * ``scores/KIND``: mean pair score S_k (Eq. 7) of a kind of matrix, and ``log10_scores/KIND``: the histogram of
+      the decimal logarithms of those above 0.
+    * ``srlora/directions``: how many singular directions the matrix that is furthest has drawn.
+    * ``age/initial``: share of all pairs that were never recycled; ``age/survived_0``, ``age/survived_1``,
+      ``age/survived_2_to_3`` and ``age/survived_4_or_more``: of those recycled, by the switches since (the five add
+      up to 1); ``age_in_steps``: the histogram of the optimizer steps since these were drawn.
+    * ``time/step``: seconds of an optimizer step, the mean since the last row, without validations; and
+      ``memory/peak``, GiB: of the GPU, or of the process where there is none.
+
+    At validations, at most ten times in a run, and at the end: ``change_norm/KIND``, ``change_stable_rank/KIND`` and
+    ``change_effective_rank/KIND`` of W_eff - W0, each the mean over a kind's first, middle and last
+    matrix (see `srlora_pl.lowrank.measures.Size`). A matrix whose fused pairs are not kept any more is left out.
+
+    At the start of every process ``run``, a card with command, versions, device and parameters. At the end
+    ``figures/directions_block_N`` (the paper's Figure 5, of the middle block), ``figures/length_variance`` (its Figure
+    4), and the hyperparameters with the final scores.
+
+    Nothing waits for the device in any other step. A resumed run has the same events as an undisturbed one, but for
+    ``time/*`` and ``memory/*``. Other loggers get nothing, and of several processes the first one writes.
+
+    Args:
+        figures_at_validation: draw the figures after every validation too.
+    """
+
+    def __init__(self, figures_at_validation: bool = False) -> None:
+        self.figures_at_validation = figures_at_validation
+        self._step = 0  # of the curves, that the last events belong to
+        self._events: list[Event] = []
+        self._measured = 0  # up to which tenth of the run W_eff - W0 was measured
+        self._since, self._steps_before, self._paused = 0.0, 0, 0.0
+
+    # --- when ----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After `ContinuedCurves` has cut the curves where a resumed run goes on."""
+        cut, self._events = self._events, []
+        self._write(trainer, self._step, [("text", "run", _card(trainer, pl_module))])
+        if any(isinstance(logger, ContinuedTensorBoardLogger) for logger in trainer.loggers):
+            self._write(trainer, self._step, self._once_more(cut, adaptation_of(pl_module)))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since, self._steps_before = time.perf_counter(), trainer.global_step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *rest: Any) -> None:
+        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+            adaptation = adaptation_of(pl_module)
+            events = chain(_scores(adaptation), _directions(adaptation, _all_steps(trainer)), self._cost(trainer))
+            self._write(trainer, _step_of_curves(trainer), events)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._paused = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        adaptation, step = adaptation_of(pl_module), _step_of_curves(trainer)
+        self._write(trainer, step, self._change(adaptation, self._part(trainer)))
+        if self.figures_at_validation:
+            self._write(trainer, step, _figures(adaptation, _all_steps(trainer)))
+        self._since += time.perf_counter() - self._paused
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Also of a finished run that is started again: what stood here was cut."""
+        if last := trainer.global_step:
+            adaptation = adaptation_of(pl_module)
+            final = ("hparams", "", (hyperparameters(trainer, pl_module), _final_scores(trainer)))
+            self._write(trainer, last, self._change(adaptation, _MEASUREMENTS))
+            self._write(trainer, last, [*_figures(adaptation, _all_steps(trainer)), final])
+
+    def _part(self, trainer: Trainer) -> int:
+        """How many tenths of the run are over; of a run without an end its steps."""
+        steps = trainer.estimated_stepping_batches
+        return int(trainer.global_step * _MEASUREMENTS // steps) if 0 < steps < math.inf else trainer.global_step
+
+    # --- what ----------------------------------------------------------------------------------------------------
+
+    def _cost(self, trainer: Trainer) -> Iterator[Event]:
+        now, steps = time.perf_counter(), trainer.global_step - self._steps_before
+        yield "scalar", "time/step", (now - self._since) / max(steps, 1)
+        yield "scalar", "memory/peak", peak_memory_bytes(trainer.strategy.root_device) / 2**30
+        self._since, self._steps_before = now, trainer.global_step
+
+    def _change(self, adaptation: Adaptation, part: int) -> Iterator[Event]:
+        if part <= self._measured:
+            return
+        self._measured = part
+        for kind, matrices in by_kind(adaptation.matrices).items():
+            sample = [matrices[i] for i in sorted({0, len(matrices) // 2, len(matrices) - 1})]
+            found = (size_of_change(matrix, adaptation.states[matrix]) for matrix in sample)
+            sizes = [size for size in found if size is not None]
+            for name in ("norm", "stable_rank", "effective_rank") if sizes else ():
+                yield "scalar", f"change_{name}/{kind}", statistics.mean(getattr(size, name) for size in sizes)
+
+    # --- writing, and going on -----------------------------------------------------------------------------------
+
+    def _write(self, trainer: Trainer, step: int, events: Iterable[Event]) -> None:
+        """Nothing is computed where nobody writes."""
+        if not trainer.is_global_zero:
+            return
+        writers: list[Any] = [each.experiment for each in trainer.loggers if isinstance(each, TensorBoardLogger)]
+        if not writers:
+            return
+        if self._step != step:
+            self._step, self._events = step, []
+        for kind, tag, value in events:
+            for writer in writers:
+                _ADD[kind](writer, tag, value, step)
+            self._events.append((kind, tag, value))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """With the events of the step that the file falls into: curves are cut before it, see `ContinuedCurves`."""
+        step = _step_of_curves(trainer)
+        kept = [each for each in self._events if each[0] in _KEPT and not each[1].startswith(("time/", "memory/"))]
+        events = [(kind, tag, None if kind == "image" else value) for kind, tag, value in kept]
+        checkpoint[_KEY] = {"step": step, "events": events if self._step == step else [], "measured": self._measured}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(_KEY, {"step": checkpoint["global_step"], "events": [], "measured": 0})
+        self._step, self._events, self._measured = saved["step"], saved["events"], saved["measured"]
+
+    def _once_more(self, events: Sequence[Event], adaptation: Adaptation) -> list[Event]:
+        """The events of a checkpoint, which holds no pictures."""
+        drawn = any(kind == "image" for kind, _, _ in events)
+        kept = [event for event in events if event[0] != "image"]
+        return [*kept, *(_figures(adaptation, adaptation.steps_before + self._step + 1) if drawn else ())]
+
+
+def _hparams(writer: Any, tag: str, value: tuple[Mapping[str, Any], Sequence[str]], step: int) -> None:
+    """The scores' own curves are what the tab shows of them."""
+    parameters, scores = value
+    for summary in hparams(dict(parameters), dict.fromkeys(scores, 0.0)):
+        writer._get_file_writer().add_summary(summary, step)
+
+
+_ADD: dict[str, Callable[[Any, str, Any, int], None]] = {
+    "scalar": lambda writer, tag, value, step: writer.add_scalar(tag, value, step),
+    "histogram": lambda writer, tag, value, step: writer.add_histogram(tag, value, step, bins=_BINS),
+    "text": lambda writer, tag, value, step: writer.add_text(tag, value, step),
+    "image": lambda writer, tag, value, step: writer.add_image(tag, value, step, dataformats="HWC"),
+    "hparams": _hparams,
+}
+
+
+def _step_of_curves(trainer: Any) -> int:
+    """The step that loggers see, one less than that of the optimizer."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _all_steps(trainer: Trainer) -> int:
+    """Optimizer steps of this fit and of earlier ones of the module, as the histories of its pairs count them."""
+    return adaptation_of(trainer.lightning_module).steps_before + trainer.global_step
+
+
+def _scores(adaptation: Adaptation) -> Iterator[Event]:
+    for kind, scores in scores_by_kind(adaptation).items():
+        yield "scalar", f"scores/{kind}", scores.mean().item()
+        if (positive := scores[(scores > 0) & scores.isfinite()]).numel():
+            yield "histogram", f"log10_scores/{kind}", positive.log10()
+
+
+def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
+    if not isinstance(adaptation.method, SRLoRA):
+        return
+    yield "scalar", "srlora/directions", float(max(state.next_direction for state in adaptation.states.values()))
+    drawn = drawn_after(adaptation)
+    ages = switches_survived(adaptation, drawn).where(drawn > 0, -1)
+    for name, (low, high) in _AGES.items():
+        yield "scalar", f"age/{name}", ((low <= ages) & (ages <= high)).double().mean().item()
+    if (recycled := drawn[drawn > 0]).numel():
+        yield "histogram", "age_in_steps", step - recycled
+
+
+def _figures(adaptation: Adaptation, last_step: int) -> Iterator[Event]:
+    if not isinstance(adaptation.method, SRLoRA):
+        return
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    from srlora_pl.figures import runs as figures  # with matplotlib, which takes its time
+
+    histories = {matrix.name: state.intervals for matrix, state in adaptation.states.items()}
+    middle = figures.middle_block(histories)
+    for tag, figure in (
+        (f"figures/directions_block_{middle}", figures.direction_intervals(histories, last_step, middle)),
+        ("figures/length_variance", figures.length_variance(histories, last_step)),
+    ):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        yield "image", tag, np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+def _card(trainer: Trainer, pl_module: LightningModule) -> str:
+    """What this process runs, as a table in Markdown."""
+    method = adaptation_of(pl_module).method.spec()
+    given = {name: value for name, value in method["init_args"].items() if value not in (None, [], {})}
+    rows = {
+        "command": f"`{shlex.join(sys.argv)}`",
+        "device": device_name(trainer.strategy.root_device)
+        + (f", {trainer.world_size} processes" if trainer.world_size > 1 else ""),
+        "precision": str(trainer.precision),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+        "method": f"{_name(method)}: " + ", ".join(f"{name} {value}" for name, value in given.items()),
+        "parameters": parameter_line(pl_module),
+    }
+    about = markdown(["", ""], [[f"**{name}**", text] for name, text in rows.items()])
+    return f"{about}\n\n{markdown(MATRICES, matrix_rows(adaptation_of(pl_module)))}"
+
+
+def hyperparameters(trainer: Any, pl_module: LightningModule) -> dict[str, int | float | str | bool]:
+    """The module's hyperparameters, the method's settings under ``method.NAME``, and the run's own."""
+    method = adaptation_of(pl_module).method.spec()
+    chosen = {
+        **{name: value for name, value in pl_module.hparams.items() if name != "method"},
+        "method": {"": _name(method), **method["init_args"]},
+        "seed": os.environ.get("PL_GLOBAL_SEED"),
+        "precision": trainer.precision,
+        "max_steps": trainer.max_steps,
+        "max_epochs": trainer.max_epochs,
+        "batch_size": getattr(trainer.datamodule, "batch_size", None),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "devices": trainer.world_size,
+    }
+    return dict(_flat(chosen))
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, int | float | str | bool]]:
+    for key, value in settings.items():
+        name = f"{above}.{key}".strip(".")
+        if isinstance(value, Mapping):
+            yield from _flat(value, name)
+        elif value is not None:
+            yield name, value if isinstance(value, int | float | str) else str(value)
+
+
+def _name(method: Mapping[str, Any]) -> str:
+    return str(method["class_path"]).rpartition(".")[2]
+
+
+def _final_scores(trainer: Any) -> list[str]:
+    """The curves of validation, and those that the test after the run will have."""
+    scores = [name for name in trainer.callback_metrics if name.startswith("val")]
+    tests = getattr(trainer.datamodule, "has_test_labels", False)
+    return [*scores, *(f"test{name[3:]}" for name in scores if tests)]

@@ -1,0 +1,171 @@
+"""What a run says on the console: the adapted matrices before it, a bar while it trains, what it took after it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from rich.table import Table
+
+from srlora_pl.lowrank import Adaptation
+from srlora_pl.lowrank.measures import by_kind
+from srlora_pl.util.system import peak_memory_bytes
+
+_REPAINTS = 2  # of the bar, a second: more would take more than 0.5 % of a small network's steps
+MATRICES = ("matrix", "count", "shape", "rank", "directions", "parameters")
+
+
+def adaptation_of(pl_module: LightningModule) -> Adaptation:
+    """Of a module that is an `srlora_pl.SRLoRAMixin`."""
+    return pl_module.adaptation  # type: ignore[return-value]
+
+
+class Progress(RichProgressBar):
+    """Lightning's bar with loss, score and switches, which never makes a step wait for the device.
+
+    The loss is that of the last row of the curves (``trainer.log_every_n_steps``), the score that of the last
+    validation, and ``switches 3/13, next 215`` says how many of the planned ones are done and after which optimizer
+    step the next one comes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=_REPAINTS)
+        self._read: dict[str, float] = {}
+
+    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+        if trainer._logger_connector.should_update_logs:
+            self._keep(trainer, "train/loss")
+        super().on_train_batch_end(trainer, *rest)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._keep(trainer, "val/score")
+        super().on_validation_end(trainer, pl_module)
+
+    def _keep(self, trainer: Trainer, name: str) -> None:
+        if self.is_enabled and name in trainer.callback_metrics:
+            self._read[name] = float(trainer.callback_metrics[name])
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """Micro-batches of the epoch, also where its first ones were done before a resume or the run ends in it."""
+        trainer: Any = self.trainer
+        batches, progress = trainer.num_training_batches, self._of_epoch
+        done = progress.processed if progress.completed < progress.processed else 0  # before an epoch: of the last one
+        if trainer.max_steps == -1:
+            return batches
+        accumulated = trainer.accumulate_grad_batches
+        coming = (trainer.max_steps - trainer.global_step) * accumulated - done % accumulated
+        return done if done == batches else min(batches, done + coming)
+
+    @property
+    def _of_epoch(self) -> Any:
+        """Lightning's count of the micro-batches of this epoch."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current
+
+    def _initialize_train_progress_bar_id(self) -> None:
+        super()._initialize_train_progress_bar_id()
+        self.train_progress_bar.completed = self._of_epoch.completed  # by other processes, at a speed of their own
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        shown: dict[str, Any] = {**super().get_metrics(trainer, pl_module), **self._read}
+        shown.pop("v_num", None)  # the last letters of the version's name
+        if switches := _switches(adaptation_of(pl_module)):
+            shown["switches"] = switches
+        return shown
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        # Without a last epoch where steps count.
+        return super()._get_train_description(current_epoch).replace("/-2", "")
+
+
+def _switches(adaptation: Adaptation) -> str:
+    """Nothing for methods and runs without switches."""
+    planned, coming = adaptation.switches_done + adaptation.switches_missed, adaptation.next_switch
+    if not planned:
+        return ""
+    return f"{adaptation.switches_done}/{planned}" + (f", next {coming}" if coming else "")
+
+
+class MatrixTable(Callback):
+    """Prints which matrices of the network are adapted, once before training, in place of Lightning's summary."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        adaptation = adaptation_of(pl_module)
+        table = Table(*MATRICES)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in matrix_rows(adaptation):
+            table.add_row(*row)
+        console = Console(highlight=False, soft_wrap=True)
+        console.print(table, markup=False)
+        console.print(parameter_line(pl_module), markup=False)
+
+
+def matrix_rows(adaptation: Adaptation) -> list[Sequence[str]]:
+    """A row of `MATRICES` for each kind of matrix; ``8-12`` where they differ, parameters of all together."""
+    rows: list[Sequence[str]] = []
+    for kind, matrices in by_kind(adaptation.matrices).items():
+        shapes = sorted({matrix.shape for matrix in matrices})
+        parameters = sum(matrix.rank * sum(matrix.shape) for matrix in matrices)
+        rows.append((
+            kind,
+            str(len(matrices)),
+            ", ".join(f"{out} x {into}" for out, into in shapes),
+            _span([matrix.rank for matrix in matrices]),
+            _span([adaptation.available(matrix) for matrix in matrices]),
+            f"{parameters:,}",
+        ))  # fmt: skip
+    return rows
+
+
+def _span(numbers: list[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low}-{high}" if low < high else str(high) if high else "none"
+
+
+def parameter_line(pl_module: LightningModule) -> str:
+    """How many parameters train, and how many there are."""
+    pairs, trained, everything = parameter_counts(pl_module).values()
+    return (
+        f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%}): {pairs:,} in pairs of "
+        f"{len(adaptation_of(pl_module).matrices)} matrices, {trained - pairs:,} beside them"
+    )
+
+
+def parameter_counts(pl_module: LightningModule) -> dict[str, int]:
+    """Numbers in the ``adapters``, ``trained`` with them, and in ``all`` parameters."""
+    layers = adaptation_of(pl_module).layers.values()
+    return {
+        "adapters": sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers),
+        "trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
+        "all": sum(p.numel() for p in pl_module.parameters()),
+    }
+
+
+def closing_line(trainer: Trainer, adaptation: Adaptation, seconds: float, earlier: float = 0.0) -> str:
+    """What a run took, such as ``360 steps, 5 of 5 switches, 2 min 3 s, 410 MiB of memory at the peak``.
+
+    Args:
+        seconds: of all the processes that the run took.
+        earlier: of those before this one.
+    """
+    done, planned = adaptation.switches_done, adaptation.switches_done + adaptation.switches_missed
+    device = trainer.strategy.root_device
+    return ", ".join([
+        f"{trainer.global_step:,} steps",
+        *([f"{done} of {planned} switches"] if planned else []),
+        duration(seconds) + (f" ({duration(seconds - earlier)} of it now)" if earlier else ""),
+        f"{peak_memory_bytes(device) / 2**20:,.0f} MiB of {'GPU ' if device.type == 'cuda' else ''}memory at the peak",
+    ])  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """``12.3 s``, ``2 min 3 s`` or ``1 h 2 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,1 @@
+"""One run of the command line. Nothing is imported here, so that a mistyped file name is answered at once."""

@@ -1,0 +1,1 @@
+"""Any LightningModule that adapts a network: hooks, exact resume, checkpoint files, interrupts."""

@@ -1,0 +1,327 @@
+"""The one door between Lightning and the maths: hooks and checkpoint of any module that adapts a network."""
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from rich.progress import track
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from srlora_pl.lowrank import Adaptation, Method, SRLoRA
+from srlora_pl.lowrank.linear import Matrix
+from srlora_pl.util.cache import cache_folder
+from srlora_pl.util.errors import UserError
+
+if TYPE_CHECKING:
+    _Module = L.LightningModule
+else:
+    _Module = object
+
+_PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
+_STRATEGIES = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+_CHECKPOINT_KEY = "srlora"
+_CURRENT = "current_model_state"  # where Lightning's WeightAveraging puts the weights that it averages
+_WEIGHTS = ("state_dict", _CURRENT)
+
+
+class SRLoRAMixin(_Module):
+    """Makes a ``LightningModule`` train low-rank pairs: ``class MyModel(SRLoRAMixin, L.LightningModule)``.
+
+    Call ``self.adapt(self.net, method)`` in ``__init__``; nothing else is needed. A hook of your own that this class
+    has too must call ``super()``; a class whose hook does not is refused when it is defined.
+
+    Attributes:
+        adaptation: the pairs and their history, an `srlora_pl.lowrank.Adaptation`.
+        whole_checkpoints: whether checkpoints hold the whole network also where `adapt` was told how its pretrained
+            state can be had again; by default they then hold only what changed.
+    """
+
+    adaptation: Adaptation
+    whole_checkpoints = False
+    _averages_are_in = False  # WeightAveraging has changed averages and trained weights about, for a validation
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(SRLoRAMixin)]
+        if L.LightningModule in before:
+            raise TypeError(f"{cls.__name__} must name SRLoRAMixin before LightningModule among its bases")
+        for owner in before:
+            for hook in _HOOKS & set(vars(owner)):
+                code = getattr(inspect.unwrap(vars(owner)[hook]), "__code__", None)
+                if code is not None and hook not in code.co_names:
+                    raise TypeError(
+                        f"{owner.__name__}.{hook} switches the adaptation off: it must call super().{hook}(...)"
+                    )
+
+    def adapt(
+        self,
+        net: nn.Module,
+        method: Method,
+        trainable: Sequence[str] = (),
+        pretrained: Callable[[], Mapping[str, Tensor]] | None = None,
+        new: Sequence[str] = (),
+    ) -> None:
+        """Put ``method``'s pairs into ``net``, in place, and freeze all else in it.
+
+        Args:
+            net: a part of this module, with its pretrained weights loaded.
+            method: such as ``SRLoRA(rank=8)``.
+            trainable: dotted names in ``net`` that train too, such as ``head``.
+            pretrained: gives ``net.state_dict()`` as it is now once more, from a file or a hub's cache. This module,
+                made again, must come with these weights too. Checkpoints then leave them out.
+            new: dotted names in ``net`` of what ``pretrained`` does not give, if that is more than ``trainable``.
+
+        Raises:
+            UserError: see `srlora_pl.lowrank.Adaptation`.
+        """
+        if "adaptation" in vars(self):
+            raise UserError(
+                f"{type(self).__name__} calls adapt() twice, it can adapt one network: put both into one nn.Module"
+            )
+        self.adaptation = Adaptation(net, method, trainable, pretrained, new)
+        self.adaptation.once = self._in_the_first_process
+
+    def _in_the_first_process(self, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` returns or refuses in the first process of the run, in all of them."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return compute()
+        result: tuple[Any, UserError | None] = (None, None)
+        if self.trainer.is_global_zero:
+            try:
+                result = compute(), None
+            except UserError as error:  # the others would wait for ever
+                result = None, error
+        result = self.trainer.strategy.broadcast(result)
+        if result[1] is not None:
+            raise result[1]
+        return result[0]
+
+    # --- before training -----------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._require_adapted()
+        device = self.trainer.strategy.root_device
+        if device.type == "mps" and self.trainer.precision == "64-true":
+            raise UserError(
+                "trainer.precision is '64-true', but Apple's GPUs have no float64: set it to 32-true, or "
+                "trainer.accelerator to cpu"
+            )
+        # 64-true turns parameters into doubles only after this hook; start and load should already be exact to 1e-16
+        self.trainer.precision_plugin.convert_module(self)
+        if stage != "fit":
+            return
+        self._averages_are_in = False  # a validation that was cut off may have left it otherwise
+        self._refuse_what_cannot_be_right()
+        if not self.trainer.fit_loop._data_source.is_module():  # whose own setup may not be over
+            self._require_room()
+        begin = time.perf_counter()
+        self.adaptation.start(device, self._progress, cache_folder("spectra"))
+        spectra = [state.spectrum for state in self.adaptation.states.values() if state.spectrum is not None]
+        if spectra:
+            size = sum(part.nbytes for each in spectra for part in (each.U, each.sigma, each.Vh)) / 2**20
+            rank_zero_info(
+                f"Singular directions of {len(spectra)} matrices: {size:.1f} MiB, ready after "
+                f"{time.perf_counter() - begin:.1f} s."
+            )
+        for callback in self._averaging():  # which were set up before the start changed the weights
+            callback.setup(self.trainer, self, stage)
+
+    def _require_adapted(self) -> None:
+        if "adaptation" not in vars(self):
+            raise UserError(f"{type(self).__name__} adapts no network, call self.adapt(net, method) in its __init__")
+
+    def _progress(self, matrices: list[Matrix]) -> Iterable[Matrix]:
+        shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+        return track(matrices, "singular values of the pretrained weights", transient=True, disable=not shown)
+
+    def _refuse_what_cannot_be_right(self) -> None:
+        trainer: Any = self.trainer
+        precision, strategy = trainer.precision_plugin.precision, type(trainer.strategy).__name__
+        if not self.automatic_optimization:
+            raise UserError(
+                "manual optimization hides the optimizer steps that the adaptation counts, use automatic_optimization"
+            )
+        if precision not in _PRECISIONS:
+            raise UserError(
+                f"trainer.precision is {precision!r}, where the frozen weights would be rounded, use one of "
+                f"{', '.join(_PRECISIONS)}"
+            )
+        if trainer.accumulate_grad_batches < 1:
+            raise UserError(
+                f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, it must be 1 or more"
+            )
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in trainer.callbacks):
+            raise UserError(
+                "the callback GradientAccumulationScheduler makes the run another length than Lightning expects and "
+                "switches are planned for: remove it and set trainer.accumulate_grad_batches"
+            )
+        for name in ("val_check_interval", "check_val_every_n_epoch"):
+            if getattr(trainer, name, None) == 0:  # without the first where the interval is a time
+                raise UserError(
+                    f"trainer.{name} is 0, it must be above 0; to leave validation out set "
+                    "trainer.limit_val_batches to 0"
+                )
+        clip = trainer.gradient_clip_val
+        if clip is not None and not clip >= 0:
+            raise UserError(f"trainer.gradient_clip_val is {clip}, it must be 0 or more, or null for no clipping")
+        refuse_copies(trainer.strategy)
+        if strategy in _STRATEGIES:
+            raise UserError(f"trainer.strategy {strategy} shards the weights that a start or a switch changes, use ddp")
+        averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
+        if averaging and isinstance(self.adaptation.method, SRLoRA):
+            raise UserError(
+                f"the callback {type(averaging[0]).__name__} would average pairs across a switch, where they mean "
+                "different directions: remove it or take a method without switches"
+            )
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        self._require_room()
+
+    def _require_room(self) -> None:
+        # A resumed run was checked when it began, and its length may only be asked for once its state is restored.
+        trainer: Any = self.trainer
+        if isinstance(self.adaptation.method, SRLoRA) and trainer.ckpt_path is None:
+            steps = self._all_steps()
+            if steps > 1 and not trainer.fast_dev_run:
+                self.adaptation.require_room(steps)
+
+    def _all_steps(self) -> int:
+        """N_all, the optimizer steps of the run that the trainer is set to."""
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps) or steps < 0:
+            raise UserError("the length of the run is not known, so switches cannot be planned: set trainer.max_steps")
+        return int(steps)
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self.adaptation.require_trained(self.trainer.optimizers[0])
+        if isinstance(self.adaptation.method, SRLoRA):
+            self._plan(self.trainer.global_step, self._all_steps())
+            # a file written at a switch step, before the switch, is made up for here
+            self.adaptation.switch_if_due(self.trainer.global_step, self.trainer.optimizers[0])
+
+    def _plan(self, step: int, steps: int) -> None:
+        resumes = step > 0 and bool(self.adaptation.schedules)
+        try:
+            self.adaptation.plan(steps, step)
+        except UserError:
+            if resumes and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                raise  # a resumed run that has become too short
+            # only a trial of a tuner comes here: the run itself has passed on_fit_start
+            self.adaptation.forgo_switches(steps, step)
+        if not resumes and self.adaptation.switches_to_do == 0:
+            rank_zero_info(f"No switch falls into these {steps - step} optimizer steps.")
+
+    # --- in every step -------------------------------------------------------------------------------------------
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.adaptation.observe(gradients, self._inverse_loss_scale(optimizer))
+        trainer: Any = self.trainer
+        step = trainer.global_step + 1
+        if trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:
+            # Said before it is done, so that a file written at the end of this step has the step's whole row.
+            self.log("srlora/switches", float(self.adaptation.switches_after(step)))
+
+    def _inverse_loss_scale(self, optimizer: Optimizer) -> Tensor | None:
+        """1 / loss scale where the gradients still carry it: fused optimizers unscale inside their own step."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
+            return None
+        return scaler._get_scale_async().reciprocal()  # get_scale() would wait for the device
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        trainer: Any = self.trainer
+        self.adaptation.switch_if_due(trainer.global_step, trainer.optimizers[0])
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        try:
+            self.adaptation.require_gradients()
+        except UserError as error:  # of a run so short that it may be chance, and it is over
+            rank_zero_warn(str(error))
+        self.adaptation.untouched(self._trained())  # what trained now may be frozen by the time of a checkpoint
+        missed = self.adaptation.switches_missed
+        if missed:
+            rank_zero_info(
+                f"Training stopped at step {self.trainer.global_step}: {missed} of "
+                f"{self.adaptation.switches_to_do} switches were not reached."
+            )
+
+    # --- checkpoint ----------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        self.adaptation.require_unmerged(before="saving a checkpoint")
+        left_out = {id(p) for p in self.adaptation.untouched(self._trained())} if not self.whole_checkpoints else set()
+        checkpoint[_CHECKPOINT_KEY] = self.adaptation.state_dict(compact=bool(left_out))
+        self._save_averages(checkpoint)
+        names = [name for name, value in self.state_dict(keep_vars=True).items() if id(value) in left_out]
+        for weights in (checkpoint[key] for key in _WEIGHTS if key in checkpoint):
+            for name in names:
+                weights.pop(name, None)
+
+    def _save_averages(self, checkpoint: dict[str, Any]) -> None:
+        """See to it that the weights in a file are the averages that validation scores, whenever it is written."""
+        for callback in self._averaging():
+            if "callbacks" not in checkpoint:  # weights alone, of which Lightning asks no callback
+                callback.on_save_checkpoint(self.trainer, self, checkpoint)
+                del checkpoint[_CURRENT], checkpoint["averaging_state"]
+            elif self._averages_are_in and _CURRENT in checkpoint:
+                checkpoint["state_dict"], checkpoint[_CURRENT] = checkpoint[_CURRENT], checkpoint["state_dict"]
+
+    def _averaging(self) -> list[WeightAveraging]:
+        callbacks: list[Any] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        return [each for each in callbacks if isinstance(each, WeightAveraging)]
+
+    def _trained(self) -> list[Tensor]:
+        optimizers: Sequence[Optimizer] = [] if self._trainer is None else self.trainer.optimizers
+        return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._require_adapted()
+        if _CHECKPOINT_KEY not in checkpoint:
+            raise UserError("the checkpoint holds no adaptation, it was written by another program or module")
+        device = None if self._trainer is None else self.trainer.strategy.root_device
+        self.adaptation.load_state_dict(checkpoint[_CHECKPOINT_KEY], device)
+        self.adaptation.reached(checkpoint.get("global_step", 0))  # files are written before the end of their step
+        if checkpoint[_CHECKPOINT_KEY]["compact"]:
+            # What the file leaves out is in place by now; this keeps the strict load that follows.
+            for key in (key for key in _WEIGHTS if key in checkpoint):
+                checkpoint[key] = {**self.state_dict(), **checkpoint[key]}
+        self._load_averages(checkpoint)
+
+    def _load_averages(self, checkpoint: dict[str, Any]) -> None:
+        """Take the trained weights to go on, the averages for everything else."""
+        if self._trainer is None:
+            return
+        if self.trainer.state.fn != "fit":  # the callback of a fit that is over has averages, and weights, of its own
+            checkpoint[_CURRENT] = checkpoint["state_dict"]
+            for callback in self._averaging() if "callbacks" not in checkpoint else ():  # Lightning will not ask it
+                callback.on_load_checkpoint(self.trainer, self, checkpoint)
+        elif _CURRENT in checkpoint and not self._averaging():
+            checkpoint["state_dict"] = checkpoint[_CURRENT]
+
+
+def refuse_copies(strategy: Strategy) -> None:
+    """Refuse to train a copy of the model: its weights would come back, but not what became of the pairs."""
+    if type(strategy.launcher).__name__ == "_MultiProcessingLauncher":
+        raise UserError(
+            "trainer.strategy ddp_spawn, ddp_fork and ddp_notebook train a copy of the model, whose history is lost "
+            "when its process ends: use ddp, in a script"
+        )
+
+
+_HOOKS = {name for name in vars(SRLoRAMixin) if name.startswith("on_") or name == "setup"}
