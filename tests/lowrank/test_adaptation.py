@@ -13,7 +13,7 @@ from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, Spectrum, SRLoRA
 from srlora_pl.lowrank.kernels import merged as merge
 from srlora_pl.util.precision import full_precision
-from tests.toys import toy_batches, toy_net, train
+from tests.helpers.toys import toy_batches, toy_net, train
 
 # rounding of one layer's products, a few dozen terms each
 ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-14}
