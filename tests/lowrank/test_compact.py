@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
+from srlora_pl.lowrank.matrix_state import MatrixState
 from torch import nn
 
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA, Spectrum, SRLoRA
-from srlora_pl.lowrank.matrix_state import MatrixState
 from tests.helpers.toys import toy_batches, toy_net, train
 
 STEPS = 40

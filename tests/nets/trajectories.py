@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
-from tests.toys import toy_net
+from tests.helpers.toys import toy_net
 
 FILE = Path(__file__).parent / "trajectories.safetensors"
 STEPS = 40
