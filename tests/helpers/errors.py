@@ -6,8 +6,8 @@ import re
 def mentions(*words: object) -> str:
     """A pattern for ``pytest.raises(match=...)``: a message that holds each of ``words``, in any order.
 
-    A word that begins or ends with a letter or digit is whole in the message: 1 is not in "10" and rank not in "rank_0".
-    A small first letter may be a capital there, as at the beginning of a sentence.
+    Where a word begins or ends with a letter or a digit, so does it in the message: 1 is not in "10", nor "rank" in
+    "rank_0". A small first letter may be a capital there, as at the beginning of a sentence.
     """
 
     def pattern(word: str) -> str:
