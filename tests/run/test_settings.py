@@ -15,6 +15,7 @@ from srlora_pl.run import config
 from srlora_pl.run.run import Run
 from srlora_pl.util import yaml_text
 from tests.helpers.cli import SMALL_RUN, cli
+from tests.helpers.errors import mentions
 
 TASK = yaml_text.load(SMALL_RUN)
 
@@ -151,7 +152,7 @@ def test_a_default_that_has_no_text_is_left_out_with_a_word(capsys: pytest.Captu
 
 
 def test_what_cannot_be_written_at_all_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match=rf"{__name__}.Impossible has <object object .*config.yaml"):
+    with pytest.raises(UserError, match=mentions(f"{__name__}.Impossible", "config.yaml")):
         parse(TASK, with_callback(f"{__name__}.Impossible"))
 
 

@@ -27,6 +27,7 @@ from srlora_pl.data.base import _watch_workers
 from srlora_pl.reporting.csv_log import ContinuedCSVLogger
 from tests.helpers.cli import SMALL_RUN, cli, complaint
 from tests.helpers.digits import SmallDigits, assert_equal, model, trainer
+from tests.helpers.errors import mentions
 from tests.helpers.faults import in_step
 from tests.helpers.paths import ROOT
 
@@ -199,7 +200,7 @@ def test_what_a_dying_worker_raises_has_many_names(error: type[Exception]) -> No
         def __next__(self) -> Any:
             raise error
 
-    with pytest.raises(UserError, match="process that loads data died"):
+    with pytest.raises(UserError, match=mentions("process that loads data died")):
         next(_watch_workers(Batches(0)))
     alive = Batches(60)
     with pytest.raises(error):
