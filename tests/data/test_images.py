@@ -22,7 +22,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from srlora_pl.data.images.datamodule import FileImages, ImageData, MemoryImages
-from srlora_pl.data.images.sources import Files, picture_files
+from srlora_pl.data.images.folders import picture_files
+from srlora_pl.data.images.pictures import Files
 from srlora_pl.data.images.transforms import ImageTransform, check_mode, to_rgb
 from srlora_pl.util.errors import UserError
 
@@ -410,7 +411,7 @@ def test_a_picture_that_is_broken_in_the_middle_is_refused(kind: str, turned: in
     middle = len(content) // 2
     content[middle : middle + 200] = bytes(255 - byte for byte in content[middle : middle + 200])
     file.write_bytes(content)
-    with pytest.raises(UserError, match=rf"^The image {re.escape(str(file))} is broken"):
+    with pytest.raises(UserError, match=rf"^The image {re.escape(str(file))} cannot be read"):
         Files([file]).decode(0, to_rgb)
 
 
@@ -436,7 +437,7 @@ def test_a_picture_that_may_not_be_read_is_not_called_broken(tmp_path: Path, mon
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Image, "open", refused)
-    with pytest.raises(UserError, match=r"The image .*a.png may not be read \(Permission denied\); change its perm"):
+    with pytest.raises(UserError, match=r"The image .*a.png cannot be read \(.*Permission denied"):
         Files([tmp_path / "a.png"]).decode(0, to_rgb)
 
 
@@ -462,7 +463,7 @@ def test_truncated_large_image_is_named_at_first_sight(image_tree: Tree, workers
     root = image_tree({"a": (150, 140), "b": (150, 140)})
     bad = spoil(root / "b" / "3.png", "truncated")
     data = ready(root=str(root), num_workers=workers, val_fraction=0.0)
-    with pytest.raises(UserError, match=f"^The image {bad} is broken .*[.]$") as caught:
+    with pytest.raises(UserError, match=f"^The image {bad} cannot be read .*[.]$") as caught:
         list(data.train_dataloader())
     assert "\n" not in str(caught.value)
 

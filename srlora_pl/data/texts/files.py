@@ -5,7 +5,7 @@ from pathlib import Path
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from srlora_pl.data.splits import split_of
+from srlora_pl.data.splits import USUAL, split_of
 from srlora_pl.data.texts.datamodule import TextDataModule, Texts
 from srlora_pl.data.texts.labels import (
     Problem,
@@ -23,7 +23,6 @@ from srlora_pl.data.texts.labels import (
 from srlora_pl.data.texts.tables import SUFFIXES, Table, read_table
 from srlora_pl.util.errors import UserError, did_you_mean, listed
 
-_USUAL = ("train", "val", "valid", "validation", "dev", "test")  # names of a split's file that are taken first
 _SCORES = {"single_label": ["accuracy"], "multi_label": ["f1", "accuracy"], "regression": ["pearson", "spearman"]}
 
 
@@ -183,7 +182,7 @@ def find_files(root: Path) -> tuple[dict[str, Path], list[Path]]:
     files = {}
     for split in ("train", "val", "test"):
         alike = [path for path in tables if split_of(path.stem) == split]
-        found = [path for path in alike if path.stem in _USUAL and path.suffix in SUFFIXES] or alike
+        found = [path for path in alike if path.stem in USUAL and path.suffix in SUFFIXES] or alike
         if len(found) > 1:
             raise UserError(f"data.root '{root}' has both {found[0].name} and {found[1].name}; keep one of them.")
         if found:
