@@ -13,6 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from pyarrow import parquet
 
+from srlora_pl.data.images.datamodule import ImageData
 from srlora_pl.data.images.sources import find_source
 from srlora_pl.util.errors import UserError
 
@@ -227,3 +228,12 @@ def test_a_data_set_in_a_folder_below_or_one_that_is_torn_is_named(tmp_path: Pat
     shutil.rmtree(tmp_path / "root" / "deep" / "test")
     with pytest.raises(UserError, match=r"data.root '.*deep' is not whole \(.*test.*save the data set again"):
         source(tmp_path / "root" / "deep")
+
+
+@pytest.mark.parametrize(("kind", "labels"), [(TEXT, ["cat", "cat"]), (ClassLabel(names=["cat"]), [0]), (TEXT, [])])
+def test_a_data_set_of_one_class_is_refused(kind: Any, labels: list[Any], tmp_path: Path) -> None:
+    root = as_saved(tmp_path / "root", {"train": table(kind, labels)})
+    with pytest.raises(
+        UserError, match=f"data.root '{root}' has no two classes, only {'.cat.' if labels else 'none'};"
+    ):
+        ImageData(root=str(root))

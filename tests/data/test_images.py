@@ -305,7 +305,7 @@ def test_missing_empty_and_one_class(tmp_path: Path, image_tree: Tree) -> None:
     for root, sentence in (
         (tmp_path / "nowhere", "does not exist"),
         (tmp_path / "empty", "has no class folders"),
-        (image_tree({"only": (8, 8)}), "has the one class 'only'"),
+        (image_tree({"only": (8, 8)}), "has no two classes, only 'only'"),
         (tmp_path / "pictures/only/0.png", "is a file"),
     ):
         with pytest.raises(UserError, match=f"data.root '{root}' {sentence}"):

@@ -15,7 +15,7 @@ from srlora_pl.data.images.pictures import Split, into_memory
 from srlora_pl.data.images.sources import NamesOnly, find_source
 from srlora_pl.data.images.transforms import ImageTransform
 from srlora_pl.data.splits import hold_out
-from srlora_pl.util.errors import UserError
+from srlora_pl.util.errors import UserError, listed
 
 
 class ImageData(DataModule):
@@ -25,9 +25,8 @@ class ImageData(DataModule):
     absent where there is none; ``index``, int64 (b,), the position in the split.
 
     Mean, std, size and interpolation are the model's (its ``data_config``). Images of one size that fit in memory
-    are kept there as bytes and cropped and resized by the batch, on the device; others are decoded, cropped and
-    resized in the workers. The validation split is the source's own, or ``val_fraction`` of the training split,
-    stratified.
+    are kept there as bytes, and cropped and resized by the batch on the device; others are decoded, cropped and resized
+    in the workers. The validation split is the source's own, or a stratified ``val_fraction`` of the training split.
 
     Args:
         name: ``digits`` (shipped), ``mnist``, ``cifar10``, ``cifar100`` or ``stl10`` (downloaded into ``root`` when
@@ -49,7 +48,7 @@ class ImageData(DataModule):
             ``root``; ``python cli.py predict`` takes them from the checkpoint.
 
     Raises:
-        UserError: data that is missing, empty, broken or of one class; an argument out of its range.
+        UserError: the data is missing, empty, broken or of one class; an argument is out of its range.
     """
 
     def __init__(
@@ -80,12 +79,17 @@ class ImageData(DataModule):
         )
         self.class_names = list(self.source.class_names)
         self.num_classes = len(self.class_names)
+        if self.num_classes < 2:
+            raise UserError(
+                f"data.root '{root}' has no two classes, only {listed(map(repr, self.class_names)) or 'none'}; give "
+                f"images of at least two."
+            )
         self.transform: ImageTransform | None = None
         self._splits: dict[str, Split] = {}
         self._name: Callable[[int], str] = str
 
     def prepare_data(self) -> None:
-        """Download what is missing; pictures of one's own are predicted without the data of the training."""
+        """Download what is missing; the user's own pictures are predicted without the training data."""
         predicts = self.trainer is not None and self.trainer.state.fn == "predict"
         if not (predicts and self.predict_root):
             self.source.prepare()
@@ -101,7 +105,7 @@ class ImageData(DataModule):
         self.transform = ImageTransform.for_model(config, **self.options)
         if stage in ("fit", "validate"):
             self._load_train_and_val()
-            if stage == "fit" and self.has_test_labels:  # a run ends with a test, of which nothing is wrong only then
+            if stage == "fit" and self.has_test_labels:  # a run ends with a test, whose errors shall come before it
                 self._split("test")
         elif stage == "test":
             if not self.has_test_labels:
@@ -124,7 +128,7 @@ class ImageData(DataModule):
     def _load_predict(self) -> None:
         if self.predict_root is None and "test" not in self.source.splits:
             raise UserError("The data has no test split to predict; set data.predict_root to images.")
-        self._splits.pop("predict", None)  # the folder, or what is in it, may be another by now
+        self._splits.pop("predict", None)  # the folder, or its content, may have changed
         split = self._split("test" if self.predict_root is None else "predict")
         self._name = split.name
         self.predict_set = self._images(Split(split.images, None))
@@ -153,14 +157,14 @@ class ImageData(DataModule):
         return kind(split, rows, self.transform)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Crop and resize what was not cropped in the workers, then normalise; the batch is on its device."""
+        """Crop and resize the images that the workers did not, then normalise; the batch is on its device."""
         assert self.transform is not None
         batch = dict(batch)
         image, crops = batch.pop("image"), batch.pop("crops", None)
         if batch.pop("whole"):
             image = self.transform.test(image) if crops is None else self.transform.train(image, crops)
         batch = {"image": self.transform.normalise(image), **batch}
-        # Lightning does this for 64-true before the images are floats.
+        # For 64-true Lightning converts before the images are floats.
         return self.trainer.precision_plugin.convert_input(batch) if self.trainer else batch
 
 

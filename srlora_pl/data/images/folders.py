@@ -35,11 +35,6 @@ class Folder(Source):
                 f"data.root '{root}' has no class folders with images; put the images of each class into a "
                 f"folder of its own, under '{root}' or '{root / 'train'}'."
             )
-        if len(self.class_names) < 2:
-            raise UserError(
-                f"data.root '{root}' has the one class {self.class_names[0]!r}; put the images of at least two "
-                f"classes into '{train}', each into its own folder."
-            )
         for name in self.class_names:
             if not is_utf8(name):
                 raise UserError(f"The class folder {name!r} in '{train}' is not named in UTF-8; rename it.")

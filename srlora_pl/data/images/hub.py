@@ -67,12 +67,7 @@ class Hub(Source):
         names = getattr(train.features[label_column], "names", None)
         values = names or sorted(set(self._labels("train")))
         self.class_names = [str(value) for value in values]
-        if len(self.class_names) < 2:
-            raise UserError(
-                f"data.label_column {label_column!r} of {root!r} has only {len(self.class_names)} class; "
-                f"a classifier needs two or more."
-            )
-        self._has_numbers = not isinstance(values[0], str)
+        self._has_numbers = not all(isinstance(value, str) for value in values)
         self._classes = _classes(values, are_positions=bool(names))
 
     def _check_columns(self, table: Any, labels: bool = True) -> None:
