@@ -232,7 +232,7 @@ def test_a_data_set_in_a_folder_below_or_one_that_is_torn_is_named(tmp_path: Pat
 
 @pytest.mark.parametrize(("kind", "labels"), [(TEXT, ["cat", "cat"]), (ClassLabel(names=["cat"]), [0]), (TEXT, [])])
 def test_a_data_set_of_one_class_is_refused(kind: Any, labels: list[Any], tmp_path: Path) -> None:
-    root = as_saved(tmp_path / "root", {"train": table(kind, labels)})
+    root = as_parquet(tmp_path / "root", {"train": table(kind, labels)})
     with pytest.raises(
         UserError, match=f"data.root '{root}' has no two classes, only {'.cat.' if labels else 'none'};"
     ):
