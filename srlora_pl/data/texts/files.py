@@ -101,7 +101,9 @@ class TextData(TextDataModule):
         self.class_names = self._classes() if class_names is None else list(class_names)
         if (problem == "regression") == bool(self.class_names):
             trained = f"{len(self.class_names)} classes" if self.class_names else "numbers"
-            raise UserError(f"data.problem is {problem!r}, but the model was trained on {trained}; set it as in training.")
+            raise UserError(
+                f"data.problem is {problem!r}, but the model was trained on {trained}; set it as in training."
+            )
         self.num_classes = len(self.class_names) or 1
         self._labels = {
             split: self._encode(table)
