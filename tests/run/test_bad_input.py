@@ -236,7 +236,7 @@ IMAGES: dict[str, Case] = {
     "one class": (pictures("lonely"), ["'lonely'", "'only'", "two classes"]),
     "empty class folder": (pictures("hollow"), ["hollow/c", "no images"]),
     "text for an image": (pictures("spoilt/text"), ["spoilt/text/b/3.png", "is not an image"]),
-    "truncated image": (pictures("spoilt/cut"), ["spoilt/cut/b/3.png", "is broken"]),
+    "truncated image": (pictures("spoilt/cut"), ["spoilt/cut/b/3.png", "cannot be read"]),
     "image mode": (pictures("spoilt/mode"), ["spoilt/mode/b/3.tiff", "mode 'F'"]),
     "class of validation only": (pictures("stranger"), ["'ants'", "'ant'"]),
     "no labels to test on": (pictures("bare", command=["test", "--config", "small.yaml"]), ["no labelled test split"]),
