@@ -22,8 +22,7 @@ from srlora_pl.data.base import (
 )
 from srlora_pl.data.images.datamodule import ImageData
 from srlora_pl.util.errors import UserError
-
-from .conftest import Recorder, attach
+from tests.helpers.data import Recorder, attach
 
 
 class Numbers(KeyedDataset):

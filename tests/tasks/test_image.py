@@ -19,7 +19,7 @@ from srlora_pl import ImageClassifier, LoRA, PiSSA, SRLoRA
 from srlora_pl.models.timm_models import build_backbone
 from srlora_pl.tasks.base import as_method
 from srlora_pl.util.errors import UserError
-from tests.tasks.conftest import CLASSES, SMALL_VIT, samples
+from tests.helpers.images import CLASSES, SMALL_VIT, samples
 
 
 class Record(Callback):
