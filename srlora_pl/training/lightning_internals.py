@@ -89,12 +89,12 @@ def accumulates(trainer: Any) -> bool:
     return batches % trainer.accumulate_grad_batches != 0 and batches != trainer.num_training_batches
 
 
-def is_last_batch_of_epoch(trainer: Any) -> bool:
-    """Whether the current micro-batch is the epoch's last."""
+def epoch_is_over(trainer: Any) -> bool:
+    """Whether the last micro-batch is its epoch's last."""
     return trainer.fit_loop.epoch_loop._num_ready_batches_reached()
 
 
-def epoch_progress(trainer: Any) -> Any:
+def epochs(trainer: Any) -> Any:
     """Epochs of this run: ``ready``, ``started``, ``processed``, ``completed``."""
     return trainer.fit_loop.epoch_progress.current
 
@@ -130,9 +130,9 @@ def metrics_to_log(trainer: Any) -> Mapping[str, Tensor]:
     return trainer._logger_connector.metrics["log"]
 
 
-def put_callback_metrics(trainer: Any, metrics: Mapping[str, Tensor]) -> None:
-    """Add ``metrics`` to ``trainer.callback_metrics``."""
-    trainer._logger_connector._callback_metrics.update(metrics)
+def callback_metrics(trainer: Any) -> dict[str, Tensor]:
+    """The dict behind ``trainer.callback_metrics``, which the property would first bring up to date."""
+    return trainer._logger_connector._callback_metrics
 
 
 def reopen(logger: TensorBoardLogger) -> None:
@@ -184,7 +184,7 @@ def _ignore_fetcher(decide: Callable[[Any], bool], trainer: Any, data_fetcher: A
     return decide(trainer)
 
 
-def validate_now(trainer: Any, step: int) -> None:
+def validate(trainer: Any, step: int) -> None:
     """Run a validation that loggers record under ``step``."""
     set_logged_step(trainer, step)
     trainer.validating = True
@@ -198,7 +198,7 @@ def restarts_past_validation(trainer: Any) -> bool:
 
 
 def end_epoch_if_over(trainer: Any) -> None:
-    """Run the end of the epoch where the checkpoint fell on its last micro-batch; Lightning leaves it out."""
+    """Run the end of the epoch where the checkpoint fell on the last micro-batch; Lightning leaves it out."""
     fit_loop, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     if loop.batch_progress.is_last_batch or fit_loop.done:
         fit_loop.on_advance_end()
@@ -206,8 +206,8 @@ def end_epoch_if_over(trainer: Any) -> None:
         fit_loop.reset_restart_stage()
 
 
-def training_is_done(trainer: Any) -> bool:
-    """Whether the current micro-batch is the last of its epoch or of the run."""
+def is_last_batch(trainer: Any) -> bool:
+    """Whether the last micro-batch is the last of its epoch or of the run."""
     return trainer.fit_loop.epoch_loop._is_training_done
 
 
@@ -245,7 +245,7 @@ def stops_at_validation(callback: EarlyStopping) -> bool:
     return not callback._check_on_train_epoch_end
 
 
-def stop_at_validation(callback: EarlyStopping, at_validation: bool) -> None:
+def set_stops_at_validation(callback: EarlyStopping, at_validation: bool) -> None:
     callback._check_on_train_epoch_end = not at_validation
 
 
