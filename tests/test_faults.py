@@ -26,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from benchmarks.faults import SAVE_OFTEN, difference, outcome
 from srlora_pl import ImageClassifier, UserError
 from srlora_pl.data.base import _watch_workers
-from srlora_pl.reporting.csv_log import ContinuedCSVLogger
+from srlora_pl.reporting.csv_log import ResumableCSVLogger
 from tests.test_bad_input import complaint
 from tests.test_cli import ROOT, SMALL_RUN, _no_trace, cli  # noqa: F401
 from tests.test_resume import SmallDigits, assert_equal, backbone, model, trainer  # noqa: F401
@@ -249,7 +249,7 @@ def test_an_image_that_vanishes_between_epochs(workers: int, tmp_path: Path, mon
     assert difference(finished(home), expected) is None
 
 
-@pytest.mark.parametrize(("kind", "hook"), [(ContinuedCSVLogger, "log_metrics"), (SummaryWriter, "add_scalar")])
+@pytest.mark.parametrize(("kind", "hook"), [(ResumableCSVLogger, "log_metrics"), (SummaryWriter, "add_scalar")])
 def test_a_disk_that_is_full_for_the_curves(
     kind: type, hook: str, tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,15 +29,15 @@ from rich.table import Table
 from srlora_pl.data.base import DataModule
 from srlora_pl.data.texts.glue import GLUEData
 from srlora_pl.reporting import (
-    ContinuedCSVLogger,
-    ContinuedCurves,
-    ContinuedTensorBoardLogger,
     GLUEWriter,
     Interrupts,
     MatrixTable,
     Monitor,
     PredictionWriter,
     Progress,
+    ResumableCSVLogger,
+    ResumableCurves,
+    ResumableTensorBoardLogger,
     Summary,
 )
 from srlora_pl.reporting.progress import closing_line
@@ -46,6 +46,7 @@ from srlora_pl.run.defaults import KeepSettings, Last, best, chooses_best, keeps
 from srlora_pl.run.settings import as_options, forget_quotes, share_yaml, split_revision, writable
 from srlora_pl.tasks.base import SPLITS, Task
 from srlora_pl.training import checkpoints
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.mixin import refuse_copies
 from srlora_pl.util import system, yaml_text
 from srlora_pl.util.errors import Interrupted, UserError, causes
@@ -320,7 +321,7 @@ class Run(LightningCLI):
         # The run itself begins as if the value had been given: from the seed, and with new objects.
         self.config = before
         del self.config_dump
-        self._set_seed()
+        internals.seed_again(self)
         return found
 
     # -- the trainer
@@ -360,7 +361,7 @@ class Run(LightningCLI):
         if self.folder:
             self.summary = Summary(self.folder)
             keeps = KeepSettings(self.folder / "config.yaml", self._settings_text)
-            callbacks += [ContinuedCurves(), keeps, self.summary]
+            callbacks += [ResumableCurves(), keeps, self.summary]
         if saves and not chooses_best(users):
             callbacks.append(best(saves))
         if self.folder and logs and not _has(users, LearningRateMonitor):
@@ -417,7 +418,7 @@ class Run(LightningCLI):
         except Exception as error:
             if rank_zero_only.rank and isinstance(error, UserError):  # type: ignore[attr-defined]
                 time.sleep(_LET_THE_FIRST_SPEAK)
-            children = getattr(self.trainer.strategy.launcher, "procs", [])
+            children = internals.child_processes(self.trainer)
             if not isinstance(error, UserError) and any(_has_refused(child) for child in children):
                 raise SystemExit(2) from error
             for child in children:
@@ -555,13 +556,13 @@ def _new_version(root: Path) -> Path:
 
 def _loggers(folder: Path) -> list[Logger]:
     home = (folder.parent, "", folder.name)
-    return [ContinuedTensorBoardLogger(*home, default_hp_metric=False), ContinuedCSVLogger(*home)]
+    return [ResumableTensorBoardLogger(*home, default_hp_metric=False), ResumableCSVLogger(folder)]
 
 
 def _plugins(settings: Any) -> list[Any]:
     """The user's plugins, and our way of writing a checkpoint unless theirs say another."""
     plugins = _as_list(settings.plugins)
-    theirs = [*plugins, getattr(settings.strategy, "_checkpoint_io", None)]
+    theirs = [*plugins, internals.checkpoint_io(settings.strategy)]
     return plugins if _has(theirs, CheckpointIO) else [*plugins, checkpoints.AtomicCheckpointIO()]
 
 

@@ -3,11 +3,13 @@
 When a release of Lightning moves a name, tests/test_lightning_internals.py says which.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from subprocess import Popen
+from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
@@ -16,6 +18,9 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from lightning.pytorch.cli import LightningCLI
 
 # --- the trainer and what it is made of ------------------------------------------------------------------------------
 
@@ -56,6 +61,21 @@ def slurm_checkpoint(trainer: Any, folder: Path) -> Path:
 def requeue(trainer: Any, signal: int) -> None:
     """Save a checkpoint and have SLURM queue the job again, as Lightning does when it receives ``signal``."""
     trainer._signal_connector._slurm_sigusr_handler_fn(signal, None)
+
+
+def child_processes(trainer: Any) -> Sequence[Popen]:
+    """The processes of the same run that this one has started."""
+    return getattr(trainer.strategy.launcher, "procs", [])
+
+
+def checkpoint_io(strategy: Any) -> CheckpointIO | None:
+    """How ``strategy`` was told to write checkpoints, if it was; also of a strategy's name, which says nothing."""
+    return getattr(strategy, "_checkpoint_io", None)
+
+
+def seed_again(cli: "LightningCLI") -> None:
+    """Set all global random streams as at the beginning of the run."""
+    cli._set_seed()
 
 
 def is_local_file(path: str | Path) -> bool:
@@ -249,8 +269,8 @@ def set_stops_at_validation(callback: EarlyStopping, at_validation: bool) -> Non
     callback._check_on_train_epoch_end = not at_validation
 
 
-def save_again(callback: ModelCheckpoint, trainer: Trainer) -> None:
-    """Save as ``callback`` does, now, and once more when it is next due at this step."""
+def save_for_now(callback: ModelCheckpoint, trainer: Trainer) -> None:
+    """Save the file of ``callback``, which renews it if it is due again at this step."""
     if not callback._should_skip_saving_checkpoint(trainer):
         callback._save_topk_checkpoint(trainer, callback._monitor_candidates(trainer))
         callback._last_global_step_saved = 0

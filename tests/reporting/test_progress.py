@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from srlora_pl.lowrank import LoRA, SRLoRA
 from srlora_pl.reporting.progress import Progress, closing_line, duration, matrix_rows, parameter_line
 from srlora_pl.training.resume import ExactResume
-from tests.callbacks.test_monitor import Watched, run  # noqa: F401
+from tests.reporting.test_monitor import Watched, run  # noqa: F401
 from tests.test_cli import _no_trace  # noqa: F401
 from tests.test_mixin import Toy, loader, srlora, trainer
 
