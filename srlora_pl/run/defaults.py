@@ -137,9 +137,8 @@ class Last(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
         super().on_train_batch_end(trainer, *rest)
-        if trainer.fit_loop.epoch_loop._is_training_done and not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-            self._last_global_step_saved = 0  # the validation that may follow renews it
+        if internals.is_last_batch(trainer):
+            internals.save_for_now(self, trainer)
 
 
 class WriteSettings(Callback):

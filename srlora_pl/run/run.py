@@ -25,6 +25,7 @@ from srlora_pl.run.explain import explain, missing_package, written_at
 from srlora_pl.run.messages import close, note, quieten
 from srlora_pl.tasks.base import SPLITS, Task
 from srlora_pl.training import checkpoints
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.mixin import refuse_copies
 from srlora_pl.util import system, yaml_text
 from srlora_pl.util.errors import Interrupted, UserError, causes
@@ -267,7 +268,7 @@ class Run(LightningCLI):
         # The run itself begins as if the value had been given: from the seed, and with new objects.
         self.config = before
         del self.config_dump
-        self._set_seed()
+        internals.seed_again(self)
         return found
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

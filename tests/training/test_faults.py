@@ -234,7 +234,7 @@ def test_an_image_that_vanishes_between_epochs(workers: int, tmp_path: Path, mon
     assert difference(finished(home), expected) is None
 
 
-@pytest.mark.parametrize(("kind", "hook"), [(ContinuedCSVLogger, "log_metrics"), (SummaryWriter, "add_scalar")])
+@pytest.mark.parametrize(("kind", "hook"), [(ResumableCSVLogger, "log_metrics"), (SummaryWriter, "add_scalar")])
 def test_a_disk_that_is_full_for_the_curves(
     kind: type, hook: str, tmp_path: Path, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
