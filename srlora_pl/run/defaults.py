@@ -20,7 +20,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import Logger
 
-from srlora_pl.reporting import ContinuedCSVLogger, ContinuedTensorBoardLogger, MatrixTable, Monitor, Progress
+from srlora_pl.reporting import MatrixTable, Monitor, Progress, ResumableCSVLogger, ResumableTensorBoardLogger
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import AtomicCheckpointIO
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.files import replacing
@@ -88,7 +89,7 @@ def with_defaults(
 def loggers(folder: Path) -> list[Logger]:
     """TensorBoard's events and ``metrics.csv`` in the run's folder."""
     home = (folder.parent, "", folder.name)
-    return [ContinuedTensorBoardLogger(*home, default_hp_metric=False), ContinuedCSVLogger(*home)]
+    return [ResumableTensorBoardLogger(*home, default_hp_metric=False), ResumableCSVLogger(*home)]
 
 
 def plugins(settings: Any) -> list[Any]:

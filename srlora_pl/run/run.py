@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from srlora_pl.data.base import DataModule
 from srlora_pl.data.texts.glue import GLUEData
-from srlora_pl.reporting import ContinuedCurves, GLUEWriter, Interrupts, MatrixTable, PredictionWriter, Summary
+from srlora_pl.reporting import GLUEWriter, Interrupts, MatrixTable, PredictionWriter, ResumableCurves, Summary
 from srlora_pl.reporting.progress import closing_line
 from srlora_pl.run import config, defaults, finders, folders, settings
 from srlora_pl.run.explain import explain, missing_package, written_at
@@ -310,7 +310,7 @@ class Run(LightningCLI):
             return [self.interrupts]
         self.summary = Summary(self.folder)
         writes = defaults.WriteSettings(self.folder / "config.yaml", self.settings_text)
-        return [self.interrupts, ContinuedCurves(), writes, self.summary]
+        return [self.interrupts, ResumableCurves(), writes, self.summary]
 
     def _prediction_writer(self) -> PredictionWriter:
         checkpoint = Path(self.ckpt_path)

@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from benchmarks.faults import SAVE_OFTEN, difference, outcome
 from srlora_pl import ImageClassifier, UserError
 from srlora_pl.data.base import _watch_workers
-from srlora_pl.reporting.csv_log import ContinuedCSVLogger
+from srlora_pl.reporting.csv_log import ResumableCSVLogger
 from tests.helpers.cli import SMALL_RUN, cli, complaint
 from tests.helpers.digits import SmallDigits, assert_equal, model, trainer
 from tests.helpers.errors import mentions

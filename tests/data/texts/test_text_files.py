@@ -14,7 +14,6 @@ import torch
 from pyarrow import parquet
 
 from srlora_pl import TextData, UserError
-from srlora_pl.data.texts.tables import _quoted_rows
 from tests.helpers.errors import mentions
 from tests.helpers.texts import save_tokenizer, sentence, with_model, write
 
