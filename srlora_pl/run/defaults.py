@@ -88,8 +88,8 @@ def with_defaults(
 
 def loggers(folder: Path) -> list[Logger]:
     """TensorBoard's events and ``metrics.csv`` in the run's folder."""
-    home = (folder.parent, "", folder.name)
-    return [ResumableTensorBoardLogger(*home, default_hp_metric=False), ResumableCSVLogger(*home)]
+    tensorboard = ResumableTensorBoardLogger(folder.parent, "", folder.name, default_hp_metric=False)
+    return [tensorboard, ResumableCSVLogger(folder)]
 
 
 def plugins(settings: Any) -> list[Any]:
