@@ -97,7 +97,7 @@ def matrix_rows(adaptation: Adaptation) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     for kind, matrices in by_kind(adaptation.matrices).items():
         shapes = sorted({matrix.shape for matrix in matrices})
-        parameters = sum(m.of(p).numel() for m in matrices for p in m.layer.adapter_parameters())
+        parameters = sum(m.of(p).numel() for m in matrices for p in m.layer.adapter_parameters() if p.requires_grad)
         rows.append((
             kind,
             str(len(matrices)),
@@ -118,16 +118,16 @@ def parameter_line(pl_module: LightningModule) -> str:
     """How many parameters train, and how many there are."""
     pairs, trained, everything = parameter_counts(pl_module).values()
     return (
-        f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%}): {pairs:,} in pairs of "
+        f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%}): {pairs:,} in adapters of "
         f"{len(adaptation_of(pl_module).matrices)} matrices, {trained - pairs:,} beside them"
     )
 
 
 def parameter_counts(pl_module: LightningModule) -> dict[str, int]:
-    """Numbers in the ``adapters``, ``trained`` with them, and in ``all`` parameters."""
+    """How many numbers train in the ``adapters``, are ``trained`` with them, and are in ``all`` parameters."""
     layers = adaptation_of(pl_module).layers.values()
     return {
-        "adapters": sum(parameter.numel() for layer in layers for parameter in layer.adapter_parameters()),
+        "adapters": sum(p.numel() for layer in layers for p in layer.adapter_parameters() if p.requires_grad),
         "trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         "all": sum(p.numel() for p in pl_module.parameters()),
     }
