@@ -1,3 +1,5 @@
+"""The settings of the methods, and the values that they begin with."""
+
 import math
 
 import pytest
@@ -6,7 +8,7 @@ from scipy.stats import kstest
 from torch import nn
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import LoRA, LowRankLinear
+from srlora_pl.lowrank import LoRA, LowRankLinear, PiSSA, SRLoRA
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -32,3 +34,43 @@ def test_an_alpha_that_scales_nothing_sensibly_is_refused(alpha):
         UserError, match=rf"method\.alpha_pattern\['fc1'\] is {alpha}, it must be a finite number above 0"
     ):
         LoRA(alpha_pattern={"fc2": 1.0, "fc1": alpha})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"fusion_ratio": 0.3}, r"fusion_ratio is 0.3 and 0.3 x rank 8 = 2.4"),
+        ({"fusion_ratio": 0.0}, r"fusion_ratio is 0.0"),
+        ({"fusion_ratio": 1.5}, r"fusion_ratio is 1.5"),
+        ({"fusion_ratio": 0.5, "rank": 1}, r"0.5 x rank 1 = 0.5"),
+        ({"fusion_ratio": 0.5, "rank_pattern": {"fc1": 3}}, r"0.5 x rank 3 = 1.5"),
+        ({"target_rank": 7}, r"target_rank is 7.*rank 8"),
+        ({"target_rank": 12.5}, r"target_rank is 12.5, it must be a whole number"),
+        ({"beta1": 1.0}, r"beta1 is 1.0"),
+        ({"beta2": 0.0}, r"beta2 is 0.0"),
+        ({"reset_scores": "none"}, r"reset_scores is 'none'.*all, recycled"),
+        ({"optimizer_state": "hot"}, r"optimizer_state is 'hot'.*warm, zero, keep"),
+    ],
+)
+def test_srloras_own_values(options, says):
+    with pytest.raises(UserError, match=says):
+        SRLoRA(**options)
+
+
+def test_the_rank_comes_first_for_every_method():
+    assert {method(3).rank for method in (LoRA, PiSSA)} == {3}
+    assert (SRLoRA(4, target_rank=12).rank, SRLoRA(4, target_rank=12).target_rank) == (4, 12)
+    with pytest.raises(TypeError):
+        SRLoRA(4, 12)
+
+
+def test_spec_rebuilds_the_method():
+    method = SRLoRA(rank=4, target_rank=12, target_modules=["fc1"], layers="0-1")
+    spec = method.spec()
+    assert spec["class_path"] == "srlora_pl.SRLoRA"
+    assert SRLoRA(**spec["init_args"]).spec() == spec
+    assert spec["init_args"]["layers"] == "0-1"
+    assert set(spec["init_args"]) == {
+        "rank", "alpha", "target_modules", "exclude_modules", "layers", "rank_pattern", "alpha_pattern", "dropout",
+        "use_rslora", "target_rank", "fusion_ratio", "beta1", "beta2", "reset_scores", "optimizer_state",
+    }  # fmt: skip
