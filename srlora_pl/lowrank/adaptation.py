@@ -189,11 +189,11 @@ class Adaptation(Inference, FormerNames):
         if not self.started:
             raise UserError("the adapters train from a start only, call start() before the first step")
         checks.require_unmerged(self.layers.values(), before="training")
-        self.weights.forget_pretrained()
         self._watch.observe()
         if gradients is None:
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
         self.controller.before_optimizer(step, gradients, inverse_scale)
+        self.weights.forget_pretrained()  # not before: a controller that lacks its sources refuses the step
 
     def after_optimizer(self, step: int, optimizer: Optimizer | None = None) -> bool:
         """Do the events that are due once optimizer step ``step`` (from 1) is over; True if there were any."""

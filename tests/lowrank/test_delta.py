@@ -24,7 +24,7 @@ def test_the_merged_copy_computes_the_same(name):
     method, switches, _ = METHODS[name]
     adaptation, _ = trained(method)
     assert adaptation.controller.progress().done == switches
-    net = merged_copy(adaptation)
+    net = adaptation.merged_copy()
     assert not any(isinstance(module, LowRankLinear) or module.training for module in net.modules())
     x = toy_batches(1, seed=3)[0][0]
     torch.testing.assert_close(net(x), adaptation.net(x), atol=1e-6, rtol=1e-5)
@@ -35,7 +35,7 @@ def test_the_merged_copy_leaves_the_network_alone():
     adaptation, _ = trained(SRLORA(target_rank=8), dtype=torch.float64)
     adaptation.net.register_buffer("mean", torch.ones(3, dtype=torch.float64))
     before = {name: value.clone() for name, value in adaptation.net.state_dict().items()}
-    net = merged_copy(adaptation)
+    net = adaptation.merged_copy()
     assert {value.dtype for value in net.state_dict().values()} == {torch.float32}
     for value in net.state_dict().values():
         value.zero_()
@@ -47,9 +47,9 @@ def test_the_merged_copy_leaves_the_network_alone():
 
 def test_the_merged_copy_of_a_merged_network():
     adaptation, _ = trained(SRLORA(target_rank=8))
-    apart = merged_copy(adaptation)
+    apart = adaptation.merged_copy()
     adaptation.merge()
-    for value, other in zip(merged_copy(adaptation).state_dict().values(), apart.state_dict().values(), strict=True):
+    for value, other in zip(adaptation.merged_copy().state_dict().values(), apart.state_dict().values(), strict=True):
         assert torch.equal(value, other)
 
 
@@ -57,7 +57,9 @@ def test_the_merged_copy_takes_other_weights():
     adaptation, before = trained(SRLORA(target_rank=8))
     with torch.no_grad():
         before.head.load_state_dict(adaptation.net.head.state_dict())
-    net = merged_copy(adaptation, {name: before.get_parameter(f"{name}.weight") for name in adaptation.layers})
+    net = merged_copy(
+        adaptation.net, adaptation.layers, {name: before.get_parameter(f"{name}.weight") for name in adaptation.layers}
+    )
     for name, value in before.state_dict().items():
         assert torch.equal(net.state_dict()[name], value)
 
@@ -81,7 +83,7 @@ def test_the_factors_are_the_whole_change(name):
         assert each.size == pytest.approx(float(exact[layer].norm()), rel=1e-4)
 
 
-@pytest.mark.parametrize("export", [merged_copy, change])
+@pytest.mark.parametrize("export", [Adaptation.merged_copy, change])
 def test_a_reduced_matmul_precision_does_not_reach_what_is_exported(export, monkeypatch):
     """Not every processor computes differently at a lower setting, so look at the setting itself."""
     adaptation, _ = trained(SRLORA(target_rank=8), pretrained=toy_net().state_dict)
@@ -206,7 +208,7 @@ def test_what_is_shared_in_the_network_is_shared_in_the_copy():
     net.again, net.head.weight = net.blocks[0], nn.Parameter(net.head.weight.double())
     net.tied = nn.Linear(12, 3)
     net.tied.weight = net.head.weight
-    copied = merged_copy(Adaptation(net, LoRA(rank=2, target_modules=[r"blocks\.1\.fc1"])))
+    copied = Adaptation(net, LoRA(rank=2, target_modules=[r"blocks\.1\.fc1"])).merged_copy()
     assert copied.again is copied.blocks[0]
     assert copied.tied.weight is copied.head.weight
     assert copied.head.weight.dtype == torch.float32

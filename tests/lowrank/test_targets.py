@@ -268,7 +268,7 @@ def twice():
         (special, {}, r"blocks\.0\.fc1 is a Special, not a plain nn\.Linear"),
         (wide, {"target_modules": "qkv", "rank": 13}, r"rank 13 is above min\(out, in\) = 12 of blocks\.0\.qkv"),
         (normed, {}, r"blocks\.1\.fc1 has hooks \(weight_norm"),
-        (twice, {}, r"the network has pairs already"),
+        (twice, {}, r"the network has adapters already"),
         (Tied, {}, r"blocks\.0\.fc1 is tied to blocks\.1\.fc1"),
         (lambda: nn.Sequential(nn.Linear(3, 3)), {}, r"found no linear layer inside repeated blocks"),
         (
