@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from srlora_pl.lowrank import Adaptation, SRLoRA
+from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
 
 
 class Block(nn.Module):
@@ -78,6 +78,9 @@ def optimizer_of(net: nn.Module, kind=torch.optim.AdamW, **options) -> torch.opt
 
 def srlora(**options) -> SRLoRA:
     return SRLoRA(**{"rank": 4, "alpha": 8.0, "target_rank": 12, **options})
+
+
+METHODS = {"lora": LoRA(rank=4, alpha=8.0), "pissa": PiSSA(rank=4, alpha=8.0), "srlora": srlora()}
 
 
 def begun(method, steps=40, dtype=torch.float32, optimizer=torch.optim.AdamW, **options):

@@ -2,11 +2,23 @@
 
 import pytest
 import torch
+from torch import nn
 
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
 from srlora_pl.lowrank.kernels import merged as merge
-from tests.helpers.toys import ROUNDING, finished, one_step, optimizer_of, srlora, toy_batches, toy_net, train
+from tests.helpers.toys import (
+    ROUNDING,
+    assert_same_state,
+    begun,
+    finished,
+    one_step,
+    optimizer_of,
+    srlora,
+    toy_batches,
+    toy_net,
+    train,
+)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING)
@@ -190,3 +202,56 @@ def test_a_rank_beyond_the_spectrum_is_an_error_that_names_the_matrix():
         net.blocks[0].proj.weight[:] = torch.outer(torch.arange(1.0, 13), torch.ones(12))
     with pytest.raises(UserError, match=r"rank 4 is above the 1 .*blocks\.0\.proj"):
         Adaptation(net, PiSSA(rank=4)).start()
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "trained"),
+    [
+        # a pair has out + in numbers: of q, k, v and proj 24, of fc1 and fc2 32
+        (LoRA(rank=2), {}, 2 * 2 * (4 * 24 + 2 * 32)),
+        (srlora(target_modules=["fc1"]), {"trainable": ["head"]}, 2 * 4 * (12 + 20) + 3 * 13),
+    ],
+)
+def test_the_number_of_parameters_that_train_is_printed(method, options, trained, capsys):
+    net = toy_net()
+    everything = sum(parameter.numel() for parameter in net.parameters())
+    adaptation = Adaptation(net, method, **options)
+    pairs = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in adaptation.layers.values())
+    adaptation.print_trainable_parameters()
+    share = f"{100 * trained / (everything + pairs):.2f}%"
+    assert capsys.readouterr().out == f"{trained:,} of {everything + pairs:,} parameters train ({share})\n"
+
+
+def test_the_names_of_version_0_1_warn_and_work():
+    expected, reference, _ = finished(srlora())
+    net, adaptation, optimizer = begun(srlora())
+    switched = []
+    for step, (x, y) in enumerate(toy_batches(40), start=1):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        with pytest.warns(DeprecationWarning, match="before_optimizer") as warned:
+            adaptation.observe()
+        assert warned[0].filename == __file__
+        optimizer.step()
+        with pytest.warns(DeprecationWarning, match="after_optimizer") as warned:
+            switched += [step] if adaptation.switch_if_due(step, optimizer) else []
+        assert warned[0].filename == __file__
+    assert switched == [10, 20, 30]
+    assert_same_state(net, expected)
+    assert torch.equal(adaptation.controller.importance.smoothed, reference.controller.importance.smoothed)
+
+
+def test_the_former_name_takes_gradients_and_the_loss_scale():
+    net, adaptation, _ = begun(srlora())
+    other, theirs, _ = begun(srlora())
+    (x, y), scale = toy_batches(1)[0], torch.tensor(4.0)
+    nn.functional.cross_entropy(net(x), y).backward()
+    (scale * nn.functional.cross_entropy(other(x), y)).backward()
+    gradients = [parameter.grad for parameter in other.parameters() if parameter.grad is not None]
+    with pytest.warns(DeprecationWarning, match="before_optimizer"):
+        theirs.observe(gradients, scale.reciprocal())
+    adaptation.before_optimizer(1)
+    assert torch.equal(theirs.controller.importance.smoothed, adaptation.controller.importance.smoothed)
+    with pytest.warns(DeprecationWarning, match="before_optimizer"):
+        theirs.observe([torch.tensor([float("nan")])], scale.reciprocal())
+    assert torch.equal(theirs.controller.importance.smoothed, adaptation.controller.importance.smoothed)

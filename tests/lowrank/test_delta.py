@@ -7,7 +7,8 @@ from torch import nn
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA
 from srlora_pl.lowrank.delta import change, merged_copy, overall_error
-from tests.helpers.toys import SRLORA, changes, toy_batches, toy_net, trained
+from srlora_pl.lowrank.export import plain_copy
+from tests.helpers.toys import SRLORA, assert_same_state, changes, toy_batches, toy_net, trained
 
 METHODS = {
     "lora": (LoRA(rank=2, alpha=5.0), 0, 1),
@@ -57,9 +58,8 @@ def test_the_merged_copy_takes_other_weights():
     adaptation, before = trained(SRLORA(target_rank=8))
     with torch.no_grad():
         before.head.load_state_dict(adaptation.net.head.state_dict())
-    net = merged_copy(
-        adaptation.net, adaptation.layers, {name: before.get_parameter(f"{name}.weight") for name in adaptation.layers}
-    )
+    weights = {name: before.get_parameter(f"{name}.weight") for name in adaptation.layers}
+    net = merged_copy(adaptation.net, adaptation.layers, weights)
     for name, value in before.state_dict().items():
         assert torch.equal(net.state_dict()[name], value)
 
@@ -213,3 +213,8 @@ def test_what_is_shared_in_the_network_is_shared_in_the_copy():
     assert copied.tied.weight is copied.head.weight
     assert copied.head.weight.dtype == torch.float32
     assert isinstance(copied.blocks[1].fc1, nn.Linear)
+
+
+def test_the_former_name_of_the_merged_copy():
+    adaptation, _ = trained(SRLORA(target_rank=8))
+    assert_same_state(plain_copy(adaptation), adaptation.merged_copy())

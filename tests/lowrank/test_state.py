@@ -8,14 +8,9 @@ import torch
 from torch.utils._pytree import tree_flatten
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
-from tests.helpers.toys import begun, finished, optimizer_of, srlora, toy_batches, toy_net, train
+from srlora_pl.lowrank import Adaptation, LoRA
+from tests.helpers.toys import METHODS, begun, finished, optimizer_of, srlora, toy_batches, toy_net, train
 
-METHODS = {
-    "lora": LoRA(rank=4, alpha=8.0),
-    "pissa": PiSSA(rank=4, alpha=8.0),
-    "srlora": SRLoRA(rank=4, alpha=8.0, target_rank=12),
-}
 OPTIMIZERS = {"adamw": (torch.optim.AdamW, {}), "sgd": (torch.optim.SGD, {"momentum": 0.9})}
 
 
