@@ -9,6 +9,7 @@ from torch import nn
 
 from srlora_pl import UserError
 from srlora_pl.lowrank import LoRA, LowRankLinear, PiSSA, SRLoRA
+from tests.helpers.errors import mentions
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -27,33 +28,30 @@ def test_lora_draws_A_uniformly_within_1_over_the_root_of_its_inputs_and_leaves_
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.inf, math.nan])
 def test_an_alpha_that_scales_nothing_sensibly_is_refused(alpha):
-    finite = "it must be a finite number above 0"
-    with pytest.raises(UserError, match=rf"method\.alpha is {alpha}, {finite}"):
+    with pytest.raises(UserError, match=mentions("method.alpha", alpha)):
         LoRA(alpha=alpha)
-    with pytest.raises(
-        UserError, match=rf"method\.alpha_pattern\['fc1'\] is {alpha}, it must be a finite number above 0"
-    ):
+    with pytest.raises(UserError, match=mentions("method.alpha_pattern['fc1']", alpha)):
         LoRA(alpha_pattern={"fc2": 1.0, "fc1": alpha})
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "words"),
     [
-        ({"fusion_ratio": 0.3}, r"fusion_ratio is 0.3 and 0.3 x rank 8 = 2.4"),
-        ({"fusion_ratio": 0.0}, r"fusion_ratio is 0.0"),
-        ({"fusion_ratio": 1.5}, r"fusion_ratio is 1.5"),
-        ({"fusion_ratio": 0.5, "rank": 1}, r"0.5 x rank 1 = 0.5"),
-        ({"fusion_ratio": 0.5, "rank_pattern": {"fc1": 3}}, r"0.5 x rank 3 = 1.5"),
-        ({"target_rank": 7}, r"target_rank is 7.*rank 8"),
-        ({"target_rank": 12.5}, r"target_rank is 12.5, it must be a whole number"),
-        ({"beta1": 1.0}, r"beta1 is 1.0"),
-        ({"beta2": 0.0}, r"beta2 is 0.0"),
-        ({"reset_scores": "none"}, r"reset_scores is 'none'.*all, recycled"),
-        ({"optimizer_state": "hot"}, r"optimizer_state is 'hot'.*warm, zero, keep"),
+        ({"fusion_ratio": 0.3}, ["fusion_ratio", "0.3", "rank 8", "2.4"]),
+        ({"fusion_ratio": 0.0}, ["fusion_ratio", "0.0"]),
+        ({"fusion_ratio": 1.5}, ["fusion_ratio", "1.5"]),
+        ({"fusion_ratio": 0.5, "rank": 1}, ["0.5", "rank 1"]),
+        ({"fusion_ratio": 0.5, "rank_pattern": {"fc1": 3}}, ["0.5", "rank 3", "1.5"]),
+        ({"target_rank": 7}, ["target_rank", "7", "rank 8"]),
+        ({"target_rank": 12.5}, ["target_rank", "12.5", "whole number"]),
+        ({"beta1": 1.0}, ["beta1", "1.0"]),
+        ({"beta2": 0.0}, ["beta2", "0.0"]),
+        ({"reset_scores": "none"}, ["reset_scores", "'none'", "all, recycled"]),
+        ({"optimizer_state": "hot"}, ["optimizer_state", "'hot'", "warm, zero, keep"]),
     ],
 )
-def test_srloras_own_values(options, says):
-    with pytest.raises(UserError, match=says):
+def test_srloras_own_values(options, words):
+    with pytest.raises(UserError, match=mentions(*words)):
         SRLoRA(**options)
 
 
