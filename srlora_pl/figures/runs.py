@@ -35,7 +35,7 @@ from srlora_pl.training import checkpoints
 from srlora_pl.util.errors import UserError, did_you_mean
 from srlora_pl.util.files import relative, replacing
 
-Histories = Mapping[str, Tensor]  # a matrix's name -> its MatrixState.intervals, (n, 2)
+Histories = Mapping[str, Tensor]  # a matrix's name -> the steps after which each direction was drawn and fused, (n, 2)
 Curve = tuple[Sequence[float], Sequence[float]]  # steps, losses
 Style = dict[str, Any]
 
@@ -66,7 +66,7 @@ def active_lengths(intervals: Tensor, last_step: int) -> Tensor:
     """For how many optimizer steps each direction was active, (n,); the active ones so far, up to ``last_step``.
 
     Args:
-        intervals: of one matrix, (n, 2), as `MatrixState.intervals`.
+        intervals: of one matrix, (n, 2), see `Controller.histories`.
     """
     drawn, fused = intervals.unbind(1)
     return torch.where(fused < 0, last_step, fused) - drawn

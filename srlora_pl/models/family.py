@@ -182,5 +182,5 @@ def library_of(task: Task) -> Library:
         return Transformers(task)
     raise UserError(
         f"{type(task).__name__} is neither an ImageClassifier nor a TextClassifier, so its files have no known layout: "
-        "take srlora_pl.lowrank.delta.plain_copy(model.adaptation)"
+        "take model.adaptation.merged_copy()"
     )

@@ -87,7 +87,7 @@ def test_a_toy_run_has_known_intervals() -> None:
     adaptation.plan(10)
     parameters = [p for p in net.parameters() if p.requires_grad]
     train(net, adaptation, torch.optim.SGD(parameters, 0.1), toy_batches(8))
-    histories = {matrix.name: state.intervals for matrix, state in adaptation.states.items()}
+    histories = adaptation.controller.histories()
     assert len(histories) == 12
     for intervals in histories.values():
         assert intervals.tolist() == [[0, 5], [0, 5], [5, -1], [5, -1]]
@@ -298,8 +298,14 @@ def names(folder: Path) -> set[str]:
 
 def save_run(folder: Path, method: str = "SRLoRA", last: int = LAST, file: str = "last") -> Path:
     """What a run of the toy's history leaves, as far as the figures look at it."""
-    matrices = {name: {"intervals": intervals} for name, intervals in TOY.items()}
-    state = {"method": {"class_path": f"srlora_pl.{method}", "init_args": {}}, "switches_done": 0, "matrices": matrices}
+    spec = {"class_path": f"srlora_pl.{method}", "init_args": {}}
+    state = {
+        "format": 1,
+        "method": spec,
+        "starts_from": "nothing" if method == "LoRA" else "spectrum",
+        "matrices": {name: {"rank": 2} for name in TOY},
+        "controller": {"intervals": TOY} if method == "SRLoRA" else {},
+    }
     content = {"global_step": last, "state_dict": {}, "pytorch-lightning_version": "2.6.6", "srlora": state}
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     torch.save(content, folder / f"checkpoints/{file}.ckpt")

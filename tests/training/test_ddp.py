@@ -156,13 +156,14 @@ def test_what_one_process_decides_is_what_all_do(home):
     adaptation = module.adaptation
     adaptation.start()
     adaptation.plan(last_step=4)
-    adaptation.importance.smoothed += torch.rand(adaptation.importance.smoothed.shape)
-    adaptation.importance.uncertainty += 1
+    importance = adaptation.controller.importance
+    importance.smoothed += torch.rand(importance.smoothed.shape)
+    importance.uncertainty += 1
     expected = torch.arange(len(adaptation.matrices)) % 2
-    adaptation.once = lambda compute: expected
-    adaptation.observe()  # of no gradient, which leaves no trace
+    adaptation.run_on_rank_zero = lambda compute: expected
+    adaptation.before_optimizer(1)  # of no gradient, which leaves no trace
     adaptation.after_optimizer(1)
-    assert [state.directions.tolist() for state in adaptation.states.values()] == [[2, 1], [0, 2]] * 6
+    assert [active.tolist() for active in adaptation.controller.active.values()] == [[2, 1], [0, 2]] * 6
 
 
 def test_a_nan_of_one_process_is_seen_by_all(ranks):
