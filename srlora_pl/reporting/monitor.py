@@ -15,10 +15,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
-from srlora_pl.lowrank import Adaptation, SRLoRA
+from srlora_pl.lowrank import Adaptation
 from srlora_pl.lowrank.measures import by_kind, drawn_after, scores_by_kind, size_of_change, switches_survived
-from srlora_pl.reporting.curves import ContinuedTensorBoardLogger
+from srlora_pl.reporting.curves import ResumableTensorBoardLogger
 from srlora_pl.reporting.progress import MATRICES, adaptation_of, matrix_rows, parameter_line
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.markdown import markdown
 from srlora_pl.util.system import device_name, peak_memory_bytes, versions
 
@@ -77,20 +78,20 @@ class Monitor(Callback):
     # --- when ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After `ContinuedCurves` has cut the curves where a resumed run goes on."""
+        """After `ResumableCurves` has cut the curves where a resumed run goes on."""
         cut, self._events = self._events, []
         self._write(trainer, self._step, [("text", "run", _card(trainer, pl_module))])
-        if any(isinstance(logger, ContinuedTensorBoardLogger) for logger in trainer.loggers):
+        if any(isinstance(logger, ResumableTensorBoardLogger) for logger in trainer.loggers):
             self._write(trainer, self._step, self._once_more(cut, adaptation_of(pl_module)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since, self._steps_before = time.perf_counter(), trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *rest: Any) -> None:
-        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+        if internals.logs_this_step(trainer):
             adaptation = adaptation_of(pl_module)
             events = chain(_scores(adaptation), _directions(adaptation, _all_steps(trainer)), self._cost(trainer))
-            self._write(trainer, _step_of_curves(trainer), events)
+            self._write(trainer, internals.logged_step(trainer), events)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused = time.perf_counter()
@@ -98,7 +99,7 @@ class Monitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        adaptation, step = adaptation_of(pl_module), _step_of_curves(trainer)
+        adaptation, step = adaptation_of(pl_module), internals.logged_step(trainer)
         self._write(trainer, step, self._change(adaptation, self._part(trainer)))
         if self.figures_at_validation:
             self._write(trainer, step, _figures(adaptation, _all_steps(trainer)))
@@ -131,7 +132,7 @@ class Monitor(Callback):
         self._measured = part
         for kind, matrices in by_kind(adaptation.matrices).items():
             sample = [matrices[i] for i in sorted({0, len(matrices) // 2, len(matrices) - 1})]
-            found = (size_of_change(matrix, adaptation.states[matrix]) for matrix in sample)
+            found = (size_of_change(adaptation, matrix) for matrix in sample)
             sizes = [size for size in found if size is not None]
             for name in ("norm", "stable_rank", "effective_rank") if sizes else ():
                 yield "scalar", f"change_{name}/{kind}", statistics.mean(getattr(size, name) for size in sizes)
@@ -153,8 +154,8 @@ class Monitor(Callback):
             self._events.append((kind, tag, value))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """With the events of the step that the file falls into: curves are cut before it, see `ContinuedCurves`."""
-        step = _step_of_curves(trainer)
+        """With the events of the step that the file falls into: curves are cut before it, see `ResumableCurves`."""
+        step = internals.logged_step(trainer)
         kept = [each for each in self._events if each[0] in _KEPT and not each[1].startswith(("time/", "memory/"))]
         events = [(kind, tag, None if kind == "image" else value) for kind, tag, value in kept]
         checkpoint[_KEY] = {"step": step, "events": events if self._step == step else [], "measured": self._measured}
@@ -174,7 +175,7 @@ def _hparams(writer: Any, tag: str, value: tuple[Mapping[str, Any], Sequence[str
     """The scores' own curves are what the tab shows of them."""
     parameters, scores = value
     for summary in hparams(dict(parameters), dict.fromkeys(scores, 0.0)):
-        writer._get_file_writer().add_summary(summary, step)
+        writer.file_writer.add_summary(summary, step)
 
 
 _ADD: dict[str, Callable[[Any, str, Any, int], None]] = {
@@ -184,11 +185,6 @@ _ADD: dict[str, Callable[[Any, str, Any, int], None]] = {
     "image": lambda writer, tag, value, step: writer.add_image(tag, value, step, dataformats="HWC"),
     "hparams": _hparams,
 }
-
-
-def _step_of_curves(trainer: Any) -> int:
-    """The step that loggers see, one less than that of the optimizer."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def _all_steps(trainer: Trainer) -> int:
@@ -204,11 +200,12 @@ def _scores(adaptation: Adaptation) -> Iterator[Event]:
 
 
 def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
-    if not isinstance(adaptation.method, SRLoRA):
+    histories = adaptation.controller.histories()
+    if not histories:
         return
-    yield "scalar", "srlora/directions", float(max(state.next_direction for state in adaptation.states.values()))
-    drawn = drawn_after(adaptation)
-    ages = switches_survived(adaptation, drawn).where(drawn > 0, -1)
+    yield "scalar", "srlora/directions", float(max(map(len, histories.values())))
+    drawn = drawn_after(histories)
+    ages = switches_survived(histories, drawn).where(drawn > 0, -1)
     for name, (low, high) in _AGES.items():
         yield "scalar", f"age/{name}", ((low <= ages) & (ages <= high)).double().mean().item()
     if (recycled := drawn[drawn > 0]).numel():
@@ -216,13 +213,13 @@ def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
 
 
 def _figures(adaptation: Adaptation, last_step: int) -> Iterator[Event]:
-    if not isinstance(adaptation.method, SRLoRA):
+    histories = adaptation.controller.histories()
+    if not histories:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from srlora_pl.figures import runs as figures  # with matplotlib, which takes its time
 
-    histories = {matrix.name: state.intervals for matrix, state in adaptation.states.items()}
     middle = figures.middle_block(histories)
     for tag, figure in (
         (f"figures/directions_block_{middle}", figures.direction_intervals(histories, last_step, middle)),

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
 from srlora_pl.lowrank import Adaptation
 from srlora_pl.lowrank.measures import by_kind
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.system import peak_memory_bytes
 
 _REPAINTS = 2  # of the bar, a second: more would take more than 0.5 % of a small network's steps
@@ -21,7 +21,7 @@ def adaptation_of(pl_module: LightningModule) -> Adaptation:
     return pl_module.adaptation  # type: ignore[return-value]
 
 
-class Progress(RichProgressBar):
+class Progress(internals.ResumableRichBar):
     """Lightning's bar with loss, score and switches, which never makes a step wait for the device.
 
     The loss is that of the last row of the curves (``trainer.log_every_n_steps``), the score that of the last
@@ -34,7 +34,7 @@ class Progress(RichProgressBar):
         self._read: dict[str, float] = {}
 
     def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
-        if trainer._logger_connector.should_update_logs:
+        if internals.metrics_are_fresh(trainer):
             self._keep(trainer, "train/loss")
         super().on_train_batch_end(trainer, *rest)
 
@@ -51,22 +51,13 @@ class Progress(RichProgressBar):
     def total_train_batches(self) -> int | float:
         """Micro-batches of the epoch, also where its first ones were done before a resume or the run ends in it."""
         trainer: Any = self.trainer
-        batches, progress = trainer.num_training_batches, self._of_epoch
+        batches, progress = trainer.num_training_batches, internals.batches_in_epoch(trainer)
         done = progress.processed if progress.completed < progress.processed else 0  # before an epoch: of the last one
         if trainer.max_steps == -1:
             return batches
         accumulated = trainer.accumulate_grad_batches
         coming = (trainer.max_steps - trainer.global_step) * accumulated - done % accumulated
         return done if done == batches else min(batches, done + coming)
-
-    @property
-    def _of_epoch(self) -> Any:
-        """Lightning's count of the micro-batches of this epoch."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current
-
-    def _initialize_train_progress_bar_id(self) -> None:
-        super()._initialize_train_progress_bar_id()
-        self.train_progress_bar.completed = self._of_epoch.completed  # by other processes, at a speed of their own
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         shown: dict[str, Any] = {**super().get_metrics(trainer, pl_module), **self._read}
@@ -75,17 +66,13 @@ class Progress(RichProgressBar):
             shown["switches"] = switches
         return shown
 
-    def _get_train_description(self, current_epoch: int) -> str:
-        # Without a last epoch where steps count.
-        return super()._get_train_description(current_epoch).replace("/-2", "")
-
 
 def _switches(adaptation: Adaptation) -> str:
     """Nothing for methods and runs without switches."""
-    planned, coming = adaptation.switches_done + adaptation.switches_missed, adaptation.next_switch
+    done, planned, coming = adaptation.controller.progress()
     if not planned:
         return ""
-    return f"{adaptation.switches_done}/{planned}" + (f", next {coming}" if coming else "")
+    return f"{done}/{planned}" + (f", next {coming}" if coming else "")
 
 
 class MatrixTable(Callback):
@@ -110,13 +97,13 @@ def matrix_rows(adaptation: Adaptation) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     for kind, matrices in by_kind(adaptation.matrices).items():
         shapes = sorted({matrix.shape for matrix in matrices})
-        parameters = sum(matrix.rank * sum(matrix.shape) for matrix in matrices)
+        parameters = sum(m.of(p).numel() for m in matrices for p in m.layer.adapter_parameters())
         rows.append((
             kind,
             str(len(matrices)),
             ", ".join(f"{out} x {into}" for out, into in shapes),
             _span([matrix.rank for matrix in matrices]),
-            _span([adaptation.available(matrix) for matrix in matrices]),
+            _span([adaptation.controller.directions(matrix) for matrix in matrices]),
             f"{parameters:,}",
         ))  # fmt: skip
     return rows
@@ -140,7 +127,7 @@ def parameter_counts(pl_module: LightningModule) -> dict[str, int]:
     """Numbers in the ``adapters``, ``trained`` with them, and in ``all`` parameters."""
     layers = adaptation_of(pl_module).layers.values()
     return {
-        "adapters": sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers),
+        "adapters": sum(parameter.numel() for layer in layers for parameter in layer.adapter_parameters()),
         "trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         "all": sum(p.numel() for p in pl_module.parameters()),
     }
@@ -153,7 +140,7 @@ def closing_line(trainer: Trainer, adaptation: Adaptation, seconds: float, earli
         seconds: of all the processes that the run took.
         earlier: of those before this one.
     """
-    done, planned = adaptation.switches_done, adaptation.switches_done + adaptation.switches_missed
+    done, planned, _ = adaptation.controller.progress()
     device = trainer.strategy.root_device
     return ", ".join([
         f"{trainer.global_step:,} steps",

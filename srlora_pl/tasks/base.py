@@ -20,11 +20,13 @@ from torchmetrics import Metric, MetricCollection
 from srlora_pl.data.base import DataModule
 from srlora_pl.lowrank import Method
 from srlora_pl.lowrank.importance import all_finite
+from srlora_pl.lowrank.methods import from_spec
 from srlora_pl.models.heads import FoundHead, settle
 from srlora_pl.models.peft_folder import PeftFolder
 from srlora_pl.tasks.guards import require_that_a_batch_passes
 from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, param_groups, schedule_factor
 from srlora_pl.tasks.scores import Mean, OneClass
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
 from srlora_pl.training.mixin import SRLoRAMixin
 from srlora_pl.training.resume import ExactResume
@@ -129,7 +131,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         random = not (arguments["backbone_checkpoint"] or (arguments["backbone_kwargs"] or {}).get("pretrained", True))
         self.adapt(self.net, method, heads, None if random else partial(_pretrained_state, make, prepare), new)
         if self.adapter is not None:
-            self.adapter.hand_over(self.adaptation)
+            self.adapter.load_into(self.adaptation)
             self.found_head = self.adapter.head(self.net, heads, arguments["num_classes"]) or self.found_head
         self.score_with(scores, main_score)
 
@@ -376,7 +378,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("hyper_parameters", {})
         # To go on, all must agree: the optimizer's state would bring the old values back without a word.
-        resumes = self._trainer is not None and self.trainer.state.fn == "fit"
+        resumes = internals.trainer_of(self) is not None and self.trainer.state.fn == "fit"
         if resumes:
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             keep_settings(checkpoint, callbacks, checkpoint.get("callback_settings", {}))
@@ -396,7 +398,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def _require_same_classes(self, trained: Sequence[str]) -> None:
         """An output means a class by its place alone; so data of other classes would be scored against wrong ones."""
         given = self._classes_of_the_data()
-        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        data = None if internals.trainer_of(self) is None else self.trainer.datamodule  # type: ignore[attr-defined]
         if getattr(data, "names_numbers", False) and list(trained) == [*map(str, range(len(given)))]:
             return  # of an older checkpoint
         if len(trained) != len(given):
@@ -409,7 +411,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
                 )
 
     def _classes_of_the_data(self) -> list[str]:
-        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        data = None if internals.trainer_of(self) is None else self.trainer.datamodule  # type: ignore[attr-defined]
         return list(getattr(data, "class_names", None) or [])
 
 
@@ -438,22 +440,7 @@ def as_method(method: Method | dict[str, Any]) -> Method:
 
     A checkpoint may come from anyone, so its ``class_path`` only picks among the methods that are imported.
     """
-    if isinstance(method, Method):
-        return method
-    path = str(method.get("class_path"))
-    known = {f"{home}.{cls.__qualname__}": cls for cls in _subclasses(Method) for home in _homes(cls)}
-    if path not in known:
-        raise UserError(f"model.method.class_path is {path!r}{did_you_mean(path, known)}: it names no method.")
-    return known[path](**method.get("init_args", {}))
-
-
-def _homes(cls: type) -> set[str]:
-    """The modules that ``cls`` can be imported from: the package's own methods also from its top."""
-    return {cls.__module__, cls.__module__.partition(".lowrank.")[0]}
-
-
-def _subclasses(cls: type[Method]) -> list[type[Method]]:
-    return [cls, *(deeper for sub in cls.__subclasses__() for deeper in _subclasses(sub))]
+    return method if isinstance(method, Method) else from_spec(method)
 
 
 def _identity(value: Any) -> Any:

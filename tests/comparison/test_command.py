@@ -295,7 +295,7 @@ def test_a_task_whose_folder_cannot_be_made_is_refused(tmp_path, capsys):
 def test_two_comparisons_do_not_share_a_folder(task, tmp_path, capsys):
     from srlora_pl.comparison.cells import runner
 
-    with runner(tmp_path):
+    with runner(tmp_path, ()):
         assert cli.main(["compare", "--config", str(task), "--seeds", "1", "--output", str(tmp_path)]) == 2
     assert "is at work in" in capsys.readouterr().err
 

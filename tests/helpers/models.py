@@ -61,7 +61,7 @@ def fit(task: Any, steps: int = 8, lr: float = 0.02) -> Any:
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         task.training_loss(batch_for(task, seed=step)).backward()
-        adaptation.observe()
+        adaptation.before_optimizer(step)
         optimizer.step()
-        adaptation.switch_if_due(step, optimizer)
+        adaptation.after_optimizer(step, optimizer)
     return task

@@ -59,9 +59,9 @@ def train(net: nn.Module, adaptation, optimizer, batches, first_step: int = 0) -
     for step, (x, y) in enumerate(batches, start=first_step + 1):
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(x), y).backward()
-        adaptation.observe()
+        adaptation.before_optimizer(step)
         optimizer.step()
-        adaptation.switch_if_due(step, optimizer)
+        adaptation.after_optimizer(step, optimizer)
 
 
 SRLORA = partial(SRLoRA, rank=2, alpha=5.0)

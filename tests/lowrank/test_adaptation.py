@@ -13,7 +13,6 @@ from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, Spectrum, SRLoRA
 from srlora_pl.lowrank.kernels import merged as merge
 from srlora_pl.util.precision import full_precision
-from tests.helpers.errors import mentions
 from tests.helpers.toys import toy_batches, toy_net, train
 
 # rounding of one layer's products, a few dozen terms each
@@ -146,7 +145,7 @@ def test_ledger(method):
         optimizer.step()
         for name, layer in adaptation.layers.items():
             ledger[name] += layer.merged_weight() - layer.weight - before[name]
-        adaptation.switch_if_due(step + 1, optimizer)
+        adaptation.after_optimizer(step + 1, optimizer)
     for name, layer in adaptation.layers.items():
         assert ledger[name].abs().max() > 1e-2
         torch.testing.assert_close(layer.merged_weight() - W0[name], ledger[name], rtol=0, atol=1e-13)
@@ -172,7 +171,7 @@ def test_merged_pairs_hide_nothing(method):
     with adaptation.disabled():
         torch.testing.assert_close(net(x), toy_net()(x), rtol=0, atol=1e-5)
     assert all(torch.equal(weight, W0[name]) for name, weight in adaptation.pretrained_weights().items())
-    with pytest.raises(UserError, match=mentions("unmerge()")):
+    with pytest.raises(UserError, match=r"merged into the weights, call unmerge\(\) before training"):
         adaptation.start()
     adaptation.load_state_dict(state)
     assert not any(layer.merged for layer in adaptation.layers.values())
@@ -197,7 +196,7 @@ def test_pairs_train_only_while_they_are_not_merged():
     _, adaptation, optimizer = trained(srlora(), steps=5)
     adaptation.merge()
     for step in (adaptation.observe, lambda: adaptation._switch(adaptation.matrices, 6, optimizer)):
-        with pytest.raises(UserError, match=mentions("unmerge()")):
+        with pytest.raises(UserError, match=r"merged into the weights, call unmerge\(\) before training"):
             step()
 
 
@@ -213,7 +212,7 @@ def test_disabled_pairs_are_neither_merged_nor_unmerged_and_stay_so_outside_an_i
             assert torch.equal(weight, adaptation.layers[name].weight)
         assert torch.equal(net(x), pretrained)
         for change in (adaptation.merge, adaptation.unmerge):
-            with pytest.raises(UserError, match=mentions(f"{change.__name__}()", "disabled()")):
+            with pytest.raises(UserError, match=r"merge\(\) has no meaning while the pairs are disabled\(\)"):
                 change()
     assert torch.equal(net(x), after)
 
@@ -302,12 +301,12 @@ def test_optimizer_state_of_recycled_pairs(name, how):
 
 def test_a_state_of_unknown_meaning_is_zeroed_and_said():
     _, adaptation, optimizer = trained(srlora(), steps=5, optimizer=torch.optim.Adamax)
-    with pytest.warns(UserWarning, match=mentions("Adamax", "exp_inf")):
+    with pytest.warns(UserWarning, match="Adamax keeps exp_inf"):
         adaptation._switch(adaptation.matrices, 1, optimizer)
 
 
 def test_factored_states_are_refused_at_the_first_step():
-    with pytest.raises(UserError, match=mentions("Adafactor", "_var'", "optimizer_state")):
+    with pytest.raises(UserError, match=r"Adafactor keeps '(row|col)_var'.*optimizer_state"):
         trained(srlora(), optimizer=torch.optim.Adafactor)
     trained(srlora(optimizer_state="keep"), optimizer=torch.optim.Adafactor)
 
@@ -349,7 +348,7 @@ def test_adapted_layers_that_never_get_a_gradient_are_named():
     net.blocks[1].forward = lambda x: x
     for _ in range(19):
         step_of(net, adaptation)
-    with pytest.raises(UserError, match=mentions("blocks.1.qkv", "1", "20")):
+    with pytest.raises(UserError, match=r"no gradient has reached blocks\.1\.qkv, .* and 1 more in 20 steps"):
         step_of(net, adaptation)
 
 
@@ -438,21 +437,21 @@ def test_a_history_goes_on_over_runs_that_count_from_0():
 
 def test_training_without_a_start_is_refused():
     net = toy_net()
-    with pytest.raises(UserError, match=mentions("start()")):
+    with pytest.raises(UserError, match=r"call start\(\) before the first step"):
         step_of(net, Adaptation(net, PiSSA(rank=2)))
     net = toy_net()
     step_of(net, Adaptation(net, LoRA(rank=2)))  # needs none
 
 
 @pytest.mark.parametrize(
-    ("forgotten", "words"),
+    ("forgotten", "says"),
     [
-        ("plan", ["plan()"]),
-        ("observe", ["observe()"]),
-        ("optimizer", ["optimizer", "blocks.0.qkv"]),
+        ("plan", r"no switch is planned, call plan\(\)"),
+        ("observe", r"nothing has scored the pairs, call observe\(\)"),
+        ("optimizer", r"the optimizer does not train the pairs of blocks\.0\.qkv: make it after the adaptation"),
     ],
 )
-def test_a_switch_without_what_it_needs_is_refused(forgotten, words):
+def test_a_switch_without_what_it_needs_is_refused(forgotten, says):
     net = toy_net()
     adaptation = Adaptation(net, srlora(), trainable="head")
     trains = net.head.parameters() if forgotten == "optimizer" else net.parameters()
@@ -462,8 +461,8 @@ def test_a_switch_without_what_it_needs_is_refused(forgotten, words):
         adaptation.plan(4)
     if forgotten != "observe":
         step_of(net, adaptation)
-    with pytest.raises(UserError, match=mentions(*words)):
-        adaptation.switch_if_due(1, optimizer)
+    with pytest.raises(UserError, match=says):
+        adaptation.after_optimizer(1, optimizer)
 
 
 def test_trained_pairs_without_their_history_are_not_started_over():
@@ -471,7 +470,7 @@ def test_trained_pairs_without_their_history_are_not_started_over():
     other = toy_net()
     restored = Adaptation(other, srlora())
     other.load_state_dict(net.state_dict())
-    with pytest.raises(UserError, match=mentions("start", "adaptation.load_state_dict")):
+    with pytest.raises(UserError, match=r"hold values before their start, .*adaptation\.load_state_dict"):
         restored.start()
     other = toy_net()
     Adaptation(other, srlora()).load_state_dict(adaptation.state_dict())
@@ -483,7 +482,7 @@ def test_trained_pairs_without_their_history_are_not_started_over():
 def test_weights_made_coarser_after_the_adaptation_are_refused_where_they_change():
     adaptation = Adaptation(toy_net(), srlora())
     adaptation.net.blocks[1].fc2.bfloat16()
-    with pytest.raises(UserError, match=mentions("torch.bfloat16", "weights")):
+    with pytest.raises(UserError, match=r"the weights are torch\.bfloat16"):
         adaptation.start()
     adaptation = Adaptation(toy_net(), LoRA(rank=2))
     adaptation.net.bfloat16()
@@ -509,8 +508,8 @@ def test_lbfgs_is_refused_at_the_first_step():
     adaptation.start()
     adaptation.plan(8)
     step_of(net, adaptation)
-    with pytest.raises(UserError, match=mentions("LBFGS")):
-        adaptation.switch_if_due(1, torch.optim.LBFGS([*net.head.parameters()]))
+    with pytest.raises(UserError, match=r"LBFGS keeps one history of all parameters"):
+        adaptation.after_optimizer(1, torch.optim.LBFGS([*net.head.parameters()]))
 
 
 @pytest.mark.parametrize("where", ["it came from", "it was loaded"])
@@ -538,7 +537,7 @@ def test_a_state_is_of_its_moment(where):
 
 def test_a_state_of_other_layers_is_refused():
     _, adaptation, _ = trained(srlora(), steps=5)
-    with pytest.raises(UserError, match=mentions("other layers")):
+    with pytest.raises(UserError, match="the checkpoint adapts other layers than this model has"):
         Adaptation(toy_net(depth=3), srlora()).load_state_dict(adaptation.state_dict())
 
 
@@ -578,7 +577,7 @@ def test_the_largest_spectrum_and_the_furthest_matrix_decide_how_many_switches_t
     net = toy_net()
     adaptation = Adaptation(net, SRLoRA(rank=2, alpha=4.0, target_rank=12, target_modules=["embed", "fc1"]))
     adaptation.start()
-    with pytest.warns(UserWarning, match=mentions("12", "embed (5)")):
+    with pytest.warns(UserWarning, match=r"fewer than 12 .*: embed \(5\)"):
         adaptation.plan(20)
     assert adaptation.switches_planned == 10
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01)
@@ -590,9 +589,7 @@ def test_the_largest_spectrum_and_the_furthest_matrix_decide_how_many_switches_t
 
 
 def test_more_switches_than_steps_is_an_error():
-    with pytest.raises(
-        UserError, match=mentions("4 switches", "target_rank 12", "rank 4", "3 optimizer steps", "max_steps by 1")
-    ):
+    with pytest.raises(UserError, match=r"4 switches .*target_rank 12, rank 4.* 3 optimizer steps.*max_steps by 1"):
         plan(srlora(), 3)
 
 
@@ -635,7 +632,7 @@ def test_the_target_that_is_named_fits_and_no_larger_one_does(options, steps):
 def test_a_target_that_can_no_longer_be_lowered_is_not_named():
     net, adaptation, optimizer = begun(srlora(rank=2), 20)
     train(net, adaptation, optimizer, toy_batches(5))
-    with pytest.raises(UserError, match=mentions("8 switches", "3", "trainer.max_steps by 5")):
+    with pytest.raises(UserError, match=r"8 switches .* do not fit into 3 .*, raise trainer.max_steps by 5$"):
         adaptation.plan(8, 5)
 
 
@@ -662,7 +659,7 @@ def test_a_matrix_whose_spectrum_is_used_up_stops_and_is_named():
         net.blocks[0].proj.weight.copy_(u[:, :7] * s[:7] @ v[:7])
     adaptation = Adaptation(net, srlora())
     adaptation.start()
-    with pytest.warns(UserWarning, match=mentions("12", "blocks.0.proj (7)")):
+    with pytest.warns(UserWarning, match=r"fewer than 12 .*blocks\.0\.proj \(7\)"):
         adaptation.plan(40)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.01)
     train(net, adaptation, optimizer, toy_batches(40))
@@ -675,7 +672,7 @@ def test_a_rank_beyond_the_spectrum_is_an_error_that_names_the_matrix():
     net = toy_net()
     with torch.no_grad():
         net.blocks[0].proj.weight[:] = torch.outer(torch.arange(1.0, 13), torch.ones(12))
-    with pytest.raises(UserError, match=mentions("rank 4", "1", "blocks.0.proj")):
+    with pytest.raises(UserError, match=r"rank 4 is above the 1 .*blocks\.0\.proj"):
         Adaptation(net, PiSSA(rank=4)).start()
 
 
@@ -736,16 +733,16 @@ def test_load_then_start_takes_the_spectra_from_the_pretrained_weights():
 
 
 @pytest.mark.parametrize(
-    ("method", "words"),
+    ("method", "says"),
     [
-        (LoRA(rank=4, alpha=8.0), ["srlora_pl.SRLoRA", "srlora_pl.LoRA"]),
-        (srlora(rank=2), ["method.rank", "4", "2"]),
-        (srlora(target_rank=10), ["method.target_rank", "12", "10"]),
+        (LoRA(rank=4, alpha=8.0), "srlora_pl.SRLoRA.*srlora_pl.LoRA"),
+        (srlora(rank=2), r"method.rank 4 \(now 2\)"),
+        (srlora(target_rank=10), r"method.target_rank 12 \(now 10\)"),
     ],
 )
-def test_a_state_of_another_method_is_refused(method, words):
+def test_a_state_of_another_method_is_refused(method, says):
     _, adaptation, _ = trained(srlora(), steps=5)
-    with pytest.raises(UserError, match=mentions(*words)):
+    with pytest.raises(UserError, match=says):
         Adaptation(toy_net(), method).load_state_dict(adaptation.state_dict())
 
 
@@ -756,12 +753,12 @@ def test_other_pretrained_weights_are_refused_where_they_matter(method, order):
     other = Adaptation(toy_net(seed=5), method)
     if order == "start, load":
         other.start()
-        with pytest.raises(UserError, match=mentions("other pretrained weights")):
+        with pytest.raises(UserError, match="other pretrained weights"):
             other.load_state_dict(adaptation.state_dict())
     else:
         other.load_state_dict(adaptation.state_dict())  # all values come from the file: enough to test or predict
         if method.needs_spectrum:
-            with pytest.raises(UserError, match=mentions("other pretrained weights")):
+            with pytest.raises(UserError, match="other pretrained weights"):
                 other.start()
 
 

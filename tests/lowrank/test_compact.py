@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
+from srlora_pl.lowrank.matrix_state import MatrixState
 from torch import nn
 
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA, Spectrum, SRLoRA
-from srlora_pl.lowrank.matrix_state import MatrixState
-from tests.helpers.errors import mentions
 from tests.helpers.toys import toy_batches, toy_net, train
 
 STEPS = 40
@@ -189,7 +188,7 @@ def test_weights_loaded_after_the_adaptation_make_the_state_whole(method):
 def test_another_base_is_refused(method):
     file = saved(*trained(METHODS[method], steps=5)[:2])
     _, other = adapted(METHODS[method], seed=5)
-    with pytest.raises(UserError, match=mentions("other pretrained weights")):
+    with pytest.raises(UserError, match="other pretrained weights"):
         other.load_state_dict(file[1])
 
 
@@ -198,7 +197,7 @@ def test_a_base_that_differs_beside_the_adapted_layers_is_refused():
     net, other = adapted(METHODS["lora"])
     with torch.no_grad():
         net.embed.weight[0, 0] += 1e-3
-    with pytest.raises(UserError, match=mentions("other pretrained weights")):
+    with pytest.raises(UserError, match="other pretrained weights"):
         other.load_state_dict(file[1])
 
 
@@ -217,5 +216,5 @@ def test_a_source_that_changed_in_the_meantime_is_refused():
     _, adaptation, _ = trained(METHODS["ledger"])
     state = adaptation.state_dict(compact=True)
     adaptation.pretrained = lambda: big_net(seed=5).state_dict()
-    with pytest.raises(UserError, match=mentions("other pretrained weights")):
+    with pytest.raises(UserError, match="other pretrained weights"):
         adaptation.load_state_dict(state)

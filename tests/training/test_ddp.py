@@ -161,7 +161,7 @@ def test_what_one_process_decides_is_what_all_do(home):
     expected = torch.arange(len(adaptation.matrices)) % 2
     adaptation.once = lambda compute: expected
     adaptation.observe()  # of no gradient, which leaves no trace
-    adaptation.switch_if_due(1)
+    adaptation.after_optimizer(1)
     assert [state.directions.tolist() for state in adaptation.states.values()] == [[2, 1], [0, 2]] * 6
 
 

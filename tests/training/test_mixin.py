@@ -83,7 +83,7 @@ def test_a_trainer_equals_a_plain_loop(accumulate, clip):
         if clip:
             nn.utils.clip_grad_norm_(trainable, clip)
         optimizer.step()
-        adaptation.switch_if_due(step, optimizer)
+        adaptation.after_optimizer(step, optimizer)
     assert adaptation.switches_done == module.adaptation.switches_done == 3
     for mine, theirs in zip(module.net.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)

@@ -94,7 +94,7 @@ def test_splits_that_cannot_be_told(tree: Tree, names: list[str], words: list[st
 def test_a_class_may_be_called_like_a_split(tree: Tree, name: str) -> None:
     source = Folder(tree("car/0.png", f"{name}/0.png", "ship/0.png"))
     assert source.class_names == sorted(["car", name, "ship"])
-    assert not source.has("test")
+    assert "test" not in source.splits
 
 
 # -- what is left out

@@ -13,6 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from pyarrow import parquet
 
+from srlora_pl.data.images.datamodule import ImageData
 from srlora_pl.data.images.sources import find_source
 from srlora_pl.util.errors import UserError
 from tests.helpers.errors import mentions
@@ -124,7 +125,7 @@ def test_labels_are_compared_by_name(
         ),
         ("test", TEXT, ["cat", "CAT"], ["'CAT'", "row 1", "did you mean 'cat'?"]),
         ("test", TEXT, ["dog "], ["'dog '", "did you mean 'dog'?"]),
-        ("test", NUMBER, [0, 3], ["label 3", "row 1", "none of the 3"]),
+        ("test", NUMBER, [0, 3], ["is 3", "row 1", "none of the 3"]),
         ("test", LABEL, [0, None], ["row 1 of the split 'test'", "missing (None)"]),
         ("test", List(NUMBER), [[1]], ["holds List", "not classes"]),
         ("validation", LABEL, [-1, -1], ["row 0 of the split 'validation'", "missing (-1)"]),
@@ -211,7 +212,7 @@ def test_a_picture_whose_file_is_gone_is_named_with_it(tmp_path: Path) -> None:
 def test_a_single_table_is_the_training_split(tmp_path: Path) -> None:
     table(LABEL, PETS).save_to_disk(str(tmp_path / "root"))
     assert names(tmp_path / "root", "train") == PETS
-    assert not source(tmp_path / "root").has("test")
+    assert "test" not in source(tmp_path / "root").splits
 
 
 @pytest.mark.parametrize(("train", "test"), [("train", "test"), ("Train", "Test")])
@@ -228,3 +229,10 @@ def test_a_data_set_in_a_folder_below_or_one_that_is_torn_is_named(tmp_path: Pat
     shutil.rmtree(tmp_path / "root" / "deep" / "test")
     with pytest.raises(UserError, match=mentions("data.root", "deep'", "test")):
         source(tmp_path / "root" / "deep")
+
+
+@pytest.mark.parametrize(("kind", "labels"), [(TEXT, ["cat", "cat"]), (ClassLabel(names=["cat"]), [0])])
+def test_a_data_set_of_one_class_is_refused(kind: Any, labels: list[Any], tmp_path: Path) -> None:
+    root = as_parquet(tmp_path / "root", {"train": table(kind, labels)})
+    with pytest.raises(UserError, match=f"data.root '{root}' has no two classes, only 'cat';"):
+        ImageData(root=str(root))

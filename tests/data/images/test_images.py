@@ -21,7 +21,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from srlora_pl.data.images.datamodule import FileImages, ImageData, MemoryImages
-from srlora_pl.data.images.sources import Files, picture_files
+from srlora_pl.data.images.folders import picture_files
+from srlora_pl.data.images.pictures import Files
 from srlora_pl.data.images.transforms import ImageTransform, check_mode, to_rgb
 from srlora_pl.util.errors import UserError
 from tests.helpers.data import attach
@@ -303,7 +304,7 @@ def test_missing_empty_and_one_class(tmp_path: Path, image_tree: Tree) -> None:
     for root, sentence in (
         (tmp_path / "nowhere", "does not exist"),
         (tmp_path / "empty", "has no class folders"),
-        (image_tree({"only": (8, 8)}), "has the one class 'only'"),
+        (image_tree({"only": (8, 8)}), "has no two classes, only 'only'"),
         (tmp_path / "pictures/only/0.png", "is a file"),
     ):
         with pytest.raises(UserError, match=mentions("data.root", root, sentence)):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 from pyarrow import parquet
 
 from srlora_pl import TextData, UserError
-from srlora_pl.data.texts.tables import _quoted_rows
 from tests.helpers.errors import mentions
 from tests.helpers.texts import save_tokenizer, sentence, with_model, write
 
@@ -356,14 +356,12 @@ def test_a_text_of_any_length_is_read_and_cut(tmp_path: Path) -> None:
     assert int(data.train_set.tokens.lengths[0]) == data.max_length
 
 
-def test_reading_leaves_the_processs_limit_for_a_field_alone(tmp_path: Path) -> None:
-    """Also while it is going on, and if the second of two files is done first."""
+@pytest.mark.parametrize("end", ["", '"open'])
+def test_reading_leaves_the_limit_of_a_field_as_it_was(end: str, tmp_path: Path) -> None:
     before = csv.field_size_limit()
-    one, other = (_quoted_rows(tmp_path, text, ",") for text in ("a,b\nc,d\n", "a" * 200_000 + "\nb\n"))
-    for rows in (one, other, one, other):
-        next(rows)
-        assert csv.field_size_limit() == before
-    assert (list(other), list(one)) == ([], [])
+    file = write(tmp_path / "train.csv", "text,label", "w1 " * 50_000 + ",yes", "w2,no", *filter(None, [end]))
+    with pytest.raises(UserError, match="line 4") if end else nullcontext():
+        own(file, batch_size=1)
     assert csv.field_size_limit() == before
 
 

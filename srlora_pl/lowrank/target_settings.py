@@ -1,13 +1,9 @@
-"""What every method has: where the pairs go, how many, and how strong."""
+"""The settings that say where adapters go, with which rank and which strength."""
 
-import inspect
 import math
 import re
 from collections.abc import Iterable
-from typing import Any
 
-from srlora_pl.lowrank.linear import Matrix
-from srlora_pl.lowrank.starts.spectrum import Spectrum
 from srlora_pl.util.errors import UserError
 
 ALL_LINEAR = "all-linear"
@@ -23,8 +19,8 @@ def is_below(name: str, entries: Iterable[str]) -> bool:
     return any(f"{name}.".startswith(f"{entry}.") for entry in entries)
 
 
-class Method:
-    """The settings that all methods share.
+class TargetSettings:
+    """Where a method puts its adapters, how many pairs each has, and how strong they are.
 
     Args:
         rank: pairs per matrix, r.
@@ -42,8 +38,6 @@ class Method:
     Raises:
         UserError: a value outside its range.
     """
-
-    needs_spectrum = False
 
     def __init__(
         self,
@@ -94,32 +88,6 @@ class Method:
     def takes_layer(self, block: int | None) -> bool:
         """Whether ``layers`` admits the block with this number (None: outside numbered blocks)."""
         return self._layers is None or block in self._layers
-
-    def initialize(self, matrix: Matrix) -> None:
-        """Values of the pairs right after injection; they must leave the network's output as it was."""
-
-    def directions(self, matrix: Matrix) -> int:
-        """How many singular directions of this matrix the method may ever use."""
-        return 0
-
-    def start(self, matrix: Matrix, spectrum: Spectrum) -> None:
-        """Once per model, before training: the start that takes the pretrained weight's spectrum."""
-
-    def spec(self) -> dict[str, Any]:
-        """``{"class_path", "init_args"}`` in plain containers: what a config holds and a checkpoint keeps."""
-        names = [
-            name
-            for cls in type(self).__mro__
-            if "__init__" in vars(cls) and cls is not object
-            for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items()
-            if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
-        ]
-        home = type(self).__module__
-        path = "srlora_pl" if home.startswith("srlora_pl.lowrank.") else home
-        return {
-            "class_path": f"{path}.{type(self).__qualname__}",
-            "init_args": {name: getattr(self, name) for name in dict.fromkeys(names)},
-        }
 
 
 def _parse_layers(layers: str | int | list[int] | None) -> set[int] | None:
