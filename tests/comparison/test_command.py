@@ -197,6 +197,7 @@ def signalled(task: Path, output: Path, number: int, cell: str) -> tuple[int, st
     return process.returncode, said
 
 
+@pytest.mark.slow
 def test_a_comparison_that_is_killed_and_started_again_ends_with_the_same_table(task, tmp_path, capsys):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert cli.main(compare(task, undisturbed)) == 0
@@ -228,6 +229,7 @@ def test_a_comparison_that_is_killed_and_started_again_ends_with_the_same_table(
         assert (killed / f"training_loss.{kind}").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_reported_and_does_not_stop_the_rest(task, tmp_path, capsys):
     output = tmp_path / "out"
     overlay = tmp_path / "broken.yaml"

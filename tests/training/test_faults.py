@@ -255,6 +255,7 @@ def test_a_disk_that_is_full_for_the_curves(
 # -- kills
 
 
+@pytest.mark.slow
 def test_kills_with_sigkill() -> None:
     """The short form of ``benchmarks/faults.py``."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.faults", "--images", "3", "--texts", "0"]

@@ -359,6 +359,7 @@ def started(home: Path, **variables: str) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.slow
 def test_a_signal_to_a_whole_process_group(tmp_path) -> None:
     """As a terminal sends it, and SLURM: the processes that load data get it too."""
     process = started(tmp_path)
@@ -378,6 +379,7 @@ echo "$@" >> {file}
 """
 
 
+@pytest.mark.slow
 def test_slurm_takes_the_machine_away_and_starts_the_job_again(tmp_path) -> None:
     """A job of another run in the same folders comes between."""
     tool = tmp_path / "bin/scontrol"
