@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from srlora_pl.figures.runs import (
     training_loss,
 )
 from srlora_pl.lowrank import Adaptation, SRLoRA
+from tests.helpers import waiting
 from tests.helpers.cli import SMALL_RUN, cli
 from tests.helpers.errors import mentions
 from tests.helpers.toys import toy_batches, toy_net, train
@@ -479,6 +479,6 @@ def test_help_is_answered_without_loading_anything(tmp_path: Path) -> None:
         "import sys; from srlora_pl.cli import main; main(['figures', '--help']); "
         "print({'torch', 'matplotlib'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = waiting.run([sys.executable, "-c", code], check=True)
     assert "--layer N" in done.stdout
     assert done.stdout.endswith("set()\n")
