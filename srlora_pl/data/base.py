@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.errors import WORKER_DIED, UserError, listed
 from srlora_pl.util.randomness import derive, run_seed
 
@@ -238,7 +239,7 @@ class DataModule(L.LightningDataModule):
         """Training micro-batches that this run has processed."""
         if self.trainer is None:
             return 0
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        return internals.batches_in_run(self.trainer).processed
 
     def start_position(self) -> tuple[int, int]:
         """(epoch, batch) at which an iterator that is made now has to start.

@@ -20,15 +20,16 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import Logger
 
 from srlora_pl.reporting import (
-    ContinuedCSVLogger,
-    ContinuedTensorBoardLogger,
     GLUEWriter,
     MatrixTable,
     Monitor,
     PredictionWriter,
     Progress,
+    ResumableCSVLogger,
+    ResumableTensorBoardLogger,
 )
 from srlora_pl.run.folders import folder_of
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import AtomicCheckpointIO
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.files import replacing
@@ -91,8 +92,8 @@ def with_defaults(
 
 def loggers(folder: Path) -> list[Logger]:
     """TensorBoard's events and ``metrics.csv`` in the run's folder."""
-    home = (folder.parent, "", folder.name)
-    return [ContinuedTensorBoardLogger(*home, default_hp_metric=False), ContinuedCSVLogger(*home)]
+    tensorboard = ResumableTensorBoardLogger(folder.parent, "", folder.name, default_hp_metric=False)
+    return [tensorboard, ResumableCSVLogger(folder)]
 
 
 def plugins(settings: Any) -> list[Any]:
@@ -167,9 +168,8 @@ class Last(ModelCheckpoint):
 
     def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
         super().on_train_batch_end(trainer, *rest)
-        if trainer.fit_loop.epoch_loop._is_training_done and not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-            self._last_global_step_saved = 0  # the validation that may follow renews it
+        if internals.is_last_batch(trainer):
+            internals.save_for_now(self, trainer)
 
 
 class WriteSettings(Callback):

@@ -17,13 +17,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from srlora_pl.data.base import DataModule
 from srlora_pl.data.texts.glue import GLUEData
-from srlora_pl.reporting import ContinuedCurves, Interrupts, MatrixTable, Summary
+from srlora_pl.reporting import Interrupts, MatrixTable, ResumableCurves, Summary
 from srlora_pl.reporting.progress import closing_line
 from srlora_pl.run import config, defaults, finders, folders, settings
 from srlora_pl.run.explain import explain, missing_package, written_at
 from srlora_pl.run.messages import close, note, quieten
 from srlora_pl.tasks.base import SPLITS, Task
 from srlora_pl.training import checkpoints
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.mixin import refuse_copies
 from srlora_pl.util import system, yaml_text
 from srlora_pl.util.errors import Interrupted, UserError, causes
@@ -118,8 +119,7 @@ class Run(LightningCLI):
 
     def _check_arguments(self) -> None:
         """Refuse values that jsonargparse lets pass, such as an empty one, ``lr:``, where there is a default."""
-        count = self.config.model.init_args.get("num_classes")
-        if count is not None:
+        if (count := self.config.model.init_args.get("num_classes")) is not None:
             raise UserError(f"model.num_classes {count} is not for you to set, it comes from the data: leave it out")
         for part in ("model", "data"):
             module, _, name = self.config[part].class_path.rpartition(".")
@@ -255,7 +255,7 @@ class Run(LightningCLI):
         # The run itself begins as if the value had been given: from the seed, and with new objects.
         self.config = before
         del self.config_dump
-        self._set_seed()
+        internals.seed_again(self)
         return found
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -297,7 +297,7 @@ class Run(LightningCLI):
             return [self.interrupts]
         self.summary = Summary(self.folder)
         writes = defaults.WriteSettings(self.folder / "config.yaml", self._settings_text(self.folder))
-        return [self.interrupts, ContinuedCurves(), writes, self.summary]
+        return [self.interrupts, ResumableCurves(), writes, self.summary]
 
     # -- subcommands
 

@@ -26,6 +26,7 @@ from srlora_pl.models.peft_folder import PeftFolder
 from srlora_pl.tasks.guards import require_that_a_batch_passes
 from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, param_groups, schedule_factor
 from srlora_pl.tasks.scores import Mean, OneClass
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
 from srlora_pl.training.mixin import SRLoRAMixin
 from srlora_pl.training.resume import ExactResume
@@ -377,7 +378,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("hyper_parameters", {})
         # To go on, all must agree: the optimizer's state would bring the old values back without a word.
-        resumes = self._trainer is not None and self.trainer.state.fn == "fit"
+        resumes = internals.trainer_of(self) is not None and self.trainer.state.fn == "fit"
         if resumes:
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             keep_settings(checkpoint, callbacks, checkpoint.get("callback_settings", {}))
@@ -397,7 +398,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def _require_same_classes(self, trained: Sequence[str]) -> None:
         """An output means a class by its place alone; so data of other classes would be scored against wrong ones."""
         given = self._classes_of_the_data()
-        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        data = None if internals.trainer_of(self) is None else self.trainer.datamodule  # type: ignore[attr-defined]
         if getattr(data, "names_numbers", False) and list(trained) == [*map(str, range(len(given)))]:
             return  # of an older checkpoint
         if len(trained) != len(given):
@@ -410,7 +411,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
                 )
 
     def _classes_of_the_data(self) -> list[str]:
-        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        data = None if internals.trainer_of(self) is None else self.trainer.datamodule  # type: ignore[attr-defined]
         return list(getattr(data, "class_names", None) or [])
 
 
