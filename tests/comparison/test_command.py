@@ -113,9 +113,6 @@ def test_the_papers_tables():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({}, ["--config", "--table"]),
-        ({"config": ["TASK"], "table": "3"}, ["--config", "--table", "both"]),
-        ({"table": "5"}, ["--table", "5", "3", "4"]),
         ({"config": ["TASK"], "seeds": 0}, ["--seeds", "0"]),
         ({"config": ["TASK"], "methods": "lora,srlra"}, ["configs/methods/srlra.yaml", "'srlora'"]),
         ({"config": ["TASK"], "methods": "lora,lora"}, ["lora", "twice"]),
@@ -131,6 +128,14 @@ def test_what_cannot_be_compared_is_refused(values, words, task):
     values = {key: [str(task)] if value == ["TASK"] else value for key, value in values.items()}
     with pytest.raises(UserError, match=mentions(*words)):
         plans_of(given(**values), ())
+
+
+@pytest.mark.parametrize("words", [[], ["--config=small.yaml", "--table=3"], ["--table=5"]])
+def test_a_comparison_is_of_one_task_or_of_a_table_of_the_paper(words, capsys):
+    assert cli.main(["compare", "--output", "out", *words]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "--table" in sentence
+    assert all(word.partition("=")[2] in sentence or "--config" in sentence for word in words)
 
 
 @pytest.mark.parametrize(
