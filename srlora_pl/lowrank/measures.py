@@ -1,7 +1,7 @@
 """What training does, in numbers: how the pairs score, how old they are, and how far the weights have moved."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,18 +33,22 @@ def scores_by_kind(adaptation: Adaptation) -> dict[str, Tensor]:
     return dict(zip(kinds, torch.cat(scores).cpu().split(sizes), strict=True))
 
 
-def drawn_after(adaptation: Adaptation) -> Tensor:
-    """After which optimizer step each active pair was drawn, (pairs,), int64; 0: at the start."""
-    return torch.cat([state.intervals[state.directions, 0] for state in adaptation.states.values()])
+def drawn_after(histories: Mapping[str, Tensor]) -> Tensor:
+    """After which optimizer step each active pair was drawn, (pairs,), int64; 0: at the start.
+
+    Args:
+        histories: the intervals (n, 2) of each matrix.
+    """
+    return torch.cat([intervals[intervals[:, 1] < 0, 0] for intervals in histories.values()])
 
 
-def switches_survived(adaptation: Adaptation, drawn: Tensor) -> Tensor:
+def switches_survived(histories: Mapping[str, Tensor], drawn: Tensor) -> Tensor:
     """How many switches there were since each active pair was ``drawn`` (see `drawn_after`), (pairs,), int64.
 
     Counted over the whole network: where each rank walks at its own pace, or a spectrum is used up, the switches of
     other matrices count too.
     """
-    switches = torch.cat([state.intervals[:, 0] for state in adaptation.states.values()]).unique()
+    switches = torch.cat([intervals[:, 0] for intervals in histories.values()]).unique()
     return len(switches) - torch.searchsorted(switches, drawn, right=True)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
 from srlora_pl.lowrank import Adaptation, SRLoRA
@@ -199,12 +200,19 @@ def _scores(adaptation: Adaptation) -> Iterator[Event]:
             yield "histogram", f"log10_scores/{kind}", positive.log10()
 
 
-def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
+def _histories(adaptation: Adaptation) -> dict[str, Tensor]:
+    """The intervals (n, 2) of each matrix, by its name; empty for methods without switches."""
     if not isinstance(adaptation.method, SRLoRA):
+        return {}
+    return {matrix.name: state.intervals for matrix, state in adaptation.states.items()}
+
+
+def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
+    if not (histories := _histories(adaptation)):
         return
-    yield "scalar", "srlora/directions", float(max(state.next_direction for state in adaptation.states.values()))
-    drawn = drawn_after(adaptation)
-    ages = switches_survived(adaptation, drawn).where(drawn > 0, -1)
+    yield "scalar", "srlora/directions", float(max(map(len, histories.values())))
+    drawn = drawn_after(histories)
+    ages = switches_survived(histories, drawn).where(drawn > 0, -1)
     for name, (low, high) in _AGES.items():
         yield "scalar", f"age/{name}", ((low <= ages) & (ages <= high)).double().mean().item()
     if (recycled := drawn[drawn > 0]).numel():
@@ -212,17 +220,17 @@ def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
 
 
 def _figures(adaptation: Adaptation, last_step: int) -> Iterator[Event]:
-    if not isinstance(adaptation.method, SRLoRA):
+    if not (histories := _histories(adaptation)):
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from srlora_pl.figures import runs as figures  # with matplotlib, which takes its time
+    from srlora_pl.figures import drawings  # with matplotlib, which takes its time
+    from srlora_pl.figures.numbers import middle_block
 
-    histories = {matrix.name: state.intervals for matrix, state in adaptation.states.items()}
-    middle = figures.middle_block(histories)
+    middle = middle_block(histories)
     for tag, figure in (
-        (f"figures/directions_block_{middle}", figures.direction_intervals(histories, last_step, middle)),
-        ("figures/length_variance", figures.length_variance(histories, last_step)),
+        (f"figures/directions_block_{middle}", drawings.direction_intervals(histories, last_step, middle)),
+        ("figures/length_variance", drawings.length_variance(histories, last_step)),
     ):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()

@@ -62,17 +62,16 @@ class Progress(internals.ResumableRichBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         shown: dict[str, Any] = {**super().get_metrics(trainer, pl_module), **self._read}
         shown.pop("v_num", None)  # the last letters of the version's name
-        if switches := _switches(adaptation_of(pl_module)):
-            shown["switches"] = switches
+        done, planned, coming = switches(adaptation_of(pl_module))
+        if planned:
+            shown["switches"] = f"{done}/{planned}" + (f", next {coming}" if coming else "")
         return shown
 
 
-def _switches(adaptation: Adaptation) -> str:
-    """Nothing for methods and runs without switches."""
-    planned, coming = adaptation.switches_done + adaptation.switches_missed, adaptation.next_switch
-    if not planned:
-        return ""
-    return f"{adaptation.switches_done}/{planned}" + (f", next {coming}" if coming else "")
+def switches(adaptation: Adaptation) -> tuple[int, int, int | None]:
+    """How many switches are done and planned (0 for methods and runs without), and after which step the next comes."""
+    planned = adaptation.switches_done + adaptation.switches_missed
+    return adaptation.switches_done, planned, adaptation.next_switch
 
 
 class MatrixTable(Callback):
@@ -125,9 +124,9 @@ def parameter_line(pl_module: LightningModule) -> str:
 
 def parameter_counts(pl_module: LightningModule) -> dict[str, int]:
     """Numbers in the ``adapters``, ``trained`` with them, and in ``all`` parameters."""
-    layers = adaptation_of(pl_module).layers.values()
+    matrices = adaptation_of(pl_module).matrices
     return {
-        "adapters": sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers),
+        "adapters": sum(matrix.rank * sum(matrix.shape) for matrix in matrices),
         "trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         "all": sum(p.numel() for p in pl_module.parameters()),
     }
@@ -140,7 +139,7 @@ def closing_line(trainer: Trainer, adaptation: Adaptation, seconds: float, earli
         seconds: of all the processes that the run took.
         earlier: of those before this one.
     """
-    done, planned = adaptation.switches_done, adaptation.switches_done + adaptation.switches_missed
+    done, planned, _ = switches(adaptation)
     device = trainer.strategy.root_device
     return ", ".join([
         f"{trainer.global_step:,} steps",

@@ -95,7 +95,8 @@ def test_the_age_of_pairs():
     """Switches of one pair of two after steps 4, 8, 12, 16 and 20 of 24."""
     adaptation, _ = trained(SRLORA(target_rank=8), steps=24)
     assert adaptation.switches_done == 5
-    survived = switches_survived(adaptation, drawn := drawn_after(adaptation))
+    histories = {matrix.name: state.intervals for matrix, state in adaptation.states.items()}
+    survived = switches_survived(histories, drawn := drawn_after(histories))
     last_drawn = drawn.view(-1, 2).max(1).values
     assert last_drawn.tolist() == [20] * len(adaptation.matrices)
     assert set(drawn.tolist()) <= {0, 4, 8, 12, 16, 20}
