@@ -30,7 +30,6 @@ from srlora_pl.data.base import DataModule
 from srlora_pl.data.texts.glue import GLUEData
 from srlora_pl.reporting import (
     GLUEWriter,
-    Interrupts,
     MatrixTable,
     Monitor,
     PredictionWriter,
@@ -47,6 +46,7 @@ from srlora_pl.run.settings import as_options, forget_quotes, share_yaml, split_
 from srlora_pl.tasks.base import SPLITS, Task
 from srlora_pl.training import checkpoints
 from srlora_pl.training import lightning_internals as internals
+from srlora_pl.training.interrupts import Interrupts
 from srlora_pl.training.mixin import refuse_copies
 from srlora_pl.util import system, yaml_text
 from srlora_pl.util.errors import Interrupted, UserError, causes
