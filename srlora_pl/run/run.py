@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from srlora_pl.data.base import DataModule
 from srlora_pl.data.texts.glue import GLUEData
-from srlora_pl.reporting import Interrupts, MatrixTable, ResumableCurves, Summary
+from srlora_pl.reporting import MatrixTable, ResumableCurves, Summary
 from srlora_pl.reporting.progress import closing_line
 from srlora_pl.run import config, defaults, finders, folders, settings
 from srlora_pl.run.explain import explain, missing_package, written_at
@@ -25,6 +25,7 @@ from srlora_pl.run.messages import close, note, quieten
 from srlora_pl.tasks.base import SPLITS, Task
 from srlora_pl.training import checkpoints
 from srlora_pl.training import lightning_internals as internals
+from srlora_pl.training.interrupts import Interrupts
 from srlora_pl.training.mixin import refuse_copies
 from srlora_pl.util import system, yaml_text
 from srlora_pl.util.errors import Interrupted, UserError, causes
