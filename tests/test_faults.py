@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks.faults import SAVE_OFTEN, difference, outcome
 from srlora_pl import ImageClassifier, UserError
-from srlora_pl.data.base import _watch_workers
+from srlora_pl.data.loader import _watch_workers
 from srlora_pl.reporting.csv_log import ContinuedCSVLogger
 from tests.test_bad_input import complaint
 from tests.test_cli import ROOT, SMALL_RUN, _no_trace, cli  # noqa: F401

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys
+from srlora_pl.data.base import DataModule, KeyedDataset, split_keys
+from srlora_pl.data.loader import Key
+from srlora_pl.data.protocols import Batch
 
 VOCABULARY = 50
 BERT: dict[str, Any] = {
