@@ -21,8 +21,8 @@ class DataForTask(Protocol):
         names_numbers: whether older checkpoints call these classes by their numbers.
         problem: ``single_label``, ``multi_label`` or ``regression``; None leaves it to the task.
         score_names: the scores to report, the main one first; None leaves them to the task.
-        split_names: of the data loaders of ``val`` and ``test``, in their order; a loader without a name has its number
-            (``val_2``), the first one none (``val``).
+        split_names: of the data loaders of ``val`` and ``test``, in their order, such as ``val`` and ``val_mm``; a
+            second or later loader without a name has its number, as ``val_2``.
         has_validation: whether there is a validation split.
         has_test_labels: whether there is a test split to score on.
         batch_size: samples in a batch, per device.
@@ -36,7 +36,7 @@ class DataForTask(Protocol):
     names_numbers: bool = False
     problem: str | None = None
     score_names: Sequence[str] | None = None
-    split_names: Mapping[str, Sequence[str]] = _NOTHING
+    split_names: Mapping[str, Sequence[str]] = MappingProxyType({"val": ("val", "val_mm"), "test": ("test", "test_mm")})
     has_validation: bool = True
     has_test_labels: bool = False
     batch_size: int | None = None

@@ -18,16 +18,15 @@ from torch import Tensor, nn
 
 from srlora_pl.lowrank.delta import Factors, change, overall_error, plain_copy
 from srlora_pl.models import peft_folder
-from srlora_pl.models.family import Library, library_of
+from srlora_pl.models.family import ModelFamily, example_outputs
 from srlora_pl.run import config
 from srlora_pl.tasks.base import Task
-from srlora_pl.tasks.image import ImageClassifier
 from srlora_pl.training import checkpoints
 from srlora_pl.util.errors import UserError
 
 FORMATS = ("merged", "peft")
 WEIGHTS = ("model.safetensors", peft_folder.WEIGHTS)
-# Where a checkpoint's pretrained weights are may change when folders move; all else it says itself.
+# The arguments of a task that say where its pretrained weights are, and change when folders move.
 _PLACES = ("backbone", "backbone_checkpoint", "adapter")
 
 
@@ -108,47 +107,62 @@ def export_model(
         raise UserError(f"--format {format} is unknown, it is one of {', '.join(FORMATS)}")
     if rank is not None and format != "peft":
         raise UserError(f"--rank {rank} belongs to --format peft, leave it out for merged weights")
-    target, library = require_free(folder, force), library_of(task)
-    class_names = class_names if len(class_names) == library.task.num_classes else ()
+    target = require_free(folder, force)
+    if not isinstance(task, Task):
+        raise UserError(
+            f"{type(task).__name__} is neither an ImageClassifier nor a TextClassifier, so its files have no known "
+            "layout: take srlora_pl.lowrank.delta.plain_copy(model.adaptation)"
+        )
+    class_names = class_names if len(class_names) == task.hparams.get("num_classes") else ()
     plain = plain_copy(task.adaptation)
     _require_finite(plain.state_dict())
     with _whole_or_nothing(target) as new:
         if format == "merged":
-            report = _write_merged(library, plain, new, class_names)
+            report = _write_merged(task, plain, new, class_names)
         else:
-            report = _write_adapter(library, plain, new, rank, class_names)
+            report = _write_adapter(task, plain, new, rank, class_names)
     return replace(report, folder=target)
 
 
-def _write_merged(library: Library, plain: nn.Module, new: Path, class_names: Sequence[str]) -> Report:
-    notes = library.write(plain, new, list(class_names))
-    trained = library.outputs(library.task.net)
+def _write_merged(task: Task, plain: nn.Module, new: Path, class_names: Sequence[str]) -> Report:
+    family = task.family
+    notes = family.save(plain, new, class_names, task.card())
+    trained = example_outputs(family, task.net, task.net)
+    loaded = example_outputs(family, family.load(new), task.net)
     size = _size(plain.state_dict())
-    return Report(new, size, size, *_compare(library.outputs(library.read(new)), trained, trained), notes=notes)
+    return Report(new, size, size, *_compare(loaded, trained, trained), notes=notes)
 
 
-def _write_adapter(
-    library: Library, plain: nn.Module, new: Path, rank: int | None, class_names: Sequence[str]
-) -> Report:
-    task, base = library.task, library.base()
-    start = task.adapter
+def _write_adapter(task: Task, plain: nn.Module, new: Path, rank: int | None, class_names: Sequence[str]) -> Report:
+    family, start = task.family, task.adapter
+    base, heads = _pretrained(family), family.heads(task.net)
     factors = change(task.adaptation, rank, start.merged_into(task.adaptation) if start else None)
-    names = [*library.heads, *(start.modules_beside(library.heads) if start else ())]
+    names = [*heads, *(start.modules_beside(heads) if start else ())]
     modules = {name: plain.get_submodule(name).state_dict() for name in names}
     _require_finite({f"{name}.{side}": getattr(each, side) for name, each in factors.items() for side in "BA"})
     _require_untouched(base, plain, (*(f"{name}.weight" for name in factors), *(f"{name}." for name in modules)))
-    base_settings = (library.base_name, library.task_type, library.revision)
+    base_settings = (family.base_name, family.task_type, family.revision)
     size = peft_folder.write(new, factors, modules, *base_settings, class_names)
-    trained = library.outputs(library.task.net)
+    trained = example_outputs(family, task.net, task.net)
     installed = find_spec("peft") is not None
-    notes = [f"it belongs on {library.recipe}"]
+    notes = [f"it belongs on {family.recipe}"]
     if not installed:
         notes.append("peft is not installed, so the files were not loaded back")
     if rank is not None or not installed:
-        rebuilt = library.outputs(_changed(copy.deepcopy(base), factors, modules))
-    found = library.outputs(_in_peft(base, new)) if installed else rebuilt
+        rebuilt = example_outputs(family, _changed(copy.deepcopy(base), factors, modules), task.net)
+    found = example_outputs(family, _in_peft(base, new), task.net) if installed else rebuilt
     differences = _compare(found, trained if rank is None else rebuilt, trained)
     return Report(new, size, _size(plain.state_dict()), *differences, factors, notes)
+
+
+def _pretrained(family: ModelFamily) -> nn.Module:
+    """The pretrained network with a new head."""
+    if family.random:
+        raise UserError(
+            "the run started from random weights (model.backbone_kwargs.pretrained is false), so there is no "
+            "pretrained model that a PEFT folder could be put on: use --format merged"
+        )
+    return family.build()[0].eval()
 
 
 def _in_peft(base: nn.Module, folder: Path) -> nn.Module:
@@ -289,10 +303,7 @@ def load_task(checkpoint: Path, config_file: str | None) -> tuple[Task, list[str
     places = {key: given[key] for key in _PLACES if key in given}
     task = kind.load_from_checkpoint(checkpoint, "cpu", compile=False, optimizer="sgd", weights_only=True, **places)
     data = settings.get("data") or {}
-    if isinstance(task, ImageClassifier) and str(data.get("class_path")).endswith("ImageData"):
-        # As ImageData prepares images for evaluation: it resizes both sides, whatever their ratio.
-        crop = (data.get("init_args") or {}).get("test_crop_pct", 1.0)
-        task.data_config |= {"crop_pct": crop, "crop_mode": "squash"}
+    task.take_data_settings(str(data.get("class_path")), data.get("init_args") or {})
     return task, checkpoints.class_names(content) or []
 
 

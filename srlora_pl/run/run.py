@@ -44,7 +44,7 @@ from srlora_pl.reporting.progress import closing_line
 from srlora_pl.run import config, finders
 from srlora_pl.run.defaults import KeepSettings, Last, best, chooses_best, keeps_last, refuse_unfit
 from srlora_pl.run.settings import as_options, forget_quotes, share_yaml, split_revision, writable
-from srlora_pl.tasks.base import SPLITS, Task
+from srlora_pl.tasks.base import Task
 from srlora_pl.training import checkpoints
 from srlora_pl.training.mixin import refuse_copies
 from srlora_pl.util import system, yaml_text
@@ -166,7 +166,8 @@ class Run(LightningCLI):
         """The parser takes an empty value, ``lr:``, for every argument of a class that has a default."""
         for part in ("model", "data"):
             module, _, name = self.config[part].class_path.rpartition(".")
-            parameters = signature(getattr(import_module(module), name)).parameters
+            homes = reversed(getattr(import_module(module), name).__mro__)
+            parameters = {key: each for home in homes for key, each in signature(home.__init__).parameters.items()}
             for key, value in vars(self.config[part].init_args).items():
                 known = parameters.get(key)
                 if value is not None or not known or known.default in (None, Parameter.empty):
@@ -491,7 +492,7 @@ class Run(LightningCLI):
     # -- closing words
 
     def _scores(self, stage: str) -> dict[str, float]:
-        splits = tuple(f"{split}/" for split in SPLITS[stage])
+        splits = (f"{stage}/", f"{stage}_")
         return {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith(splits)}
 
     @rank_zero_only
