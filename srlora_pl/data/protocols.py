@@ -36,7 +36,7 @@ class DataForTask(Protocol):
     names_numbers: bool = False
     problem: str | None = None
     score_names: Sequence[str] | None = None
-    split_names: Mapping[str, Sequence[str]] = MappingProxyType({"val": ("val", "val_mm"), "test": ("test", "test_mm")})
+    split_names: Mapping[str, Sequence[str]] = _NOTHING
     has_validation: bool = True
     has_test_labels: bool = False
     batch_size: int | None = None

@@ -31,7 +31,7 @@ class TextClassifier(Task):
     makes them; ``label``, int64 (B,), for regression float (B,), for several labels a text float (B, classes) of 0
     and 1; ``index``, int64 (B,), the sample's position in its split. Logs ``train/loss`` and, for ``val`` and
     ``test``, ``loss``, every score of ``score_names``, and the first of these again as ``score``; those of a second
-    data loader under the name that the data give it, by default ``val_mm`` and ``test_mm``.
+    data loader under the name that the data give it, as ``val_mm`` of MNLI, or as ``val_2`` and ``test_2``.
 
     Args:
         backbone: a hub name, a local folder in transformers' layout, or ``minilm`` where that extra is installed. A

@@ -19,8 +19,7 @@ def test_a_datamodule_that_says_nothing_has_defaults() -> None:
     for datamodule in (None, L.LightningDataModule()):
         data = data_of(SimpleNamespace(datamodule=datamodule))
         assert (data.num_classes, data.class_names, data.problem, data.padding_token) == (None, (), None, UNSAID)
-        two = {"val": ("val", "val_mm"), "test": ("test", "test_mm")}
-        assert (data.split_names, data.has_validation, data.has_test_labels) == (two, True, False)
+        assert (data.split_names, data.has_validation, data.has_test_labels) == ({}, True, False)
         assert (data.sample_name(7), data.trial_batch, data.batch_size) == ("7", None, None)
     assert data_of(None).class_names == ()
 

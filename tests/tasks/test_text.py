@@ -306,11 +306,11 @@ def test_the_second_loader_has_scores_of_its_own(classifier, trainer, stage):
     model, run = classifier(), trainer()
     both = evaluated(run, model, Data(rows[:10], rows[10:]), stage)
     first, second = (evaluated(run, model, Data(part), stage) for part in (rows[:10], rows[10:]))
-    assert both == first | {key.replace(stage, f"{stage}_mm"): value for key, value in second.items()}
-    assert set(both) == {f"{stage}{more}/{name}" for more in ("", "_mm") for name in ("loss", "accuracy", "score")}
+    assert both == first | {key.replace(stage, f"{stage}_2"): value for key, value in second.items()}
+    assert set(both) == {f"{stage}{more}/{name}" for more in ("", "_2") for name in ("loss", "accuracy", "score")}
     assert first[f"{stage}/loss"] != second[f"{stage}/loss"]
-    named = evaluated(run, model, Data(rows[:10], rows[10:], split_names={stage: (stage, f"{stage}_b")}), stage)
-    assert {key.replace(f"{stage}_b", f"{stage}_mm"): value for key, value in named.items()} == both
+    named = evaluated(run, model, Data(rows[:10], rows[10:], split_names={stage: (stage, f"{stage}_mm")}), stage)
+    assert {key.replace(f"{stage}_mm", f"{stage}_2"): value for key, value in named.items()} == both
 
 
 def test_regression_is_scored_by_its_correlation(classifier, trainer):
