@@ -28,8 +28,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
 from torch import Tensor
 
-from srlora_pl.lowrank import methods
-from srlora_pl.lowrank.methods.base import name_matches
+from srlora_pl.lowrank.formats import histories
+from srlora_pl.lowrank.target_settings import name_matches
 from srlora_pl.lowrank.targets import ALIASES, block_and_kind
 from srlora_pl.training import checkpoints
 from srlora_pl.util.errors import UserError, did_you_mean
@@ -345,11 +345,9 @@ def read_run(folder: Path) -> TrainedRun:
     if state is None:
         raise UserError(f"--run {folder}: {file} holds no model that this package adapted, give another run")
     method = state["method"]["class_path"].rpartition(".")[2]
-    walks = getattr(methods, method, methods.Method).needs_spectrum or state["switches_done"] > 0
-    matrices = state["matrices"].items() if walks else ()
-    histories = {name: each["intervals"].clone() for name, each in matrices}
+    drawn = {name: intervals.clone() for name, intervals in histories(state).items()}
     last_step += state.get("steps_before", 0)
-    return TrainedRun(folder, method, last_step, histories, loss_curve(folder / "metrics.csv"))
+    return TrainedRun(folder, method, last_step, drawn, loss_curve(folder / "metrics.csv"))
 
 
 def loss_curve(file: Path) -> tuple[list[int], list[float]]:

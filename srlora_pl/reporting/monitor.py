@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
 from srlora_pl.data.protocols import data_of
-from srlora_pl.lowrank import Adaptation, SRLoRA
+from srlora_pl.lowrank import Adaptation
 from srlora_pl.lowrank.measures import by_kind, drawn_after, scores_by_kind, size_of_change, switches_survived
 from srlora_pl.reporting.curves import ContinuedTensorBoardLogger
 from srlora_pl.reporting.progress import MATRICES, adaptation_of, matrix_rows, parameter_line
@@ -132,7 +132,7 @@ class Monitor(Callback):
         self._measured = part
         for kind, matrices in by_kind(adaptation.matrices).items():
             sample = [matrices[i] for i in sorted({0, len(matrices) // 2, len(matrices) - 1})]
-            found = (size_of_change(matrix, adaptation.states[matrix]) for matrix in sample)
+            found = (size_of_change(adaptation, matrix) for matrix in sample)
             sizes = [size for size in found if size is not None]
             for name in ("norm", "stable_rank", "effective_rank") if sizes else ():
                 yield "scalar", f"change_{name}/{kind}", statistics.mean(getattr(size, name) for size in sizes)
@@ -205,11 +205,12 @@ def _scores(adaptation: Adaptation) -> Iterator[Event]:
 
 
 def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
-    if not isinstance(adaptation.method, SRLoRA):
+    histories = adaptation.controller.histories()
+    if not histories:
         return
-    yield "scalar", "srlora/directions", float(max(state.next_direction for state in adaptation.states.values()))
-    drawn = drawn_after(adaptation)
-    ages = switches_survived(adaptation, drawn).where(drawn > 0, -1)
+    yield "scalar", "srlora/directions", float(max(map(len, histories.values())))
+    drawn = drawn_after(histories)
+    ages = switches_survived(histories, drawn).where(drawn > 0, -1)
     for name, (low, high) in _AGES.items():
         yield "scalar", f"age/{name}", ((low <= ages) & (ages <= high)).double().mean().item()
     if (recycled := drawn[drawn > 0]).numel():
@@ -217,13 +218,13 @@ def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
 
 
 def _figures(adaptation: Adaptation, last_step: int) -> Iterator[Event]:
-    if not isinstance(adaptation.method, SRLoRA):
+    histories = adaptation.controller.histories()
+    if not histories:
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from srlora_pl.figures import runs as figures  # with matplotlib, which takes its time
 
-    histories = {matrix.name: state.intervals for matrix, state in adaptation.states.items()}
     middle = figures.middle_block(histories)
     for tag, figure in (
         (f"figures/directions_block_{middle}", figures.direction_intervals(histories, last_step, middle)),

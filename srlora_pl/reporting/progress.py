@@ -82,10 +82,10 @@ class Progress(RichProgressBar):
 
 def _switches(adaptation: Adaptation) -> str:
     """Nothing for methods and runs without switches."""
-    planned, coming = adaptation.switches_done + adaptation.switches_missed, adaptation.next_switch
+    done, planned, coming = adaptation.controller.progress()
     if not planned:
         return ""
-    return f"{adaptation.switches_done}/{planned}" + (f", next {coming}" if coming else "")
+    return f"{done}/{planned}" + (f", next {coming}" if coming else "")
 
 
 class MatrixTable(Callback):
@@ -110,13 +110,13 @@ def matrix_rows(adaptation: Adaptation) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     for kind, matrices in by_kind(adaptation.matrices).items():
         shapes = sorted({matrix.shape for matrix in matrices})
-        parameters = sum(matrix.rank * sum(matrix.shape) for matrix in matrices)
+        parameters = sum(m.of(p).numel() for m in matrices for p in m.layer.adapter_parameters())
         rows.append((
             kind,
             str(len(matrices)),
             ", ".join(f"{out} x {into}" for out, into in shapes),
             _span([matrix.rank for matrix in matrices]),
-            _span([adaptation.available(matrix) for matrix in matrices]),
+            _span([adaptation.controller.directions(matrix) for matrix in matrices]),
             f"{parameters:,}",
         ))  # fmt: skip
     return rows
@@ -140,7 +140,7 @@ def parameter_counts(pl_module: LightningModule) -> dict[str, int]:
     """Numbers in the ``adapters``, ``trained`` with them, and in ``all`` parameters."""
     layers = adaptation_of(pl_module).layers.values()
     return {
-        "adapters": sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers),
+        "adapters": sum(parameter.numel() for layer in layers for parameter in layer.adapter_parameters()),
         "trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         "all": sum(p.numel() for p in pl_module.parameters()),
     }
@@ -153,7 +153,7 @@ def closing_line(trainer: Trainer, adaptation: Adaptation, seconds: float, earli
         seconds: of all the processes that the run took.
         earlier: of those before this one.
     """
-    done, planned = adaptation.switches_done, adaptation.switches_done + adaptation.switches_missed
+    done, planned, _ = adaptation.controller.progress()
     device = trainer.strategy.root_device
     return ", ".join([
         f"{trainer.global_step:,} steps",

@@ -50,7 +50,7 @@ class Summary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._done, self._begin = self.seconds, 0.0
-        self._switches = adaptation_of(pl_module).switches_done
+        self._switches = adaptation_of(pl_module).controller.progress().done
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}

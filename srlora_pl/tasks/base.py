@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from srlora_pl.data.protocols import Batch, DataForTask, data_of
 from srlora_pl.lowrank import Method
+from srlora_pl.lowrank.methods import from_spec
 from srlora_pl.models.family import ModelFamily
 from srlora_pl.models.heads import FoundHead, settle
 from srlora_pl.models.peft_folder import PeftFolder
@@ -30,7 +31,6 @@ from srlora_pl.tasks.optim import build_optimizer, param_groups, require_length,
 from srlora_pl.training.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
 from srlora_pl.training.mixin import SRLoRAMixin
 from srlora_pl.training.resume import ExactResume
-from srlora_pl.util.errors import UserError, did_you_mean
 from srlora_pl.util.precision import MatmulPrecision
 from srlora_pl.util.yaml_text import plain
 
@@ -102,7 +102,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.optimizer, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
         self.lr, self.head_lr, self.schedule, self.warmup_steps = lr, head_lr, schedule, warmup_steps
         self.whole_checkpoints = checkpoints == "full"
-        self._method = as_method(method)
+        self._method = method if isinstance(method, Method) else from_spec(method)
         # Plain containers, because checkpoints are read with weights_only=True.
         self.save_hyperparameters(plain({**shared, "method": self._method.spec()}))
         self._loss = FiniteLoss()
@@ -133,7 +133,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         pretrained = None if family.random else partial(_pretrained_state, family, prepare)
         self.adapt(self.net, method, heads, pretrained, family.heads(net))
         if self.adapter is not None:
-            self.adapter.hand_over(self.adaptation)
+            self.adapter.load_into(self.adaptation)
             self.found_head = self.adapter.head(self.net, heads, self.hparams.get("num_classes", 0)) or self.found_head
         if self.hparams["compile"]:
             self.compile_blocks()
@@ -342,26 +342,3 @@ def _with_adapter(adapter: PeftFolder | None, method: Method, heads: Sequence[st
 def _pretrained_state(family: ModelFamily, prepare: Callable[[nn.Module], nn.Module]) -> Mapping[str, Tensor]:
     """The state that training begins from, loaded again; a function with a name, so that a module can be pickled."""
     return prepare(family.build()[0]).state_dict()
-
-
-def as_method(method: Method | dict[str, Any]) -> Method:
-    """A method object as it is; or made from ``{class_path, init_args}``, as a checkpoint keeps it.
-
-    A checkpoint may come from anyone, so its ``class_path`` only picks among the methods that are imported.
-    """
-    if isinstance(method, Method):
-        return method
-    path = str(method.get("class_path"))
-    known = {f"{home}.{cls.__qualname__}": cls for cls in _subclasses(Method) for home in _homes(cls)}
-    if path not in known:
-        raise UserError(f"model.method.class_path is {path!r}{did_you_mean(path, known)}: it names no method.")
-    return known[path](**method.get("init_args", {}))
-
-
-def _homes(cls: type) -> set[str]:
-    """The modules that ``cls`` can be imported from: the package's own methods also from its top."""
-    return {cls.__module__, cls.__module__.partition(".lowrank.")[0]}
-
-
-def _subclasses(cls: type[Method]) -> list[type[Method]]:
-    return [cls, *(deeper for sub in cls.__subclasses__() for deeper in _subclasses(sub))]

@@ -22,8 +22,7 @@ from srlora_pl.comparison.cells import Cell
 from srlora_pl.comparison.command import plans_of
 from srlora_pl.comparison.paper import NUMBERS
 from srlora_pl.util.errors import UserError
-
-ROOT = Path(__file__).parents[2]
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture

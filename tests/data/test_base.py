@@ -15,8 +15,7 @@ from srlora_pl.data.images.datamodule import ImageData
 from srlora_pl.data.loader import Key, user_error_as_batch
 from srlora_pl.data.protocols import Batch
 from srlora_pl.util.errors import UserError
-
-from .conftest import Recorder, attach
+from tests.helpers.data import Recorder, attach
 
 
 class Numbers(KeyedDataset):

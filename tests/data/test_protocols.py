@@ -7,8 +7,8 @@ import pytest
 
 from srlora_pl import GLUEData, ImageClassifier, ImageData, LoRA, TextClassifier, TextData
 from srlora_pl.data.protocols import UNSAID, DataForTask, ModelForData, data_of, model_of
-from tests.tasks.conftest import SMALL_VIT
-from tests.tasks.texts import BERT, folder
+from tests.helpers.encoders import BERT, folder
+from tests.helpers.images import SMALL_VIT
 
 
 def members(protocol: type) -> set[str]:

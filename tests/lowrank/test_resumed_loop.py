@@ -8,7 +8,7 @@ import torch
 
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
-from tests.toys import toy_batches, toy_net, train
+from tests.helpers.toys import toy_batches, toy_net, train
 
 METHODS = {
     "lora": LoRA(rank=4, alpha=8.0),

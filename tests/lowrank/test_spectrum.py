@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, Spectrum, SRLoRA
 from srlora_pl.lowrank.starts.spectrum import SpectrumCache, fingerprint
-from tests.toys import toy_net
+from tests.helpers.toys import toy_net
 
 
 @settings(max_examples=30, deadline=None)

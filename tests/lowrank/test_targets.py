@@ -9,7 +9,7 @@ from torch.nn.utils import weight_norm
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA, SRLoRA
 from srlora_pl.lowrank.targets import block_and_kind
-from tests.toys import toy_net
+from tests.helpers.toys import toy_net
 
 
 def adapted(net, **options):

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from srlora_pl import ImageClassifier, LoRA, PiSSA, SRLoRA
+from srlora_pl.lowrank.methods import from_spec
 from srlora_pl.models.timm_models import build_backbone
-from srlora_pl.tasks.base import as_method
 from srlora_pl.util.errors import UserError
-from tests.tasks.conftest import CLASSES, SMALL_VIT, samples
+from tests.helpers.images import CLASSES, SMALL_VIT, samples
 
 # Their names are a contract: older checkpoints and config files hold them.
 ARGUMENTS = {"backbone", "num_classes", "method", "backbone_kwargs", "backbone_checkpoint", "adapter", "optimizer"}
@@ -330,16 +330,16 @@ def test_a_checkpoint_of_another_model_is_refused(classifier, trainer, loader, t
 
 def test_methods_from_their_spec():
     spec = SRLoRA(target_rank=16, rank=4).spec()
-    assert as_method(spec).spec() == spec
-    assert type(as_method({"class_path": "srlora_pl.lowrank.methods.lora.LoRA"})) is LoRA
+    assert from_spec(spec).spec() == spec
+    assert type(from_spec({"class_path": "srlora_pl.lowrank.methods.lora.LoRA"})) is LoRA
 
     class Own(LoRA):
         pass
 
-    assert type(as_method({"class_path": f"{__name__}.{Own.__qualname__}", "init_args": {"rank": 3}})) is Own
+    assert type(from_spec({"class_path": f"{__name__}.{Own.__qualname__}", "init_args": {"rank": 3}})) is Own
     for path in ("os.system", "torch.nn.Linear", "srlora_pl.lowrank.Nothing"):
         with pytest.raises(UserError, match="names no method"):
-            as_method({"class_path": path, "init_args": {"command": "true"}})
+            from_spec({"class_path": path, "init_args": {"command": "true"}})
 
 
 def test_compile_takes_each_block_that_holds_adapters(classifier, monkeypatch):

@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 
 from srlora_pl import LoRA, PiSSA, SRLoRA, TextClassifier
 from srlora_pl.util.errors import UserError
-from tests.tasks.texts import BERT, DEBERTA, DEBERTA_V3_BASE, Data, ShuffledData, folder, samples
+from tests.helpers.encoders import BERT, DEBERTA, DEBERTA_V3_BASE, Data, ShuffledData, folder, samples
+from tests.helpers.paths import SHARED
 
-TOKENIZER = Path(__file__).parents[3] / "shared" / "models" / "deberta_v3_tokenizer"
+TOKENIZER = SHARED / "models" / "deberta_v3_tokenizer"
 ROWS = 22
 CLASSES = torch.arange(ROWS) % 3 * torch.arange(ROWS) % 2
 NUMBERS = torch.linspace(0, 5, ROWS)
