@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from srlora_pl.lowrank.delta import Factors, change, merged_copy, overall_error
+from srlora_pl.lowrank.delta import Factors, change, overall_error
 from srlora_pl.models import peft_folder
 from srlora_pl.models.family import ModelFamily, example_outputs
 from srlora_pl.run import config
@@ -111,10 +111,10 @@ def export_model(
     if not isinstance(task, Task):
         raise UserError(
             f"{type(task).__name__} is neither an ImageClassifier nor a TextClassifier, so its files have no known "
-            "layout: take srlora_pl.lowrank.delta.merged_copy(model.adaptation)"
+            "layout: take model.adaptation.merged_copy()"
         )
     class_names = class_names if len(class_names) == task.hparams.get("num_classes") else ()
-    plain = merged_copy(task.adaptation)
+    plain = task.adaptation.merged_copy()
     _require_finite(plain.state_dict())
     with _whole_or_nothing(target) as new:
         if format == "merged":

@@ -1,8 +1,6 @@
 """A network under adaptation: the adapters that a method put in, and the history of its frozen weights."""
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +9,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srlora_pl.lowrank import checks, loop, storage
-from srlora_pl.lowrank.delta import merged_copy
 from srlora_pl.lowrank.formats import FORMAT, upgraded
+from srlora_pl.lowrank.former_names import FormerNames
+from srlora_pl.lowrank.inference import Inference
 from srlora_pl.lowrank.linear import Adapter, Matrix
 from srlora_pl.lowrank.method import Controller, Method, Sources
 from srlora_pl.lowrank.methods import from_spec
-from srlora_pl.lowrank.target_settings import is_below
-from srlora_pl.lowrank.weights import FrozenWeights, Reload
+from srlora_pl.lowrank.weights import FrozenWeights, Reload, freeze
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision
 
 
-class Adaptation:
+class Adaptation(Inference, FormerNames):
     """Puts ``method``'s adapters into ``net``, in place, and carries them through training.
 
     A training loop calls `attach` once. Or it calls `start` and `plan` once, then in every step `before_optimizer`
@@ -67,7 +65,8 @@ class Adaptation:
         self.matrices = [matrix for name, layer in self.layers.items() for matrix in layer.matrices(name)]
         for matrix in self.matrices:
             method.initialize(matrix)
-        self.weights = FrozenWeights(net, self._freeze(), self.matrices, pretrained)
+        frozen = freeze(net, self.layers, method.frozen_adapter(), self.trainable, self.new)
+        self.weights = FrozenWeights(net, frozen, self.matrices, pretrained)
         self.ledgers = self.weights.ledgers
         self.started = method.starts_from == "nothing"
         self.steps_before = 0
@@ -77,17 +76,6 @@ class Adaptation:
         self._watch = checks.GradientWatch(self.layers)
         self.run_on_rank_zero: Callable[[Callable[[], Any]], Any] = lambda compute: compute()
         self.controller: Controller = method.controller(self)
-
-    def _freeze(self) -> list[str]:
-        """Freeze all but adapters and ``trainable``; returns the names of what the pretrained state dict has of it."""
-        still = set(self.method.frozen_adapter())
-        trains = {id(getattr(layer, n)): n not in still for layer in self.layers.values() for n in layer.adapter_names}
-        frozen = []
-        for name, parameter in self.net.named_parameters():
-            parameter.requires_grad_(trains.get(id(parameter), False) or is_below(name, self.trainable))
-            if not parameter.requires_grad and id(parameter) not in trains and not is_below(name, self.new):
-                frozen.append(name)
-        return frozen
 
     @property
     def step(self) -> int:
@@ -219,61 +207,6 @@ class Adaptation:
     def require_gradients(self) -> None:
         """Refuse adapters that had no gradient in any step so far."""
         self._watch.require_gradients()
-
-    def observe(self, gradients: Sequence[Tensor] | None = None, inverse_scale: Tensor | None = None) -> None:
-        """The former name of `before_optimizer`."""
-        warnings.warn("observe() is now before_optimizer(step)", DeprecationWarning, stacklevel=2)
-        self.before_optimizer(self.step + 1, gradients, inverse_scale)
-
-    def switch_if_due(self, step: int, optimizer: Optimizer | None = None) -> bool:
-        """The former name of `after_optimizer`."""
-        warnings.warn("switch_if_due() is now after_optimizer()", DeprecationWarning, stacklevel=2)
-        return self.after_optimizer(step, optimizer)
-
-    # --- looking at the result
-
-    def merge(self) -> None:
-        """Add all updates to the weights, for inference."""
-        for layer in self.layers.values():
-            layer.merge()
-
-    def unmerge(self) -> None:
-        """Undo `merge`, to the bit."""
-        for layer in self.layers.values():
-            layer.unmerge()
-
-    def merged_copy(self) -> nn.Module:
-        """A copy of the network with plain linears, see `srlora_pl.lowrank.delta.merged_copy`."""
-        return merged_copy(self)
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside, the net computes with the pretrained weights W0 (equal to rounding) and without adapters.
-
-        Parts that train beside the adapters, such as a head, stay as trained, and so do statistics that a forward pass
-        updates (BatchNorm).
-        """
-        if any(layer.disabled for layer in self.layers.values()):
-            yield
-            return
-        with self.weights.replaced_by_pretrained():
-            for layer in self.layers.values():
-                layer.disabled = True
-            try:
-                yield
-            finally:
-                for layer in self.layers.values():
-                    layer.disabled = False
-
-    def pretrained_weights(self) -> dict[str, Tensor]:
-        """W0 of every adapted linear; equal to rounding where only W and the ledgers are left to tell it."""
-        return self.weights.pretrained()
-
-    def print_trainable_parameters(self) -> None:
-        """Print how many of the network's parameters train."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.net.parameters()]
-        trained, everything = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
-        print(f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%})")
 
     # --- state
 

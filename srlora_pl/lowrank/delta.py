@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from srlora_pl.lowrank.ledger import Ledger
-from srlora_pl.lowrank.linear import AdaptedLinear, Matrix
+from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, Matrix
 from srlora_pl.lowrank.method import AdaptedNetwork
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision
@@ -52,20 +52,25 @@ def overall_error(factors: Iterable[Factors]) -> float:
 
 
 @full_precision()
-def merged_copy(adaptation: AdaptedNetwork, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """A copy of the network with plain linears instead of adapters, in float32 on the CPU, in evaluation mode.
+def merged_copy(
+    net: nn.Module, layers: Mapping[str, Adapter], weights: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A copy of ``net`` with plain linears instead of adapters, in float32 on the CPU, in evaluation mode.
 
     It computes what the adapted network computes; its state has the names of the pretrained one's. Tensors that are
     float32 on the CPU already are shared with the network.
 
     Args:
-        adaptation: stays as it is.
+        net: stays as it is.
+        layers: its adapters, by dotted name.
         weights: by layer, (out, in); W_eff where it is left out.
+
+    Raises:
+        UserError: an adapter is no part of a weight.
     """
-    net = adaptation.net
     kept: dict[int, object] = {id(p): nn.Parameter(_plain(p), p.requires_grad) for p in net.parameters()}
     kept |= {id(buffer): _plain(buffer) for buffer in net.buffers()}
-    for name, layer in adaptation.layers.items():
+    for name, layer in layers.items():
         if not isinstance(layer, AdaptedLinear):
             raise UserError(f"{name} is a {type(layer).__name__}, which is no part of a weight, so it cannot be merged")
         weight = layer.merged_weight() if weights is None else weights[name]

@@ -31,7 +31,8 @@ def attach(steps: Steps, optimizer: Optimizer) -> None:
             raise UserError("attach() takes no optimizer.step(closure): call backward() before, and step() without one")
         # A GradScaler leaves unscaling to an optimizer that is fused.
         scale = getattr(optimizer, "grad_scale", None)
-        steps.before_optimizer(steps.step + 1, inverse_scale=None if scale is None else scale.reciprocal())
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        steps.before_optimizer(steps.step + 1, gradients, None if scale is None else scale.reciprocal())
 
     def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         steps.after_optimizer(steps.step + 1, optimizer)

@@ -9,12 +9,36 @@ from torch import Tensor, nn
 
 from srlora_pl.lowrank import checks
 from srlora_pl.lowrank.ledger import Ledger, Update
-from srlora_pl.lowrank.linear import Matrix
+from srlora_pl.lowrank.linear import Adapter, Matrix
+from srlora_pl.lowrank.target_settings import is_below
 from srlora_pl.util.cache import fingerprint
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision
 
 Reload = Callable[[], Mapping[str, Tensor]]
+
+
+def freeze(
+    net: nn.Module, layers: Mapping[str, Adapter], still: Sequence[str], trainable: Sequence[str], new: Sequence[str]
+) -> list[str]:
+    """Freeze all of ``net`` but its adapters and ``trainable``.
+
+    Args:
+        layers: the adapters.
+        still: names of adapter parameters that do not train either.
+        trainable: dotted names that train whole.
+        new: dotted names that the pretrained state dict does not hold.
+
+    Returns:
+        The names of the frozen parameters that it holds.
+    """
+    trains = {id(getattr(layer, name)): name not in still for layer in layers.values() for name in layer.adapter_names}
+    frozen = []
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(trains.get(id(parameter), False) or is_below(name, trainable))
+        if not parameter.requires_grad and id(parameter) not in trains and not is_below(name, new):
+            frozen.append(name)
+    return frozen
 
 
 class FrozenWeights:
@@ -44,6 +68,7 @@ class FrozenWeights:
         # W0 by layer, on the CPU, and its digest: from a start until training, for a load in between; from a load until
         # a start.
         self._kept: tuple[dict[str, Tensor], str] | None = None
+        self._is_replaced = False  # by W0
 
     def _parameters(self) -> dict[str, Tensor]:
         parameters = dict(self.net.named_parameters())
@@ -120,6 +145,8 @@ class FrozenWeights:
     def pretrained(self) -> dict[str, Tensor]:
         """W0 of every adapted layer, new tensors; equal to rounding where only W and the ledgers are left."""
         layers = {matrix.layer_name: matrix.layer for matrix in self.matrices}
+        if self._is_replaced:
+            return {name: layer.weight.detach().clone() for name, layer in layers.items()}
         weights = {name: layer.unmerged_weight.clone() for name, layer in layers.items()}
         if not any(ledger.rank for ledger in self.ledgers.values()):
             return weights
@@ -138,13 +165,18 @@ class FrozenWeights:
     @contextmanager
     def replaced_by_pretrained(self) -> Iterator[None]:
         """Inside, W0 stands in place of W."""
+        if self._is_replaced:
+            yield
+            return
         weights = {matrix.layer_name: (matrix.layer, matrix.layer.weight.data) for matrix in self.matrices}
         pretrained = self.pretrained()
         try:
             for name, (layer, _) in weights.items():
                 layer.weight.data = pretrained[name]
+            self._is_replaced = True
             yield
         finally:
+            self._is_replaced = False
             for layer, weight in weights.values():
                 layer.weight.data = weight
 
@@ -159,7 +191,7 @@ class FrozenWeights:
             matrices[matrix.name] = {**ledger.state_dict(with_updates=not dense), "weight": weight}
         return {"base_fingerprint": self.fingerprint, "changed": sorted(self.changed), "matrices": matrices}
 
-    def require_same(self, state: dict[str, Any]) -> None:
+    def _require_same(self, state: dict[str, Any]) -> None:
         """Refuse a ``state`` of other layers or of other pretrained weights."""
         if list(state["matrices"]) != [matrix.name for matrix in self.matrices]:
             raise UserError("the checkpoint adapts other layers than this model has, use the backbone it was made with")
@@ -168,10 +200,15 @@ class FrozenWeights:
             self.require(state["base_fingerprint"])
 
     def load_state_dict(self, state: dict[str, Any], compact: bool) -> None:
-        """Go on from ``state``; with ``compact`` set every adapted weight, from W0."""
+        """Go on from ``state``; with ``compact`` set every adapted weight, from W0.
+
+        Raises:
+            UserError: it is a state of other layers or of other pretrained weights.
+        """
         moved = any(ledger.rank for ledger in self.ledgers.values())
         if compact and self.fingerprint is None:
             self.fingerprint = fingerprint(self._parameters())
+        self._require_same(state)
         if not moved and any(saved["rank"] for saved in state["matrices"].values()):
             self.keep_pretrained()
         source = self.pretrained() if compact and moved else {}
