@@ -28,6 +28,7 @@ from srlora_pl.data.loader import (
     rank_and_world,
 )
 from srlora_pl.data.protocols import Batch, model_of
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.errors import UserError, listed
 from srlora_pl.util.randomness import derive, run_seed
 
@@ -245,7 +246,7 @@ class DataModule(L.LightningDataModule):
         """Training micro-batches that this run has processed."""
         if self.trainer is None:
             return 0
-        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined]
+        return internals.batches_in_run(self.trainer).processed
 
     def start_position(self) -> tuple[int, int]:
         """(epoch, batch) at which an iterator that is made now has to start.

@@ -27,7 +27,7 @@ def attach(steps: Steps, optimizer: Optimizer) -> None:
     """Have every ``optimizer.step()`` call `before_optimizer` and `after_optimizer`; see `Adaptation.attach`."""
 
     def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if args or kwargs.get("closure") is not None:
+        if any(argument is not None for argument in (*args[1:], kwargs.get("closure"))):  # args[0] is the optimizer
             raise UserError("attach() takes no optimizer.step(closure): call backward() before, and step() without one")
         # A GradScaler leaves unscaling to an optimizer that is fused.
         scale = getattr(optimizer, "grad_scale", None)

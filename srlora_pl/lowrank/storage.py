@@ -22,7 +22,7 @@ def write(folder: Path, content: dict[str, Any]) -> None:
     plain = _without_tensors(content, tensors)
     keep(tensors, folder / TENSORS)
     with replacing(folder / CONTENT) as file:
-        file.write(json.dumps({"content": plain, "digest": fingerprint(tensors)}, indent=1).encode())
+        file.write(json.dumps({"content": plain, "digest": _digest(tensors)}, indent=1).encode())
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -34,11 +34,15 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         tensors = load_file(folder / TENSORS)
         saved = json.loads((folder / CONTENT).read_text("utf-8"))
-        if saved["digest"] == fingerprint(tensors):
+        if saved["digest"] == _digest(tensors):
             return _with_tensors(saved["content"], tensors)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder} holds no adaptation that can be read ({error}): give a folder of save()") from error
     raise UserError(f"{folder}: {CONTENT} and {TENSORS} belong to different adaptations, save it again")
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return fingerprint(dict(sorted(tensors.items())))
 
 
 def _without_tensors(node: Any, tensors: dict[str, Tensor]) -> Any:

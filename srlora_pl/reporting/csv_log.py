@@ -3,12 +3,12 @@
 import csv
 import io
 from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from srlora_pl.util.files import replacing
@@ -16,64 +16,82 @@ from srlora_pl.util.files import replacing
 Row = dict[str, Any]
 
 
-class ContinuedCSVLogger(CSVLogger):
-    """Lightning's CSVLogger deletes the metrics.csv that it finds; this one appends to it.
+class ResumableCSVLogger(Logger):
+    """Appends to the ``metrics.csv`` that it finds in ``folder``, which Lightning's CSVLogger deletes.
+
+    Args:
+        flush_logs_every_n_steps: after how many steps rows are written; `save` writes them at once.
 
     Attributes:
         latest: the rows of the step that was logged last.
     """
 
-    latest: list[Row]
+    name = version = ""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.latest = []
+    def __init__(self, folder: str | Path, flush_logs_every_n_steps: int = 100) -> None:
+        super().__init__()
+        self.file = Path(folder, "metrics.csv")
+        self.latest: list[Row] = []
+        self._unsaved: list[Row] = []
+        self._every = flush_logs_every_n_steps
 
     @property
-    @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:  # type: ignore[override]
-        """The writer behind the logger."""
-        if not isinstance(self._experiment, _AppendingWriter):
-            self._experiment = _AppendingWriter(self.log_dir)
-        return self._experiment
+    def save_dir(self) -> str:
+        """The folder of ``metrics.csv``."""
+        return str(self.file.parent)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: a run's ``config.yaml`` has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:  # type: ignore[override]
         """Add a row."""
-        super().log_metrics(metrics, step)  # type: ignore[arg-type]
-        self.latest = [row for row in self.latest if row["step"] == step] + [{**metrics, "step": step}]
+        step = len(self._unsaved) if step is None else step
+        row = {**convert_tensors_to_scalars(metrics), "step": step}
+        self._unsaved.append(row)
+        self.latest = [each for each in self.latest if each["step"] == step] + [row]
+        if (step + 1) % self._every == 0:
+            self.save()
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write the rows that are not in the file yet."""
+        if not self._unsaved:
+            return
+        before = self._columns()
+        columns = sorted({*before, *chain(*self._unsaved)})
+        if columns == before:
+            with self.file.open("a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, columns).writerows(self._unsaved)
+        else:
+            self._write(columns, [*self._rows(), *self._unsaved])
+        self._unsaved = []
 
     @rank_zero_only
     def cut(self, step: int) -> None:
         """Take ``step`` and all later ones out of the file, at once."""
-        self.experiment.cut(step)
-        self.latest = []
-
-
-class _AppendingWriter(ExperimentWriter):
-    def _check_log_dir_exists(self) -> None:
-        """Where the base class clears the folder: take over the columns of what is there."""
-        if self._fs.isfile(self.metrics_file_path):
-            with self._fs.open(self.metrics_file_path, "r", newline="") as file:
-                self.metrics_keys = next(csv.reader(file), [])
-
-    def cut(self, step: int) -> None:
-        if self._fs.isfile(self.metrics_file_path):
+        if columns := self._columns():
             # A row that a dying process wrote half has no value, not even an empty one, in its last column.
             whole = (row for row in self._rows() if None not in row.values())
-            self._write(row for row in whole if int(row["step"]) < step)
+            self._write(columns, (row for row in whole if int(row["step"]) < step))
+        self.latest = []
 
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        self._write(self._rows())
+    def _columns(self) -> list[str]:
+        if not self.file.is_file():
+            return []
+        with self.file.open(encoding="utf-8", newline="") as file:
+            return next(csv.reader(file), [])
 
     def _rows(self) -> list[Row]:
-        with self._fs.open(self.metrics_file_path, "r", newline="") as file:
+        if not self.file.is_file():
+            return []
+        with self.file.open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
 
-    def _write(self, rows: Iterable[Row]) -> None:
-        with replacing(Path(self.metrics_file_path)) as file:
+    def _write(self, columns: list[str], rows: Iterable[Row]) -> None:
+        with replacing(self.file) as file:
             text = io.TextIOWrapper(file, "utf-8", newline="")
-            writer = csv.DictWriter(text, self.metrics_keys)
+            writer = csv.DictWriter(text, columns)
             writer.writeheader()
             writer.writerows(rows)
             text.flush()

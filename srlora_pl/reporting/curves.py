@@ -11,19 +11,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from srlora_pl.reporting.csv_log import ContinuedCSVLogger, Row
+from srlora_pl.reporting.csv_log import ResumableCSVLogger, Row
+from srlora_pl.training import lightning_internals as internals
 
 _KEY = "curves"
 
 
-class ContinuedTensorBoardLogger(TensorBoardLogger):
+class ResumableTensorBoardLogger(TensorBoardLogger):
     """Lightning's TensorBoardLogger, with ``purge_step`` for a run that is known to go on only after it was set up."""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """Readers take files in the order of their names, which begin with the second; so each has one of its own."""
-        if self._experiment is None:
+        if not internals.is_open(self):
             while any(Path(self.log_dir).glob(f"events.out.tfevents.{int(time.time())}.*")):
                 time.sleep(0.05)
         return super().experiment
@@ -32,7 +33,7 @@ class ContinuedTensorBoardLogger(TensorBoardLogger):
     def finalize(self, status: str) -> None:
         """What is logged later, as by a test, goes into a file begun above; a closed writer would begin one itself."""
         super().finalize(status)
-        self._experiment = None
+        internals.reopen(self)
 
     @rank_zero_only
     def cut(self, step: int) -> None:
@@ -41,7 +42,7 @@ class ContinuedTensorBoardLogger(TensorBoardLogger):
         self.experiment.file_writer.add_event(restart)
 
 
-class ContinuedCurves(Callback):
+class ResumableCurves(Callback):
     """Cuts what was logged after the checkpoint was written, in the run's own loggers.
 
     A step's rows are logged one after another (learning rate, training, validation) and files are written between
@@ -54,19 +55,18 @@ class ContinuedCurves(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers:
             logger.save()  # what the file counts on is on the disk before it
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped  # the step that loggers see
+        step = internals.logged_step(trainer)
         for logger in trainer.loggers:
-            if isinstance(logger, ContinuedCSVLogger):
+            if isinstance(logger, ResumableCSVLogger):
                 rows = [row for row in logger.latest if row["step"] == step]
                 checkpoint[_KEY] = {"step": step, "rows": rows + self._row_to_come(trainer)}
 
-    def _row_to_come(self, trainer: Any) -> list[Row]:
-        """Inside `on_train_batch_end`: the training row that Lightning logs as soon as that hook is over."""
-        progress, connector = trainer.fit_loop.epoch_loop.batch_progress.total, trainer._logger_connector
-        in_batch_end = trainer.training and progress.completed < progress.processed
-        if not in_batch_end or trainer.fit_loop._should_accumulate() or not connector.should_update_logs:
+    @staticmethod
+    def _row_to_come(trainer: Any) -> list[Row]:
+        """In ``on_train_batch_end``: the training row that Lightning logs once that hook is over."""
+        if not (trainer.training and internals.in_train_batch_end(trainer) and internals.logs_this_step(trainer)):
             return []
-        row = convert_tensors_to_scalars(connector.metrics["log"])
+        row = convert_tensors_to_scalars(internals.metrics_to_log(trainer))
         return [{**row, "epoch": trainer.current_epoch}] if row else []
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class ContinuedCurves(Callback):
         """The first hook after all that may refuse the checkpoint."""
         step, rows = self._saved
         for logger in trainer.loggers:
-            if isinstance(logger, ContinuedCSVLogger | ContinuedTensorBoardLogger):
+            if isinstance(logger, ResumableCSVLogger | ResumableTensorBoardLogger):
                 logger.cut(step)
                 for row in rows:
                     logger.log_metrics({name: value for name, value in row.items() if name != "step"}, step)

@@ -18,8 +18,9 @@ from torch.utils.tensorboard.summary import hparams
 from srlora_pl.data.protocols import data_of
 from srlora_pl.lowrank import Adaptation
 from srlora_pl.lowrank.measures import by_kind, drawn_after, scores_by_kind, size_of_change, switches_survived
-from srlora_pl.reporting.curves import ContinuedTensorBoardLogger
+from srlora_pl.reporting.curves import ResumableTensorBoardLogger
 from srlora_pl.reporting.progress import MATRICES, adaptation_of, matrix_rows, parameter_line
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.markdown import markdown
 from srlora_pl.util.system import device_name, peak_memory_bytes, versions
 
@@ -78,20 +79,20 @@ class Monitor(Callback):
     # --- when ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After `ContinuedCurves` has cut the curves where a resumed run goes on."""
+        """After `ResumableCurves` has cut the curves where a resumed run goes on."""
         cut, self._events = self._events, []
         self._write(trainer, self._step, [("text", "run", _card(trainer, pl_module))])
-        if any(isinstance(logger, ContinuedTensorBoardLogger) for logger in trainer.loggers):
+        if any(isinstance(logger, ResumableTensorBoardLogger) for logger in trainer.loggers):
             self._write(trainer, self._step, self._once_more(cut, adaptation_of(pl_module)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since, self._steps_before = time.perf_counter(), trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *rest: Any) -> None:
-        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+        if internals.logs_this_step(trainer):
             adaptation = adaptation_of(pl_module)
             events = chain(_scores(adaptation), _directions(adaptation, _all_steps(trainer)), self._cost(trainer))
-            self._write(trainer, _step_of_curves(trainer), events)
+            self._write(trainer, internals.logged_step(trainer), events)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused = time.perf_counter()
@@ -99,7 +100,7 @@ class Monitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        adaptation, step = adaptation_of(pl_module), _step_of_curves(trainer)
+        adaptation, step = adaptation_of(pl_module), internals.logged_step(trainer)
         self._write(trainer, step, self._change(adaptation, self._part(trainer)))
         if self.figures_at_validation:
             self._write(trainer, step, _figures(adaptation, _all_steps(trainer)))
@@ -154,8 +155,8 @@ class Monitor(Callback):
             self._events.append((kind, tag, value))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """With the events of the step that the file falls into: curves are cut before it, see `ContinuedCurves`."""
-        step = _step_of_curves(trainer)
+        """With the events of the step that the file falls into: curves are cut before it, see `ResumableCurves`."""
+        step = internals.logged_step(trainer)
         kept = [each for each in self._events if each[0] in _KEPT and not each[1].startswith(("time/", "memory/"))]
         events = [(kind, tag, None if kind == "image" else value) for kind, tag, value in kept]
         checkpoint[_KEY] = {"step": step, "events": events if self._step == step else [], "measured": self._measured}
@@ -175,7 +176,7 @@ def _hparams(writer: Any, tag: str, value: tuple[Mapping[str, Any], Sequence[str
     """The scores' own curves are what the tab shows of them."""
     parameters, scores = value
     for summary in hparams(dict(parameters), dict.fromkeys(scores, 0.0)):
-        writer._get_file_writer().add_summary(summary, step)
+        writer.file_writer.add_summary(summary, step)
 
 
 _ADD: dict[str, Callable[[Any, str, Any, int], None]] = {
@@ -185,11 +186,6 @@ _ADD: dict[str, Callable[[Any, str, Any, int], None]] = {
     "image": lambda writer, tag, value, step: writer.add_image(tag, value, step, dataformats="HWC"),
     "hparams": _hparams,
 }
-
-
-def _step_of_curves(trainer: Any) -> int:
-    """The step that loggers see, one less than that of the optimizer."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def _all_steps(trainer: Trainer) -> int:

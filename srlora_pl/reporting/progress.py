@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.table import Table
 
 from srlora_pl.lowrank import Adaptation
 from srlora_pl.lowrank.measures import by_kind
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.system import peak_memory_bytes
 
 _REPAINTS = 2  # of the bar, a second: more would take more than 0.5 % of a small network's steps
@@ -21,7 +21,7 @@ def adaptation_of(pl_module: LightningModule) -> Adaptation:
     return pl_module.adaptation  # type: ignore[return-value]
 
 
-class Progress(RichProgressBar):
+class Progress(internals.ResumableRichBar):
     """Lightning's bar with loss, score and switches, which never makes a step wait for the device.
 
     The loss is that of the last row of the curves (``trainer.log_every_n_steps``), the score that of the last
@@ -34,7 +34,7 @@ class Progress(RichProgressBar):
         self._read: dict[str, float] = {}
 
     def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
-        if trainer._logger_connector.should_update_logs:
+        if internals.metrics_are_fresh(trainer):
             self._keep(trainer, "train/loss")
         super().on_train_batch_end(trainer, *rest)
 
@@ -51,7 +51,7 @@ class Progress(RichProgressBar):
     def total_train_batches(self) -> int | float:
         """Micro-batches of the epoch, also where its first ones were done before a resume or the run ends in it."""
         trainer: Any = self.trainer
-        batches, progress = trainer.num_training_batches, self._of_epoch
+        batches, progress = trainer.num_training_batches, internals.batches_in_epoch(trainer)
         done = progress.processed if progress.completed < progress.processed else 0  # before an epoch: of the last one
         if trainer.max_steps == -1:
             return batches
@@ -59,25 +59,12 @@ class Progress(RichProgressBar):
         coming = (trainer.max_steps - trainer.global_step) * accumulated - done % accumulated
         return done if done == batches else min(batches, done + coming)
 
-    @property
-    def _of_epoch(self) -> Any:
-        """Lightning's count of the micro-batches of this epoch."""
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current
-
-    def _initialize_train_progress_bar_id(self) -> None:
-        super()._initialize_train_progress_bar_id()
-        self.train_progress_bar.completed = self._of_epoch.completed  # by other processes, at a speed of their own
-
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         shown: dict[str, Any] = {**super().get_metrics(trainer, pl_module), **self._read}
         shown.pop("v_num", None)  # the last letters of the version's name
         if switches := _switches(adaptation_of(pl_module)):
             shown["switches"] = switches
         return shown
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        # Without a last epoch where steps count.
-        return super()._get_train_description(current_epoch).replace("/-2", "")
 
 
 def _switches(adaptation: Adaptation) -> str:

@@ -28,6 +28,7 @@ from srlora_pl.tasks.guards import (
 )
 from srlora_pl.tasks.identity import require_same_classes, require_same_model
 from srlora_pl.tasks.optim import build_optimizer, param_groups, require_length, require_optimizer, schedule_factor
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
 from srlora_pl.training.mixin import SRLoRAMixin
 from srlora_pl.training.resume import ExactResume
@@ -175,7 +176,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     @property
     def _data(self) -> DataForTask:
-        return data_of(self._trainer)
+        return data_of(internals.trainer_of(self))
 
     def setup(self, stage: str) -> None:
         self._precision_before = MatmulPrecision.now()
@@ -318,7 +319,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        resumes = self._trainer is not None and self.trainer.state.fn == "fit"
+        resumes = internals.trainer_of(self) is not None and self.trainer.state.fn == "fit"
         if resumes:
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             keep_settings(checkpoint, callbacks, checkpoint.get("callback_settings", {}))

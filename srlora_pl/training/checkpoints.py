@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.errors import UserError, causes, did_you_mean
 from srlora_pl.util.files import replacing
 
@@ -19,13 +18,13 @@ from srlora_pl.util.files import replacing
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Replaces a checkpoint in one moment, once the new one is on the disk; other addresses than files as usual."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``.
 
         Raises:
             UserError: it cannot be written; what was at ``path`` is still there.
         """
-        if storage_options is not None or not _is_local_file_protocol(path):
+        if storage_options is not None or not internals.is_local_file(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         path = Path(path)
         try:

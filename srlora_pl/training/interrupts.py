@@ -14,6 +14,7 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import files_of, newest, resumes
 from srlora_pl.util.errors import Interrupted
 from srlora_pl.util.files import relative
@@ -46,7 +47,7 @@ class Interrupts(Callback):
     @contextlib.contextmanager
     def watch(self, trainer: Trainer) -> Iterator[None]:
         """Inside, signals are answered."""
-        environment: Any = trainer._accelerator_connector.cluster_environment
+        environment = internals.cluster_environment(trainer)
         requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
         self._handled = [*_STOPS, environment.requeue_signal] if requeues else [*_STOPS]
         before = {number: signal.getsignal(number) for number in self._handled}
@@ -112,8 +113,8 @@ class Interrupts(Callback):
             # Lightning's own answer saves at whatever line of the step the signal comes, where weights, optimizer and
             # counters may disagree; here it is asked between two steps.
             older = [*self.folder.glob("hpc_ckpt_*.ckpt")]
-            self.checkpoint = Path(trainer._checkpoint_connector.hpc_save_path(self.folder))
-            trainer._signal_connector._slurm_sigusr_handler_fn(self.requeue, None)
+            self.checkpoint = internals.slurm_checkpoint(trainer, self.folder)
+            internals.requeue(trainer, self.requeue)
             for file in older if trainer.is_global_zero else ():
                 file.unlink()
         else:

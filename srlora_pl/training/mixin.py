@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from srlora_pl.lowrank import Adaptation, Method
 from srlora_pl.lowrank.checks import require_trained, require_unmerged
 from srlora_pl.lowrank.linear import Matrix
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.cache import cache_folder
 from srlora_pl.util.errors import UserError
 
@@ -92,7 +93,7 @@ class SRLoRAMixin(_Module):
 
     def _in_the_first_process(self, compute: Callable[[], Any]) -> Any:
         """Call ``compute`` in the first process of the run; return its result, or raise its refusal, in all of them."""
-        if self._trainer is None or self.trainer.world_size == 1:
+        if internals.trainer_of(self) is None or self.trainer.world_size == 1:
             return compute()
         result: tuple[Any, UserError | None] = (None, None)
         if self.trainer.is_global_zero:
@@ -122,7 +123,7 @@ class SRLoRAMixin(_Module):
             return
         self._averages_are_in = False  # a validation that was cut off may have left it otherwise
         self._refuse_what_cannot_be_right()
-        if not self.trainer.fit_loop._data_source.is_module():  # whose own setup may not be over
+        if not internals.module_loads_training_data(self.trainer):  # whose own setup may not be over
             self._require_room()
         begin, method = time.perf_counter(), self.adaptation.method
         self.adaptation.start(method.sources(self._progress, cache_folder("spectra")), device)
@@ -219,17 +220,10 @@ class SRLoRAMixin(_Module):
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         trainer: Any = self.trainer
         step = trainer.global_step + 1
-        self.adaptation.before_optimizer(step, gradients, self._inverse_loss_scale(optimizer))
+        self.adaptation.before_optimizer(step, gradients, internals.inverse_loss_scale(trainer, optimizer))
         if trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:
             # Said before it is done, so that a file written at the end of this step has the step's whole row.
             self.log_dict({f"srlora/{name}": value for name, value in self.adaptation.controller.metrics(step).items()})
-
-    def _inverse_loss_scale(self, optimizer: Optimizer) -> Tensor | None:
-        """1 / loss scale where the gradients still carry it: fused optimizers unscale inside their own step."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is None or not getattr(optimizer, "_step_supports_amp_scaling", False):
-            return None
-        return scaler._get_scale_async().reciprocal()  # get_scale() would wait for the device
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
@@ -274,11 +268,11 @@ class SRLoRAMixin(_Module):
                 checkpoint["state_dict"], checkpoint[_CURRENT] = checkpoint[_CURRENT], checkpoint["state_dict"]
 
     def _averaging(self) -> list[WeightAveraging]:
-        callbacks: list[Any] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks: list[Any] = [] if internals.trainer_of(self) is None else self.trainer.callbacks  # type: ignore[attr-defined]
         return [each for each in callbacks if isinstance(each, WeightAveraging)]
 
     def _trained(self) -> list[Tensor]:
-        optimizers: Sequence[Optimizer] = [] if self._trainer is None else self.trainer.optimizers
+        optimizers: Sequence[Optimizer] = [] if internals.trainer_of(self) is None else self.trainer.optimizers
         return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -286,7 +280,7 @@ class SRLoRAMixin(_Module):
         self._require_adapted()
         if _CHECKPOINT_KEY not in checkpoint:
             raise UserError("the checkpoint holds no adaptation, it was written by another program or module")
-        device = None if self._trainer is None else self.trainer.strategy.root_device
+        device = None if internals.trainer_of(self) is None else self.trainer.strategy.root_device
         self.adaptation.load_state_dict(checkpoint[_CHECKPOINT_KEY], device)
         self.adaptation.reach(checkpoint.get("global_step", 0))  # files are written before the end of their step
         if checkpoint[_CHECKPOINT_KEY]["compact"]:
@@ -297,7 +291,7 @@ class SRLoRAMixin(_Module):
 
     def _load_averages(self, checkpoint: dict[str, Any]) -> None:
         """Take the trained weights to go on, the averages for everything else."""
-        if self._trainer is None:
+        if internals.trainer_of(self) is None:
             return
         if self.trainer.state.fn != "fit":  # the callback of a fit that is over has averages, and weights, of its own
             checkpoint[_CURRENT] = checkpoint["state_dict"]
@@ -309,7 +303,7 @@ class SRLoRAMixin(_Module):
 
 def refuse_copies(strategy: Strategy) -> None:
     """Refuse to train a copy of the model: its weights would come back, but not what became of the pairs."""
-    if type(strategy.launcher).__name__ == "_MultiProcessingLauncher":
+    if internals.trains_copy(strategy):
         raise UserError(
             "trainer.strategy ddp_spawn, ddp_fork and ddp_notebook train a copy of the model, whose history is lost "
             "when its process ends: use ddp, in a script"

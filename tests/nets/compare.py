@@ -24,7 +24,7 @@ def dump(folder: Path, package: Path) -> None:
     assert srlora_pl.__file__ is not None
     assert Path(srlora_pl.__file__).parents[1] == package
     sys.path.insert(0, str(ROOT))  # the cases are these, whatever the package
-    from tests.nets import resumed, trajectories
+    from tests.helpers import resumed, trajectories
 
     torch.set_num_threads(1)
     for dtype in (torch.float32, torch.float64):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.nets.resumed import EXPECTED, FILES, FOLDER, prepare, resume, score
-from tests.nets.trajectories import digest
+from tests.helpers.resumed import EXPECTED, FILES, FOLDER, prepare, resume, score
+from tests.helpers.trajectories import digest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TOLERANCE = 1e-12  # of a tensor's norm

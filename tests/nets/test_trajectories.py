@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.nets.trajectories import CASES, FILE, SNAPSHOTS, digest, run
+from tests.helpers.trajectories import CASES, FILE, SNAPSHOTS, digest, run
 
 TOLERANCE = 1e-12  # of a tensor's norm, or of its largest entry
 EXPECTED = load_file(FILE)

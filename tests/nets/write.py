@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
 
-from tests.data.texts import WORDS, save_tokenizer, sentence, write
-from tests.nets import resumed, trajectories
+from tests.helpers import resumed, trajectories
+from tests.helpers.texts import WORDS, save_tokenizer, sentence, write
 
 WHOLE = ("srlora-sgd", "srlora-adamw")  # trajectories whose last tensors are kept as they are
 VIT = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -1,5 +1,6 @@
 """Whatever a user can get wrong, through the command line: one sentence, no training, nothing left, nothing lost."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from srlora_pl.tasks.base import Task
 from tests.helpers.cli import cli, complaint, contents
+from tests.helpers.errors import mentions
 from tests.helpers.user_folder import FIT, PREDICT, TEST, encoder, pictures, texts
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -25,7 +27,7 @@ def export(*options: str, checkpoint: str = "image.ckpt", output: str = "new") -
 COMMAND_LINE: dict[str, Case] = {
     "unknown subcommand": (["fitt"], ["'fitt'", "'fit'"]),
     "options before the subcommand": (["--config", "small.yaml", "fit"], ["'--config'", "fit, validate"]),
-    "no config": (["fit"], ["model", "--config configs/NAME.yaml"]),
+    "no config": (["fit"], ["model", "--config", "configs/NAME.yaml"]),
     "config without a name": (["fit", "--config"], ["--config"]),
     "missing config": (["fit", "--config", "smal.yaml"], ["smal.yaml", "'small.yaml'"]),
     "invalid YAML": (["fit", "--config", "broken.yaml"], ["broken.yaml", "line 2"]),
@@ -54,43 +56,43 @@ COMMAND_LINE: dict[str, Case] = {
     "abbreviated option": ([*FIT, "--trainer.max_step", "1"], ["--trainer.max_step ", "'trainer.max_steps'"]),
     "option without a value": ([*FIT, "--model.lr"], ["--model.lr needs a value"]),
     "stray word": ([*FIT, "stray"], ["'stray'"]),
-    "float": ([*FIT, "--model.lr", "fast"], ["--model.lr", "a number", "'fast'"]),
+    "float": ([*FIT, "--model.lr", "fast"], ["--model.lr", "float", "'fast'"]),
     "int in a file": ([*FIT, "--config", "type0.yaml"], ["trainer.max_steps", "type0.yaml, line 2", "'many'"]),
-    "bool": ([*FIT, "--data.hflip", "maybe"], ["--data.hflip", "true or false", "'maybe'"]),
+    "bool": ([*FIT, "--data.hflip", "maybe"], ["--data.hflip", "bool", "'maybe'"]),
     "choice": ([*FIT, "--model.schedule", "cosin"], ["--model.schedule", "'cosine', 'linear'", "'cosin'"]),
     "pair": ([*FIT, "--data.crop_scale", "[0.1]"], ["--data.crop_scale", "2 elements", "[0.1]"]),
-    "number of classes": ([*FIT, "--model.num_classes", "7"], ["model.num_classes 7", "leave it out"]),
+    "number of classes": ([*FIT, "--model.num_classes", "7"], ["model.num_classes", "7", "leave it out"]),
     "name that is not UTF-8": ([*FIT, "--name", "caf\udce9"], [r"'caf\udce9'", "UTF-8", "rename"]),
     "folder that is not UTF-8": ([*PREDICT, "--data.predict_root=caf\udce9"], [r"caf\udce9'", "UTF-8", "rename"]),
-    "name that is a path": ([*FIT, "--name", "../elsewhere"], ["--name '../elsewhere'", "without folders"]),
+    "name that is a path": ([*FIT, "--name", "../elsewhere"], ["--name", "'../elsewhere'", "without folders"]),
     "folder for runs": ([*FIT, "--trainer.default_root_dir", "small.yaml"], ["trainer.default_root_dir", "small.yaml"]),
     "predict without weights": (["predict", "--config", "small.yaml"], ["--ckpt_path"]),
-    "predict into a folder": ([*PREDICT, "--output", "reviews"], ["--output reviews", "reviews/predictions.csv"]),
+    "predict into a folder": ([*PREDICT, "--output", "reviews"], ["--output", "reviews", "reviews/predictions.csv"]),
     "predict below a file": ([*PREDICT, "--output", "small.yaml/out.csv"], ["into small.yaml", "--output"]),
     "GLUE's files into one": (
         ["predict", "--config", "glue.yaml", "--ckpt_path", "text.ckpt", "--output", "mine.tsv"],
-        ["--output mine.tsv", "folder"],
+        ["--output", "mine.tsv", "folder"],
     ),
 }
 TRAINER: dict[str, Case] = {
     "accelerator": ([*FIT, "--trainer.accelerator", "gpu"], ["gpu"]),
     "accelerator's name": ([*FIT, "--trainer.accelerator", "cuba"], ["cuba"]),
     "precision": ([*FIT, "--trainer.precision", "16-true"], ["trainer.precision", "'16-true'", "16-mixed"]),
-    "validation after no step": ([*FIT, "--trainer.val_check_interval=0"], ["trainer.val_check_interval is 0"]),
+    "validation after no step": ([*FIT, "--trainer.val_check_interval=0"], ["trainer.val_check_interval", "0"]),
     "validation after no epoch": (
         [*FIT, "--trainer.val_check_interval=1.0", "--trainer.check_val_every_n_epoch=0"],
-        ["trainer.check_val_every_n_epoch is 0"],
+        ["trainer.check_val_every_n_epoch", "0"],
     ),
-    "negative clipping": ([*FIT, "--trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val is -1"]),
+    "negative clipping": ([*FIT, "--trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val", "-1"]),
     "no steps in accumulation": ([*FIT, "--trainer.accumulate_grad_batches", "0"], ["accumulate_grad_batches", "0"]),
     "validation beyond the epoch": (
         [*FIT, "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=999"],
         ["val_check_interval", "999"],
     ),
     "endless run": ([*FIT, "--trainer.max_steps=-1", "--trainer.max_epochs=-1"], ["trainer.max_steps"]),
-    "no batch at all": ([*FIT, "--trainer.limit_train_batches=0"], ["trainer.limit_train_batches 0", "no batch of"]),
+    "no batch at all": ([*FIT, "--trainer.limit_train_batches=0"], ["trainer.limit_train_batches", "0", "no batch of"]),
     "no batches": ([*FIT, "--trainer.limit_train_batches=0.001"], ["0.001", "limit_train_batches"]),
-    "no batch to predict": ([*PREDICT, "--trainer.limit_predict_batches=0"], ["trainer.limit_predict_batches 0"]),
+    "no batch to predict": ([*PREDICT, "--trainer.limit_predict_batches=0"], ["trainer.limit_predict_batches", "0"]),
     "averaged weights": (
         [*FIT, "--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"],
         ["EMAWeightAveraging", "switch"],
@@ -109,25 +111,25 @@ TRAINER: dict[str, Case] = {
     ),
 }
 MODEL: dict[str, Case] = {
-    "lr 0": ([*FIT, "--model.lr=0"], ["model.lr is 0", "positive"]),
-    "lr below 0": ([*FIT, "--model.lr=-0.1"], ["model.lr is -0.1", "positive"]),
-    "lr NaN": ([*FIT, "--model.lr=.nan"], ["model.lr is nan", "positive"]),
-    "head's lr": ([*FIT, "--model.head_lr=-1"], ["model.head_lr is -1", "positive"]),
-    "momentum": ([*FIT, "--model.momentum=1"], ["model.momentum is 1"]),
-    "weight decay": ([*FIT, "--model.weight_decay=-1"], ["model.weight_decay is -1"]),
+    "lr 0": ([*FIT, "--model.lr=0"], ["model.lr", "0", "positive"]),
+    "lr below 0": ([*FIT, "--model.lr=-0.1"], ["model.lr", "-0.1", "positive"]),
+    "lr NaN": ([*FIT, "--model.lr=.nan"], ["model.lr", "nan", "positive"]),
+    "head's lr": ([*FIT, "--model.head_lr=-1"], ["model.head_lr", "-1", "positive"]),
+    "momentum": ([*FIT, "--model.momentum=1"], ["model.momentum", "1"]),
+    "weight decay": ([*FIT, "--model.weight_decay=-1"], ["model.weight_decay", "-1"]),
     "weight decay nobody does": (
         [*FIT, "--model.optimizer=torch.optim.Rprop", "--model.weight_decay=0.1"],
         ["torch.optim.Rprop", "model.weight_decay to 0"],
     ),
-    "warm-up below 0": ([*FIT, "--model.warmup_steps=-1"], ["model.warmup_steps is -1"]),
-    "warm-up beyond the run": ([*FIT, "--model.warmup_steps=13"], ["model.warmup_steps is 13", "12 optimizer steps"]),
+    "warm-up below 0": ([*FIT, "--model.warmup_steps=-1"], ["model.warmup_steps", "-1"]),
+    "warm-up beyond the run": ([*FIT, "--model.warmup_steps=13"], ["model.warmup_steps", "13", "12 optimizer steps"]),
     "optimizer": ([*FIT, "--model.optimizer=adamv"], ["'adamv'", "'adamw'"]),
     "optimizer of one group": (
         [*FIT, "--model.optimizer=torch.optim.LBFGS", "--model.head_lr=0.1"],
         ["torch.optim.LBFGS", "another one"],
     ),
-    "label smoothing": ([*FIT, "--model.label_smoothing=1"], ["model.label_smoothing is 1"]),
-    "mixup": ([*FIT, "--model.mixup=-0.1"], ["model.mixup is -0.1"]),
+    "label smoothing": ([*FIT, "--model.label_smoothing=1"], ["model.label_smoothing", "1"]),
+    "mixup": ([*FIT, "--model.mixup=-0.1"], ["model.mixup", "-0.1"]),
     "backbone": ([*FIT, "--model.backbone=vit_tiny_in46"], ["'vit_tiny_in46'", "'vit_tiny_in64'"]),
     "backbone's folder": ([*FIT, "--model.backbone=./nowhere"], ["./nowhere", "does not exist"]),
     "backbone's folder without config": ([*FIT, "--model.backbone=reviews"], ["'reviews'", "config.json"]),
@@ -146,16 +148,16 @@ MODEL: dict[str, Case] = {
 }
 METHODS: dict[str, Case] = {
     "method's argument": ([*FIT, f"{METHOD}rnk=3"], ["--model.method.rnk", "'rank'"]),
-    "rank 0": ([*FIT, f"{METHOD}rank=0"], ["method.rank is 0"]),
-    "rank above the matrix": ([*FIT, f"{METHOD}rank=40", f"{METHOD}target_rank=40"], ["rank 40", "32", "blocks.0"]),
-    "alpha": ([*FIT, f"{METHOD}alpha=0"], ["method.alpha is 0"]),
-    "dropout": ([*FIT, f"{METHOD}dropout=1"], ["method.dropout is 1"]),
-    "beta": ([*FIT, f"{METHOD}beta1=1"], ["method.beta1 is 1"]),
+    "rank 0": ([*FIT, f"{METHOD}rank=0"], ["method.rank", "0"]),
+    "rank above the matrix": ([*FIT, f"{METHOD}rank=40", f"{METHOD}target_rank=40"], ["rank", "40", "32", "blocks.0"]),
+    "alpha": ([*FIT, f"{METHOD}alpha=0"], ["method.alpha", "0"]),
+    "dropout": ([*FIT, f"{METHOD}dropout=1"], ["method.dropout", "1"]),
+    "beta": ([*FIT, f"{METHOD}beta1=1"], ["method.beta1", "1"]),
     "gamma above 1": ([*FIT, f"{METHOD}fusion_ratio=3"], ["fusion_ratio", "3"]),
-    "gamma 0": ([*FIT, f"{METHOD}fusion_ratio=0"], ["fusion_ratio is 0"]),
-    "gamma * r not whole": ([*FIT, f"{METHOD}rank=3"], ["fusion_ratio is 0.5", "1.5"]),
-    "gamma * r below 1": ([*FIT, f"{METHOD}fusion_ratio=0.1"], ["fusion_ratio is 0.1", "0.4"]),
-    "r_target below r": ([*FIT, f"{METHOD}target_rank=3"], ["target_rank is 3", "rank 4"]),
+    "gamma 0": ([*FIT, f"{METHOD}fusion_ratio=0"], ["fusion_ratio", "0"]),
+    "gamma * r not whole": ([*FIT, f"{METHOD}rank=3"], ["fusion_ratio", "0.5", "1.5"]),
+    "gamma * r below 1": ([*FIT, f"{METHOD}fusion_ratio=0.1"], ["fusion_ratio", "0.1", "0.4"]),
+    "r_target below r": ([*FIT, f"{METHOD}target_rank=3"], ["target_rank", "3", "rank", "4"]),
     "more switches than steps": ([*FIT, "--trainer.max_steps=3"], ["4 switches", "3 optimizer steps", "max_steps"]),
     "scores' reset": ([*FIT, f"{METHOD}reset_scores=some"], [f"{METHOD}reset_scores", "'all', 'recycled'", "'some'"]),
     "no such target": ([*FIT, f"{METHOD}target_modules=[fcc1]"], ["'fcc1'", "'fc1'"]),
@@ -163,16 +165,19 @@ METHODS: dict[str, Case] = {
     "pattern": ([*FIT, f"{METHOD}target_modules=fc("], ["'fc('", "regular expression"]),
     "nothing left": ([*FIT, f"{METHOD}exclude_modules=[qkv,proj,fc1,fc2]"], ["exclude_modules", "no linear layer"]),
     "excluded name": ([*FIT, f"{METHOD}exclude_modules=[fcc1]"], ["exclude_modules", "'fcc1'", "'fc1'"]),
-    "layers": ([*FIT, f"{METHOD}layers=first"], ["method.layers is 'first'"]),
+    "layers": ([*FIT, f"{METHOD}layers=first"], ["method.layers", "'first'"]),
     "layers that are not there": ([*FIT, f"{METHOD}layers=5-6"], ["layers='5-6'", "no linear layer"]),
     "rank of no layer": ([*FIT, f"{METHOD}rank_pattern={{fcc1: 2}}"], ["rank_pattern", "'fcc1'", "'fc1'"]),
 }
 CHECKPOINTS: dict[str, Case] = {
-    "missing checkpoint": ([*FIT, "--ckpt_path", "imag.ckpt"], ["--ckpt_path imag.ckpt", "does not exist", "'image."]),
+    "missing checkpoint": (
+        [*FIT, "--ckpt_path", "imag.ckpt"],
+        ["--ckpt_path", "imag.ckpt", "does not exist", "'image."],
+    ),
     "truncated checkpoint": ([*FIT, "--ckpt_path", "truncated.ckpt"], ["truncated.ckpt", "truncated"]),
     "empty checkpoint": ([*FIT, "--ckpt_path", "empty.ckpt"], ["empty.ckpt", "truncated"]),
-    "folder as checkpoint": ([*FIT, "--ckpt_path", "reviews"], ["--ckpt_path reviews"]),
-    "no checkpoint": ([*FIT, "--ckpt_path", "small.yaml"], ["--ckpt_path small.yaml"]),
+    "folder as checkpoint": ([*FIT, "--ckpt_path", "reviews"], ["--ckpt_path", "reviews"]),
+    "no checkpoint": ([*FIT, "--ckpt_path", "small.yaml"], ["--ckpt_path", "small.yaml"]),
     "weights for a checkpoint": ([*FIT, "--ckpt_path", "weights.ckpt"], ["weights.ckpt", "backbone_checkpoint"]),
     "foreign checkpoint": ([*FIT, "--ckpt_path", "foreign.ckpt"], ["another program"]),
     "checkpoint of another method": (
@@ -200,7 +205,7 @@ CHECKPOINTS: dict[str, Case] = {
     "checkpoint of another task": (texts("reviews", "--ckpt_path", "image.ckpt"), ["model.backbone"]),
     "checkpoint of other classes": (
         pictures("labelled", command=TEST),
-        ["model.num_classes 10", "2", "data of as many classes"],
+        ["model.num_classes", "10", "2", "data of as many classes"],
     ),
     "checkpoint of another seed": (
         [*FIT, "--seed_everything=4", "--ckpt_path", "image.ckpt"],
@@ -218,20 +223,20 @@ CHECKPOINTS: dict[str, Case] = {
 }
 IMAGES: dict[str, Case] = {
     "data set": ([*FIT, "--data.name=digit"], ["'digit'", "'digits'"]),
-    "batch of 0": ([*FIT, "--data.batch_size=0"], ["data.batch_size is 0"]),
+    "batch of 0": ([*FIT, "--data.batch_size=0"], ["data.batch_size", "0"]),
     "batch above the data": ([*FIT, "--data.batch_size=5000"], ["5000", "smaller batch"]),
-    "workers below 0": ([*FIT, "--data.num_workers=-1"], ["data.num_workers is -1"]),
-    "all held out": ([*FIT, "--data.val_fraction=1"], ["data.val_fraction is 1"]),
+    "workers below 0": ([*FIT, "--data.num_workers=-1"], ["data.num_workers", "-1"]),
+    "all held out": ([*FIT, "--data.val_fraction=1"], ["data.val_fraction", "1"]),
     "not one image held out": (pictures("pictures", "--data.val_fraction=0.01"), ["0.01", "larger fraction"]),
-    "crop": ([*FIT, "--data.crop_scale=[0.9,0.5]"], ["data.crop_scale is [0.9, 0.5]"]),
-    "test crop": ([*FIT, "--data.test_crop_pct=0"], ["data.test_crop_pct is 0"]),
+    "crop": ([*FIT, "--data.crop_scale=[0.9,0.5]"], ["data.crop_scale", "[0.9, 0.5]"]),
+    "test crop": ([*FIT, "--data.test_crop_pct=0"], ["data.test_crop_pct", "0"]),
     "no folder of images": (pictures("nowhere"), ["data.root 'nowhere' does not exist"]),
     "file for a folder": (pictures("small.yaml"), ["data.root 'small.yaml' is a file"]),
-    "empty folder": (pictures("nothing"), ["data.root 'nothing'", "class folders"]),
+    "empty folder": (pictures("nothing"), ["data.root", "'nothing'", "class folders"]),
     "one class": (pictures("lonely"), ["'lonely'", "'only'", "two classes"]),
     "empty class folder": (pictures("hollow"), ["hollow/c", "no images"]),
     "text for an image": (pictures("spoilt/text"), ["spoilt/text/b/3.png", "is not an image"]),
-    "truncated image": (pictures("spoilt/cut"), ["spoilt/cut/b/3.png", "is broken"]),
+    "truncated image": (pictures("spoilt/cut"), ["spoilt/cut/b/3.png", "cannot be read"]),
     "image mode": (pictures("spoilt/mode"), ["spoilt/mode/b/3.tiff", "mode 'F'"]),
     "class of validation only": (pictures("stranger"), ["'ants'", "'ant'"]),
     "no labels to test on": (pictures("bare", command=["test", "--config", "small.yaml"]), ["no labelled test split"]),
@@ -239,8 +244,11 @@ IMAGES: dict[str, Case] = {
         pictures("pictures", "--data.val_fraction=0", command=["validate", "--config", "small.yaml"]),
         ["data.val_fraction"],
     ),
-    "nothing to predict": ([*PREDICT, "--data.predict_root=nowhere"], ["data.predict_root 'nowhere'", "not exist"]),
-    "no images to predict": ([*PREDICT, "--data.predict_root=nothing"], ["data.predict_root 'nothing'", "no images"]),
+    "nothing to predict": ([*PREDICT, "--data.predict_root=nowhere"], ["data.predict_root", "'nowhere'", "not exist"]),
+    "no images to predict": (
+        [*PREDICT, "--data.predict_root=nothing"],
+        ["data.predict_root", "'nothing'", "no images"],
+    ),
     "text to predict": ([*PREDICT, "--data.predict_root=small.yaml"], ["small.yaml", "is not an image"]),
     "data set without a network": (pictures("owner/name"), ["'owner/name'", "give a folder"]),
     "download without a network": (
@@ -260,7 +268,7 @@ TEXTS: dict[str, Case] = {
     "text column": (texts("reviews", "--data.text_column=texts"), ["'texts'", "'text'", "data.text_column"]),
     "label column": (texts("reviews", "--data.label_column=lable"), ["'lable'", "'label'", "data.label_column"]),
     "separator": (texts("semicolons.csv"), ["semicolons.csv", 'data.separator to ";"']),
-    "long separator": (texts("reviews", "--data.separator=||"), ["data.separator is '||'"]),
+    "long separator": (texts("reviews", "--data.separator=||"), ["data.separator", "'||'"]),
     "fields": (texts("fields.csv"), ["Line 3 of fields.csv", "3 fields"]),
     "open quote": (texts("quote.csv"), ["line 3 of quote.csv", "quote"]),
     "no rows": (texts("rowless.csv"), ["rowless.csv", "no rows"]),
@@ -279,7 +287,7 @@ TEXTS: dict[str, Case] = {
     "test without labels": (texts("bare_texts", command="test"), ["no labelled test split", "validate"]),
     "fewer classes than the head": (
         texts("binary.csv", "--ckpt_path=text.ckpt", command="validate"),
-        ["model.num_classes 3", "2", "data of as many classes"],
+        ["model.num_classes", "3", "2", "data of as many classes"],
     ),
     "undecodable bytes": (texts("latin.csv"), ["Line 5 of latin.csv", "0xe4", "UTF-8"]),
     "no JSON": (texts("broken.jsonl"), ["Line 2 of broken.jsonl", "JSON"]),
@@ -289,16 +297,16 @@ TEXTS: dict[str, Case] = {
         ["new.csv", "does not exist"],
     ),
     "problem": (texts("reviews", "--data.problem=regresion"), ["--data.problem", "'regression'", "'regresion'"]),
-    "another problem": (texts("reviews", "--model.problem=multi_label"), ["model.problem is 'multi_label'", "leave"]),
+    "another problem": (texts("reviews", "--model.problem=multi_label"), ["model.problem", "'multi_label'", "leave"]),
     "score": (texts("reviews", "--model.score_names=[acuracy]"), ["'acuracy'", "'accuracy'"]),
     "class weights": (texts("reviews", "--model.class_weights=[1,2]"), ["model.class_weights", "3 numbers"]),
     "class weights by name": (
         texts("reviews", "--model.class_weights={no: 1, yess: 2, maybe: 1}"),
         ["model.class_weights", "'yess'", "'yes'"],
     ),
-    "length of 0": (texts("reviews", "--data.max_length=0"), ["data.max_length is 0"]),
-    "length without room": (texts("reviews", "--data.max_length=2"), ["data.max_length is 2", "at least 3"]),
-    "length above the model's": (texts("reviews", "--data.max_length=999"), ["data.max_length is 999", "at most 64"]),
+    "length of 0": (texts("reviews", "--data.max_length=0"), ["data.max_length", "0"]),
+    "length without room": (texts("reviews", "--data.max_length=2"), ["data.max_length", "2", "at least 3"]),
+    "length above the model's": (texts("reviews", "--data.max_length=999"), ["data.max_length", "999", "at most 64"]),
     "tokenizer of another model": (
         texts("reviews", '--model.backbone_kwargs={"pretrained": false, "vocab_size": 10}'),
         ["tokenizer of model.backbone", "of 'train'", "knows 10"],
@@ -334,15 +342,15 @@ TEXTS: dict[str, Case] = {
 }
 EXPORT: dict[str, Case] = {
     "export without a checkpoint": (["export", "--format", "merged", "--output", "new"], ["--ckpt_path", "--help"]),
-    "export's format": (export("--format=onnx"), ["--format onnx", "merged, peft"]),
+    "export's format": (export("--format=onnx"), ["--format", "onnx", "merged, peft"]),
     "export's option": (export("--format=merged", "--ranks=3"), ["--ranks=3", "--help"]),
     "export's rank": (export("--format=peft", "--rank=few"), ["--rank", "'few'"]),
-    "export of rank 0": (export("--format=peft", "--rank=0", checkpoint="compact.ckpt"), ["rank 0", "between 1"]),
-    "rank of merged weights": (export("--format=merged", "--rank=2"), ["--rank 2", "--format peft"]),
+    "export of rank 0": (export("--format=peft", "--rank=0", checkpoint="compact.ckpt"), ["rank", "0", "between 1"]),
+    "rank of merged weights": (export("--format=merged", "--rank=2"), ["--rank", "2", "--format", "peft"]),
     "export of nothing": (export("--format=merged", checkpoint="imag.ckpt"), ["imag.ckpt does not exist", "'image."]),
     "export of half a file": (export("--format=merged", checkpoint="truncated.ckpt"), ["truncated.ckpt", "truncated"]),
     "export of another program's": (export("--format=merged", checkpoint="foreign.ckpt"), ["foreign.ckpt", "exported"]),
-    "export into a full folder": (export("--format=merged", output="reviews"), ["--output reviews", "--force"]),
+    "export into a full folder": (export("--format=merged", output="reviews"), ["--output", "reviews", "--force"]),
     "export into a file": (export("--format=merged", output="small.yaml"), ["--output small.yaml is a file"]),
     "export below a file": (
         export("--format=merged", output="small.yaml/new"),
@@ -352,9 +360,9 @@ EXPORT: dict[str, Case] = {
         ["export", "--ckpt_path=image.ckpt", "--format=merged", "--output=new"],
         ["config.yaml", "--config"],
     ),
-    "LoRA on weights from nowhere": (export("--format=peft"), ["random weights", "--format merged"]),
-    "no adapter": ([*FIT, "--model.adapter=nowhere"], ["model.adapter nowhere", "folder"]),
-    "adapter without config": ([*FIT, "--model.adapter=reviews"], ["model.adapter reviews", "adapter_config.json"]),
+    "LoRA on weights from nowhere": (export("--format=peft"), ["random weights", "--format", "merged"]),
+    "no adapter": ([*FIT, "--model.adapter=nowhere"], ["model.adapter", "nowhere", "folder"]),
+    "adapter without config": ([*FIT, "--model.adapter=reviews"], ["model.adapter", "reviews", "adapter_config.json"]),
     "adapter of another kind": ([*FIT, "--model.adapter=adapters/ia3"], ["IA3", "LORA"]),
     "adapter as a pickle": ([*FIT, "--model.adapter=adapters/pickle"], ["adapter_model.bin", "safe_serialization"]),
     "adapter of another model": ([*FIT, "--model.adapter=adapters/other"], ["adapters/other", "blocks.7"]),
@@ -364,7 +372,7 @@ EXPORT: dict[str, Case] = {
     ),
     "no last checkpoint": (
         ["test", "--config", "small.yaml", "--name", "never", "--ckpt_path", "last"],
-        ["--ckpt_path last", "runs/never-srlora"],
+        ["--ckpt_path", "last", "runs/never-srlora"],
     ),
 }
 BAD_INPUT = COMMAND_LINE | TRAINER | MODEL | METHODS | CHECKPOINTS | IMAGES | TEXTS | EXPORT
@@ -381,8 +389,7 @@ def test_one_sentence_and_nothing_else(case: str, home: Path, monkeypatch: pytes
     code, _, err = cli(*arguments, home=home)
     sentence = complaint(err)
     assert code == 2
-    for word in words:
-        assert word in sentence
+    assert re.search(mentions(*words), sentence)
     assert len(sentence) < 500
     assert contents(home) == before
 

@@ -356,7 +356,7 @@ def test_a_second_run_takes_the_next_version(small: Path) -> None:
 def test_overlay_names_the_folder_and_makes_no_switch(small: Path) -> None:
     code, out, err = cli("fit", "--config", "small.yaml", "--config", LORA, home=small)
     assert code == 0, err
-    assert "note: srlora_pl.LoRA takes no target_rank: dropped" in err
+    assert "dropped" not in err
     assert "run written to runs/small-lora/version_0" in out
     events = EventAccumulator(str(small / "runs/small-lora/version_0")).Reload()
     assert {event.value for event in events.Scalars("srlora/switches")} == {0}

@@ -1,4 +1,4 @@
-"""Reading config files, overlays, and errors of the parser in one sentence."""
+"""Reading config files, laying them over each other, and errors of the parser in one sentence."""
 
 from pathlib import Path
 
@@ -7,10 +7,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srlora_pl.run import config
-from srlora_pl.run.config import changes, combine, explain, keys, method_arguments, missing_package, read
+from srlora_pl.run.config import beside_class_path, changes, combine, keys, read
+from srlora_pl.run.explain import explain, missing_package
+from srlora_pl.run.settings import drop_arguments, split_options
 from srlora_pl.util import yaml_text
 from srlora_pl.util.errors import UserError
+from tests.helpers.errors import mentions
 
 # Texts that one reader of YAML or another takes for something else.
 LIKE_OTHERS = [
@@ -67,7 +69,7 @@ def test_no_setting_is_a_date() -> None:
 @pytest.mark.parametrize("text", ["0", "false", "[]"])
 def test_a_file_of_nothing_but_a_value_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text(text)
-    with pytest.raises(UserError, match="must hold settings as 'key: value' lines, not "):
+    with pytest.raises(UserError, match=mentions("'key: value'")):
         read(str(tmp_path / "settings.yaml"))
 
 
@@ -113,11 +115,11 @@ def test_lists_of_loggers_are_joined_one_takes_anothers_place_and_lists_of_value
 
 
 def test_later_files_win_key_by_key() -> None:
-    settings, method = combine([task(rank=4), {"model": {"init_args": {"lr": 0.2}}, "trainer": {"max_steps": 3}}])
+    settings, foreign = combine([task(rank=4), {"model": {"init_args": {"lr": 0.2}}, "trainer": {"max_steps": 3}}])
     assert settings["model"]["init_args"]["lr"] == 0.2
     assert settings["model"]["init_args"]["method"]["init_args"] == {"rank": 4}
     assert settings["trainer"] == {"max_steps": 3}
-    assert method is None
+    assert foreign == set()
 
 
 def test_another_class_does_not_inherit_arguments() -> None:
@@ -126,19 +128,78 @@ def test_another_class_does_not_inherit_arguments() -> None:
     assert settings["data"] == {"class_path": "B", "init_args": {"B": 1}}
 
 
-def test_of_two_overlays_only_the_last_remains() -> None:
-    settings, method = combine([task(rank=4), overlay("LoRA", rank=16, dropout=0.1), overlay("PiSSA", alpha=2.0)])
-    assert settings["model"]["init_args"]["method"] == {"class_path": "srlora_pl.SRLoRA", "init_args": {"rank": 4}}
-    assert method == {"class_path": "srlora_pl.PiSSA", "init_args": {"alpha": 2.0}}
-    assert method_arguments(settings, method) == {"rank", "alpha"}
+CLASS_ONLY = {"model": {"init_args": {"method": "srlora_pl.LoRA"}}}
+NO_CLASS = {"model": {"init_args": {"method": {"init_args": {"rank": 2, "target_rank": 9, "dropout": 0.3}}}}}
 
 
-def test_arguments_without_a_class_belong_to_the_task() -> None:
-    mine = {"model": {"init_args": {"method": {"init_args": {"rank": 2}}}}}
-    settings, method = combine([task(rank=4), mine, overlay("LoRA")])
-    assert settings["model"]["init_args"]["method"]["init_args"] == {"rank": 2}
-    assert method is not None
-    assert method["class_path"] == "srlora_pl.LoRA"
+@pytest.mark.parametrize(
+    ("files", "name", "expected"),
+    [
+        ([overlay("LoRA", dropout=0.1)], "LoRA", {"rank": 4, "dropout": 0.1}),
+        ([CLASS_ONLY], "LoRA", {"rank": 4}),
+        ([overlay("LoRA", rank=16)], "LoRA", {"rank": 16}),
+        ([overlay("LoRA", rank=16, dropout=0.1), overlay("PiSSA", alpha=2.0)], "PiSSA", {"rank": 4, "alpha": 2.0}),
+        ([CLASS_ONLY, overlay("SRLoRA", beta1=0.5)], "SRLoRA", {"rank": 4, "target_rank": 12, "beta1": 0.5}),
+        ([overlay("SRLoRA", target_rank=8)], "SRLoRA", {"rank": 4, "target_rank": 8}),
+        ([NO_CLASS], "SRLoRA", {"rank": 2, "target_rank": 9, "dropout": 0.3}),
+        ([NO_CLASS, CLASS_ONLY], "LoRA", {"rank": 2, "dropout": 0.3}),
+        ([overlay("LoRA", rank=16), NO_CLASS], "LoRA", {"rank": 2, "dropout": 0.3}),
+        ([overlay("LoRA", target_rank=8)], "LoRA", {"rank": 4, "target_rank": 8}),  # for the parser to refuse
+    ],
+)
+def test_the_method_of_an_overlay_keeps_the_shared_arguments(files: list[dict], name: str, expected: dict) -> None:
+    settings, foreign = combine([task(rank=4, target_rank=12), *files])
+    assert settings["model"]["init_args"]["method"] == {"class_path": f"srlora_pl.{name}", "init_args": expected}
+    assert settings["model"]["init_args"]["lr"] == 0.1
+    assert ("target_rank" in foreign) == (name != "SRLoRA")
+    assert "rank" not in foreign
+
+
+def test_a_slip_of_the_task_is_not_dropped_with_its_method() -> None:
+    settings, _ = combine([task(rnk=4, beta1=0.5), overlay("LoRA")])
+    assert settings["model"]["init_args"]["method"]["init_args"] == {"rnk": 4}
+
+
+def test_a_task_without_a_method_of_its_own_gives_the_shared_arguments() -> None:
+    shared = task()
+    del shared["model"]["init_args"]["method"]["class_path"]
+    shared["model"]["init_args"]["method"]["init_args"] = {"rank": 4}
+    settings, _ = combine([shared, overlay("LoRA")])
+    assert settings["model"]["init_args"]["method"] == {"class_path": "srlora_pl.LoRA", "init_args": {"rank": 4}}
+
+
+def test_another_model_brings_its_own_method() -> None:
+    other = {"model": {"class_path": "srlora_pl.TextClassifier", "init_args": {"method": "srlora_pl.SRLoRA"}}}
+    assert combine([task(rank=4), CLASS_ONLY, other]) == (other, set())
+
+
+@pytest.mark.parametrize("option", ["--model.method", "--model.method.class_path", "--model.init_args.method"])
+@pytest.mark.parametrize("value", ["srlora_pl.LoRA", "{class_path: srlora_pl.LoRA}"])
+def test_a_method_on_the_command_line_is_an_overlay(option: str, value: str) -> None:
+    for words in ([option, value], [f"{option}={value}"]):
+        content, rest = split_options(["--model.method.rank", "2", *words, "--model.lr=1"])
+        assert rest == ["--model.method.rank", "2", "--model.lr=1"]
+        settings, _ = combine([task(rank=4, target_rank=12), content])
+        assert settings["model"]["init_args"]["method"] == {"class_path": "srlora_pl.LoRA", "init_args": {"rank": 4}}
+
+
+def test_typed_arguments_of_a_replaced_method_are_dropped_and_named() -> None:
+    words = ["--model.method.beta1=1", "--model.method.target_rank", "64", "--model.method.rank", "2", "--model.lr=1"]
+    dropped, rest = drop_arguments({"target_rank", "beta1", "beta2"}, words)
+    assert dropped == ["beta1", "target_rank"]
+    assert rest == ["--model.method.rank", "2", "--model.lr=1"]
+
+
+@pytest.mark.parametrize(
+    ("node", "key"),
+    [
+        ({"model": {"class_path": "M", "lr": 3}}, "model.lr"),
+        ({"model": {"class_path": "M", "init_args": {"method": {"class_path": "L", "rank": 3}}}}, "model.method.rank"),
+        ({"model": {"class_path": "M", "init_args": {"kwargs": {"lr": 3}}, "dict_kwargs": {}}, "lr": 1}, None),
+    ],
+)
+def test_an_argument_beside_its_class_path_is_found(node: dict, key: str | None) -> None:
+    assert beside_class_path(node) == key
 
 
 def test_combining_changes_no_input() -> None:
@@ -148,12 +209,12 @@ def test_combining_changes_no_input() -> None:
 
 
 def test_an_overlay_alone_is_refused() -> None:
-    with pytest.raises(UserError, match="before an overlay"):
+    with pytest.raises(UserError, match=mentions("before an overlay")):
         combine([overlay("LoRA")])
 
 
 def test_a_task_after_its_overlay_is_refused() -> None:
-    with pytest.raises(UserError, match="put a task's file before an overlay"):
+    with pytest.raises(UserError, match=mentions("before an overlay")):
         combine([overlay("LoRA"), task(rank=4)])
 
 
@@ -177,8 +238,24 @@ def test_what_stands_below_a_slip_is_no_mend_for_it() -> None:
     assert explain("unrecognized arguments: --modle", known, [], []) == "modle is unknown (did you mean 'model'?)"
 
 
-def test_an_unknown_form_of_message_stays_on_one_line() -> None:
-    assert explain("something\n  new", [], [], []) == "something new"
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        ("something\n  new", "new"),
+        (
+            "Parser key \"trainer.max_steps\":\n  Expected a <class 'int'>. Got value: many",
+            "expected int, given 'many'",
+        ),
+        (
+            "Parser key \"trainer.logger\":\n  Does not validate\n  Errors:\n    - Expected a <class 'x.Logger'>\n"
+            "    - Expected a <class 'bool'>\n  Given value type: <class 'float'>\n  Given value: 3.5",
+            "expected Logger or bool, given '3.5'",
+        ),
+    ],
+)
+def test_other_messages_keep_their_innermost_lines_key_and_value(message: str, sentence: str) -> None:
+    keys_ = [part.split('"')[1] for part in message.splitlines() if "Parser key" in part]
+    assert explain(message, [], [], []) == ": ".join([*keys_, sentence])
 
 
 def test_changes_are_named_as_on_a_command_line() -> None:
@@ -197,13 +274,6 @@ def test_changes_are_named_as_on_a_command_line() -> None:
         "model.lr 0.001 (was 0.1)",
         "model.method.rank 4 (was 8)",
     ]
-
-
-def test_what_no_file_can_say_is_left_out_and_named() -> None:
-    odd = callback("my.Callback", device="Unable to serialize instance cpu", steps=3)
-    kept, left_out = config.without_unwritable({"trainer": {"callbacks": [odd]}, "name": "a"})
-    assert kept == {"trainer": {"callbacks": [callback("my.Callback", steps=3)]}, "name": "a"}
-    assert left_out == ["trainer.callbacks Callback.device"]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from srlora_pl import ImageClassifier, ImageData, LoRA, UserError
 from srlora_pl.models.encoders import build_encoder
 from tests.helpers.cli import cli, complaint, contents
 from tests.helpers.encoders import BERT, folder
+from tests.helpers.errors import mentions
 from tests.helpers.texts import save_tokenizer
 from tests.helpers.user_folder import FIT, encoder, pictures, texts
 
@@ -120,7 +121,7 @@ def test_classes_named_in_checkpoints(user: Path, marker: Path, monkeypatch: pyt
         ({"method": {"class_path": "evil_module.Thing", "init_args": {}}}, "model.method"),
     ):
         torch.save(content | {"hyper_parameters": arguments | change}, user / "image.ckpt")
-        with pytest.raises(UserError, match=word):
+        with pytest.raises(UserError, match=mentions(word)):
             ImageClassifier.load_from_checkpoint(user / "image.ckpt")
     assert "evil_module" not in sys.modules
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from srlora_pl import ImageClassifier, ImageData, LoRA, PiSSA, SRLoRA, TextClassifier, UserError
 from srlora_pl.lowrank import Adaptation, Spectrum
-from srlora_pl.reporting import ContinuedCurves, ContinuedTensorBoardLogger, Monitor, Progress
+from srlora_pl.reporting import Monitor, Progress, ResumableCurves, ResumableTensorBoardLogger
 from srlora_pl.tasks.scores import SCORES, Mean, metrics
 from tests.helpers.encoders import BERT, DEBERTA, Data, folder, samples
 from tests.helpers.images import SMALL_VIT
@@ -152,8 +152,8 @@ def watched(model: Any, data: Any, path: Path, **options: Any) -> Watch:
         log_every_n_steps=10,
         val_check_interval=8,
         check_val_every_n_epoch=None,
-        logger=ContinuedTensorBoardLogger(path / "curves"),
-        callbacks=[OnDevice(watch), ContinuedCurves(), LearningRateMonitor("step"), Monitor(), Progress()],
+        logger=ResumableTensorBoardLogger(path / "curves"),
+        callbacks=[OnDevice(watch), ResumableCurves(), LearningRateMonitor("step"), Monitor(), Progress()],
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

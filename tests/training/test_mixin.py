@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from srlora_pl import SRLoRAMixin, UserError
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA
+from tests.helpers.errors import mentions
 from tests.helpers.toy_module import Toy, loader, srlora, trainer
 from tests.helpers.toys import toy_batches, toy_net
 
@@ -31,7 +32,7 @@ def test_a_module_that_adapts_nothing_is_told_so():
 
         def configure_optimizers(self): ...
 
-    with pytest.raises(UserError, match=r"Forgetful adapts no network, call self.adapt\(net, method\) in its __init__"):
+    with pytest.raises(UserError, match=mentions("Forgetful", "self.adapt", "__init__")):
         trainer(max_steps=1).fit(Forgetful(), loader())
 
 
@@ -102,7 +103,7 @@ def test_double_precision_is_refused_where_the_device_has_none(stage):
     module = Toy()
     module.trainer = trainer(precision="64-true")
     module.trainer.strategy._root_device = torch.device("mps", 0)
-    with pytest.raises(UserError, match=r"trainer.precision is '64-true', .* or trainer.accelerator to cpu"):
+    with pytest.raises(UserError, match=mentions("trainer.precision", "'64-true'", "trainer.accelerator")):
         module.setup(stage)
 
 
@@ -221,7 +222,7 @@ def test_a_resumed_run_that_became_too_short_for_its_switches_is_refused(tmp_pat
     first.fit(Toy(method), loader())
     first.save_checkpoint(tmp_path / "a.ckpt")
     module = Toy(method)
-    with pytest.raises(UserError, match=r"switches .* do not fit into 3 optimizer steps"):
+    with pytest.raises(UserError, match=mentions("switches", "3 optimizer steps")):
         trainer(tmp_path, max_steps=10).fit(module, loader(), ckpt_path=tmp_path / "a.ckpt")
     trainer(tmp_path, max_steps=20).fit(module := Toy(method), loader(), ckpt_path=tmp_path / "a.ckpt")
     assert module.adaptation.switches_done == 9
@@ -303,7 +304,7 @@ def test_a_changed_length_replans_the_rest_and_says_so(tmp_path):
     run.save_checkpoint(tmp_path / "a.ckpt")
     resumed, moves = Toy(srlora(rank=2)), Moves()
     # 9 of 10 switches done in 15 steps; the one left would fall on step 35 itself
-    with pytest.warns(UserWarning, match="ends at step 35: 0 switches"):
+    with pytest.warns(UserWarning, match=mentions("step 35", "0 switches")):
         trainer(tmp_path, max_epochs=-1, max_steps=35, callbacks=[moves]).fit(
             resumed, loader(), ckpt_path=tmp_path / "a.ckpt"
         )
@@ -339,7 +340,7 @@ class OwnLoader(Toy):
 def test_more_switches_than_steps_is_an_error_before_the_first_batch(own, options):
     """And, where the module does not make its loaders itself, before singular values are computed."""
     module = (OwnLoader if own else Toy)(srlora(rank=2))
-    with pytest.raises(UserError, match=r"10 switches .* do not fit into 9 .*, lower method.target_rank to 11 or"):
+    with pytest.raises(UserError, match=mentions("10 switches", "9", "method.target_rank to 11")):
         trainer(**options).fit(module, None if own else loader(9))
     assert module.adaptation.started == own
 
@@ -362,7 +363,7 @@ class Endless(IterableDataset):
 
 @pytest.mark.parametrize("options", [{"max_steps": -1, "max_epochs": -1}, {"max_steps": -1, "max_epochs": 2}])
 def test_a_run_without_a_length_is_an_error_that_names_max_steps(options):
-    with pytest.raises(UserError, match=r"set trainer\.max_steps"):
+    with pytest.raises(UserError, match=mentions("trainer.max_steps")):
         trainer(**options).fit(Toy(), DataLoader(Endless(), batch_size=None))
 
 
@@ -382,20 +383,20 @@ class HeadOnly(Toy):
 
 
 @pytest.mark.parametrize(
-    ("module", "options", "says"),
+    ("module", "options", "words"),
     [
-        (Toy, {"callbacks": [WeightAveraging()]}, "WeightAveraging would average pairs across a switch"),
-        (Toy, {"callbacks": [StochasticWeightAveraging(1e-3)]}, "StochasticWeightAveraging would average"),
-        (Toy, {"precision": "16-true"}, "trainer.precision is '16-true'"),
-        (Toy, {"precision": "bf16-true"}, "trainer.precision is 'bf16-true'"),
-        (Toy, {"strategy": FSDPStrategy(torch.device("cpu"))}, "trainer.strategy FSDPStrategy"),
-        (Manual, {}, "manual optimization"),
-        (Toy, {"callbacks": [GradientAccumulationScheduler({0: 4})]}, "GradientAccumulationScheduler makes the run"),
-        (HeadOnly, {}, "the optimizer does not train the pairs of blocks.0.qkv"),
+        (Toy, {"callbacks": [WeightAveraging()]}, ["WeightAveraging", "switch"]),
+        (Toy, {"callbacks": [StochasticWeightAveraging(1e-3)]}, ["StochasticWeightAveraging", "switch"]),
+        (Toy, {"precision": "16-true"}, ["trainer.precision", "'16-true'"]),
+        (Toy, {"precision": "bf16-true"}, ["trainer.precision", "'bf16-true'"]),
+        (Toy, {"strategy": FSDPStrategy(torch.device("cpu"))}, ["trainer.strategy", "FSDPStrategy"]),
+        (Manual, {}, ["manual optimization"]),
+        (Toy, {"callbacks": [GradientAccumulationScheduler({0: 4})]}, ["GradientAccumulationScheduler"]),
+        (HeadOnly, {}, ["optimizer", "blocks.0.qkv"]),
     ],
 )
-def test_what_cannot_be_right_is_refused_by_name(module, options, says):
-    with pytest.raises(UserError, match=says):
+def test_what_cannot_be_right_is_refused_by_name(module, options, words):
+    with pytest.raises(UserError, match=mentions(*words)):
         trainer(**options).fit(module(), loader())
 
 
@@ -404,7 +405,7 @@ def test_methods_without_switches_may_be_averaged():
 
 
 def test_a_hook_without_super_is_refused_when_the_class_is_made():
-    with pytest.raises(TypeError, match=r"Bad\.on_train_batch_end .* must call super\(\)\.on_train_batch_end"):
+    with pytest.raises(TypeError, match=mentions("Bad.on_train_batch_end", "super().on_train_batch_end")):
 
         class Bad(Toy):
             def on_train_batch_end(self, outputs, batch, batch_idx):
@@ -418,7 +419,7 @@ def test_a_hook_without_super_is_refused_when_the_class_is_made():
         def setup(self, stage):
             pass
 
-    with pytest.raises(TypeError, match=r"Other\.setup .* must call super\(\)\.setup"):
+    with pytest.raises(TypeError, match=mentions("Other.setup", "super().setup")):
 
         class Mixed(Other, Toy):
             pass
@@ -440,7 +441,7 @@ def test_saving_a_merged_model_is_refused(tmp_path):
 
 def test_one_module_adapts_one_network():
     module = Toy()
-    with pytest.raises(UserError, match=r"Toy calls adapt\(\) twice"):
+    with pytest.raises(UserError, match=mentions("Toy", "adapt()", "twice")):
         module.adapt(toy_net(), srlora())
 
 
@@ -458,7 +459,7 @@ def test_a_module_that_adapts_in_setup_is_told_so_where_it_is_loaded(tmp_path):
     run = trainer(tmp_path, max_steps=5)
     run.fit(Late(), loader())
     run.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"Late adapts no network, call self.adapt\(net, method\) in its __init__"):
+    with pytest.raises(UserError, match=mentions("Late", "self.adapt", "__init__")):
         Late.load_from_checkpoint(tmp_path / "a.ckpt")
 
 
@@ -483,7 +484,7 @@ def test_a_method_may_be_a_hyperparameter(method, tmp_path):
 def test_layers_that_never_get_a_gradient_are_named_at_the_end_of_a_short_run():
     module = Toy(LoRA(rank=2))
     module.net.blocks[1].forward = lambda x: x
-    with pytest.warns(UserWarning, match=r"no gradient has reached blocks\.1\.qkv, .* in 3 steps"):
+    with pytest.warns(UserWarning, match=mentions("blocks.1.qkv", "3 steps")):
         trainer(max_steps=3).fit(module, loader())
 
 
@@ -506,7 +507,7 @@ def test_what_has_trained_once_is_in_the_checkpoint_though_it_is_frozen_again(tm
 
 
 def test_a_checkpoint_without_an_adaptation_is_refused():
-    with pytest.raises(UserError, match="holds no adaptation"):
+    with pytest.raises(UserError, match=mentions("no adaptation")):
         Toy().on_load_checkpoint({"state_dict": {}})
 
 

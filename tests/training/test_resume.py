@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from srlora_pl import ImageClassifier, PiSSA, UserError
 from tests.helpers.digits import BACKBONE, SHAPE, STEPS, SmallDigits, assert_equal, final, model, trainer
+from tests.helpers.errors import mentions
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("backbone")]
 
@@ -193,16 +194,16 @@ def test_the_steps_that_loggers_see_continue(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "words"),
     [
-        ({"accumulate_grad_batches": 2}, r"trainer.accumulate_grad_batches is 2 and .* with 1"),
-        ({"data": {"batch_size": 6}}, r"batch_size"),
+        ({"accumulate_grad_batches": 2}, ["trainer.accumulate_grad_batches", "2", "1"]),
+        ({"data": {"batch_size": 6}}, ["batch_size"]),
     ],
 )
-def test_a_resume_that_cannot_be_exact_is_refused(change, says, tmp_path):
+def test_a_resume_that_cannot_be_exact_is_refused(change, words, tmp_path):
     with pytest.raises(Interrupted):
         fit(tmp_path, InterruptAt(batch=3))
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=mentions(*words)):
         fit(tmp_path, ckpt_path=tmp_path / "last.ckpt", **change)
 
 

@@ -15,6 +15,7 @@ from srlora_pl.data.images.folders import _JUNK, Folder, picture_files
 from srlora_pl.data.images.sources import find_source
 from srlora_pl.data.splits import split_of
 from srlora_pl.util.errors import UserError
+from tests.helpers.errors import mentions
 
 Tree = Callable[..., Path]
 of_bytes = pytest.mark.skipif(sys.platform != "linux", reason="other systems take fewer names for a file")
@@ -93,7 +94,7 @@ def test_splits_that_cannot_be_told(tree: Tree, names: list[str], words: list[st
 def test_a_class_may_be_called_like_a_split(tree: Tree, name: str) -> None:
     source = Folder(tree("car/0.png", f"{name}/0.png", "ship/0.png"))
     assert source.class_names == sorted(["car", name, "ship"])
-    assert not source.has("test")
+    assert "test" not in source.splits
 
 
 # -- what is left out
@@ -154,7 +155,7 @@ def test_only_hidden_folders_below_the_root_are_left_out(tree: Tree) -> None:
     root = tree(".cache/photos/0.png", ".cache/photos/.trash/1.png")
     assert [path.name for path in paths(picture_files(root / ".cache" / "photos", "key").images)] == ["0.png"]
     assert len(picture_files(root / ".cache" / "photos" / ".trash" / "1.png", "key").images) == 1
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match=mentions("no images")):
         picture_files(root, "key")
 
 
@@ -191,7 +192,7 @@ def test_a_folder_that_may_not_be_read_is_counted(tree: Tree, monkeypatch: pytes
 
 @of_bytes
 def test_a_class_whose_name_is_not_utf8_is_refused(tree: Tree) -> None:
-    with pytest.raises(UserError, match=r"class folder 'caf\\udce9' in .*root' is not named in UTF-8"):
+    with pytest.raises(UserError, match=mentions("'caf\\udce9'", "root'", "UTF-8")):
         Folder(tree("caf\udce9/0.png", "dog/0.png"))
 
 

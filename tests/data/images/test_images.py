@@ -4,7 +4,6 @@ import functools
 import http.server
 import io
 import pickle
-import re
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -22,10 +21,12 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from srlora_pl.data.images.datamodule import FileImages, ImageData, MemoryImages
-from srlora_pl.data.images.sources import Files, picture_files
+from srlora_pl.data.images.folders import picture_files
+from srlora_pl.data.images.pictures import Files
 from srlora_pl.data.images.transforms import ImageTransform, check_mode, to_rgb
 from srlora_pl.util.errors import UserError
 from tests.helpers.data import attach
+from tests.helpers.errors import mentions
 from tests.helpers.paths import SHARED
 
 Tree = Callable[..., Path]
@@ -147,7 +148,7 @@ def test_unlabelled_test_folder_is_for_prediction(image_tree: Tree) -> None:
     data = ready("predict", root=str(root))
     assert not data.has_test_labels
     assert set(batches(data, data.predict_dataloader())) == {"image", "index"}
-    with pytest.raises(UserError, match="no labelled test split"):
+    with pytest.raises(UserError, match=mentions("labelled test split")):
         data.setup("test")
 
 
@@ -200,19 +201,19 @@ def test_table_with_class_label_and_hidden_test_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("columns", "sentence"),
+    ("columns", "words"),
     [
-        ({"image_column": "pictures"}, r"data.image_column is 'pictures' \(did you mean 'picture'\?\)"),
-        ({"label_column": "label"}, "data.label_column is 'label'"),
-        ({"image_column": "kind"}, "'kind' of .* holds no images; its columns of images are: picture"),
-        ({"label_column": "picture"}, "data.label_column 'picture' of .* holds Image.*not classes"),
+        ({"image_column": "pictures"}, ["data.image_column", "'pictures'", "'picture'"]),
+        ({"label_column": "label"}, ["data.label_column", "'label'"]),
+        ({"image_column": "kind"}, ["'kind'", "picture"]),
+        ({"label_column": "picture"}, ["data.label_column", "'picture'", "Image"]),
     ],
 )
-def test_wrong_columns(tmp_path: Path, columns: dict[str, str], sentence: str) -> None:
+def test_wrong_columns(tmp_path: Path, columns: dict[str, str], words: list[str]) -> None:
     from datasets import Value
 
     table(tmp_path / "t", "train", ["cat", "dog"] * 3, Value("string"))
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=mentions(*words)):
         ImageData(root=str(tmp_path / "t"), **{**OWN, **columns})  # type: ignore[arg-type]
 
 
@@ -231,7 +232,7 @@ def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no network")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(UserError, match=r"data.root 'some/name' .*no network.*; give a folder"):
+    with pytest.raises(UserError, match=mentions("data.root", "'some/name'")):
         ImageData(root="some/name")
 
 
@@ -284,7 +285,7 @@ def test_download(tmp_path: Path, served: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_download_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CIFAR10, "url", "http://127.0.0.1:9/cifar-10-python.tar.gz")
-    with pytest.raises(UserError, match=r"cifar10 is not whole .* put https?://.*cifar-10-python.tar.gz into .*data"):
+    with pytest.raises(UserError, match=mentions("cifar10", "cifar-10-python.tar.gz")):
         ready(name="cifar10", root=str(tmp_path / "data"))
 
 
@@ -303,44 +304,44 @@ def test_missing_empty_and_one_class(tmp_path: Path, image_tree: Tree) -> None:
     for root, sentence in (
         (tmp_path / "nowhere", "does not exist"),
         (tmp_path / "empty", "has no class folders"),
-        (image_tree({"only": (8, 8)}), "has the one class 'only'"),
+        (image_tree({"only": (8, 8)}), "has no two classes, only 'only'"),
         (tmp_path / "pictures/only/0.png", "is a file"),
     ):
-        with pytest.raises(UserError, match=f"data.root '{root}' {sentence}"):
+        with pytest.raises(UserError, match=mentions("data.root", root, sentence)):
             ImageData(root=str(root))
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "words"),
     [
-        ({"name": "cifar1O"}, r"data.name is 'cifar1O' \(did you mean 'cifar10'\?\)"),
-        ({"crop_scale": (0.0, 1.0)}, r"data.crop_scale is \[0.0, 1.0\]"),
-        ({"crop_scale": (0.9, 0.5)}, r"data.crop_scale is \[0.9, 0.5\]"),
-        ({"test_crop_pct": 0.0}, "data.test_crop_pct is 0.0"),
-        ({"num_workers": -1}, "data.num_workers is -1"),
+        ({"name": "cifar1O"}, ["data.name", "'cifar1O'", "'cifar10'"]),
+        ({"crop_scale": (0.0, 1.0)}, ["data.crop_scale", "[0.0, 1.0]"]),
+        ({"crop_scale": (0.9, 0.5)}, ["data.crop_scale", "[0.9, 0.5]"]),
+        ({"test_crop_pct": 0.0}, ["data.test_crop_pct", "0.0"]),
+        ({"num_workers": -1}, ["data.num_workers", "-1"]),
     ],
 )
-def test_arguments_out_of_range(options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_arguments_out_of_range(options: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UserError, match=mentions(*words)):
         ImageData(**{"name": "digits", **options})
 
 
 def test_empty_class_folder(image_tree: Tree) -> None:
     root = image_tree({"a": (8, 8), "b": (8, 8)})
     (root / "c").mkdir()
-    with pytest.raises(UserError, match=f"'{root / 'c'}' holds no images"):
+    with pytest.raises(UserError, match=mentions(root / "c", "images")):
         ready(root=str(root))
 
 
 def test_class_of_test_that_train_lacks(image_tree: Tree) -> None:
     root = image_tree({"train/ant": (8, 8), "train/bee": (8, 8), "test/ants": (8, 8)})
-    with pytest.raises(UserError, match=r"the class 'ants'.*did you mean 'ant'\?"):
+    with pytest.raises(UserError, match=mentions("'ants'", "'ant'")):
         ready("test", root=str(root))
 
 
 def test_split_too_small(image_tree: Tree) -> None:
     root = image_tree({"a": (8, 8), "b": (8, 8)}, count=3)
-    with pytest.raises(UserError, match=r"data.val_fraction 0.01 of 6 training images"):
+    with pytest.raises(UserError, match=mentions("data.val_fraction", "0.01", "6")):
         ready(root=str(root), val_fraction=0.01)
 
 
@@ -362,12 +363,12 @@ def test_own_pictures_are_predicted_with_the_classes_alone(image_tree: Tree, tmp
     data = ready("predict", **own, predict_root=str(root))
     assert (data.num_classes, data.class_names) == (3, ["x", "y", "z"])
     assert batches(data, data.predict_dataloader())["image"].shape == (2, 3, 16, 16)
-    for stage, sentence in {
-        "fit": "data.class_names .* no train split: leave it out",
-        "test": "no labelled test split",
-        "predict": "no test split to predict; set data.predict_root",
+    for stage, words in {
+        "fit": ["data.class_names", "train"],
+        "test": ["labelled test split"],
+        "predict": ["data.predict_root"],
     }.items():
-        with pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match=mentions(*words)):
             ready(stage, **own)
 
 
@@ -409,7 +410,7 @@ def test_a_picture_that_is_broken_in_the_middle_is_refused(kind: str, turned: in
     middle = len(content) // 2
     content[middle : middle + 200] = bytes(255 - byte for byte in content[middle : middle + 200])
     file.write_bytes(content)
-    with pytest.raises(UserError, match=rf"^The image {re.escape(str(file))} is broken"):
+    with pytest.raises(UserError, match=mentions(str(file), "broken")):
         Files([file]).decode(0, to_rgb)
 
 
@@ -435,15 +436,15 @@ def test_a_picture_that_may_not_be_read_is_not_called_broken(tmp_path: Path, mon
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Image, "open", refused)
-    with pytest.raises(UserError, match=r"The image .*a.png may not be read \(Permission denied\); change its perm"):
+    with pytest.raises(UserError, match=mentions("a.png", "Permission denied")):
         Files([tmp_path / "a.png"]).decode(0, to_rgb)
 
 
 def test_predict_root_missing_or_empty(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.predict_root '.*none' does not exist"):
+    with pytest.raises(UserError, match=mentions("data.predict_root", "none'", "exist")):
         ready("predict", name="digits", predict_root=str(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"data.predict_root '.*empty' holds no images"):
+    with pytest.raises(UserError, match=mentions("data.predict_root", "empty'", "images")):
         ready("predict", name="digits", predict_root=str(tmp_path / "empty"))
 
 
@@ -451,7 +452,7 @@ def test_predict_root_missing_or_empty(tmp_path: Path) -> None:
 def test_bad_small_image_is_named_before_training(image_tree: Tree, kind: str) -> None:
     root = image_tree({"a": (12, 12), "b": (12, 12)})
     bad = spoil(root / "b" / "3.png", kind)
-    with pytest.raises(UserError, match=f"^The image {bad} .*[.]$") as caught:
+    with pytest.raises(UserError, match=mentions(bad)) as caught:
         ready(root=str(root))
     assert "\n" not in str(caught.value)
 
@@ -461,7 +462,7 @@ def test_truncated_large_image_is_named_at_first_sight(image_tree: Tree, workers
     root = image_tree({"a": (150, 140), "b": (150, 140)})
     bad = spoil(root / "b" / "3.png", "truncated")
     data = ready(root=str(root), num_workers=workers, val_fraction=0.0)
-    with pytest.raises(UserError, match=f"^The image {bad} is broken .*[.]$") as caught:
+    with pytest.raises(UserError, match=mentions(bad, "broken")) as caught:
         list(data.train_dataloader())
     assert "\n" not in str(caught.value)
 
@@ -469,7 +470,7 @@ def test_truncated_large_image_is_named_at_first_sight(image_tree: Tree, workers
 def test_wrong_mode_of_a_large_image_is_named_before_training(image_tree: Tree) -> None:
     root = image_tree({"a": (150, 140), "b": (150, 140)})
     bad = spoil(root / "b" / "3.png", "float")
-    with pytest.raises(UserError, match=f"The image {bad} has image mode 'F'"):
+    with pytest.raises(UserError, match=mentions(bad, "'F'", "mode")):
         ready(root=str(root))
 
 
@@ -511,7 +512,7 @@ def test_pictures_that_came_later_are_predicted(image_tree: Tree) -> None:
 def test_one_picture_in_every_class(image_tree: Tree) -> None:
     root = str(image_tree({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, count=1))
     for fraction in (0.4, 0.9):
-        with pytest.raises(UserError, match=rf"val_fraction is {fraction}, but no class has two training images"):
+        with pytest.raises(UserError, match=mentions("val_fraction", fraction, "training images")):
             ready(root=root, val_fraction=fraction, batch_size=2)
     assert len(ready(root=root, val_fraction=0.0, batch_size=2).train_set) == 3  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ import pytest
 from srlora_pl.data.texts.labels import class_names, label_sets, look_alikes, present, refuse_vectors
 from srlora_pl.data.texts.tables import Table
 from srlora_pl.util.errors import UserError
+from tests.helpers.errors import mentions
 
 
 def column(*labels: Any) -> Table:
@@ -58,9 +59,7 @@ def test_names_that_look_alike() -> None:
 )
 def test_vectors_are_no_classes(vectors: list[Any]) -> None:
     table = column(*vectors)
-    with pytest.raises(
-        UserError, match=r"'label' is .* in line [12] of a.jsonl, a number for every class .* write the"
-    ):
+    with pytest.raises(UserError, match=mentions("'label'", "a.jsonl", "number")):
         refuse_vectors(table, "label", label_sets(table, "label", ","))
 
 
@@ -82,12 +81,12 @@ def test_classes_named_by_numbers_are_classes(sets: list[Any]) -> None:
 
 
 def test_one_class_written_as_a_vector_is_not_sent_on_to_multi_label() -> None:
-    with pytest.raises(UserError, match=r"'label' is 0, 1, 0 in line 1 of a.jsonl, a number for every class"):
+    with pytest.raises(UserError, match=mentions("'label'", "0, 1, 0", "line 1", "a.jsonl")):
         present(column([0, 1, 0], [1, 0, 0]), "label")
 
 
 @pytest.mark.parametrize("value", [{"a": 1}, b"a"])
 def test_what_names_no_class(value: Any) -> None:
     for labels in (lambda: present(column("a", value), "label"), lambda: label_sets(column("a", value), "label", ",")):
-        with pytest.raises(UserError, match=r"'label' holds .*a.*, which names no class, in line 2 of a.jsonl"):
+        with pytest.raises(UserError, match=mentions("'label'", "line 2", "a.jsonl", "class")):
             labels()

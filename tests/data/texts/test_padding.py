@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from srlora_pl import GLUEData, LoRA, TextClassifier, UserError, export_model
+from tests.helpers.errors import mentions
 from tests.helpers.texts import PAD, SEP, W0, WORDS, cola, save_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -163,5 +164,5 @@ def test_a_tokenizer_without_a_padding_token(root, tmp_path, own, special, taken
 
 def test_a_decoder_that_nothing_pads_is_refused(root, tmp_path):
     place = without_padding_token(backbone(tmp_path / "gpt_neo", "gpt_neo", GPT_NEO | {"eos_token_id": None}, None))
-    with pytest.raises(UserError, match=r"has no padding token, and its tokenizer has neither .*add \"pad_token\" to"):
+    with pytest.raises(UserError, match=mentions('"pad_token"', "tokenizer")):
         outputs(TextClassifier(place, 2, LoRA(2)), root, 4)

@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from srlora_pl.data.texts.tables import Table, read_table
 from srlora_pl.util.errors import UserError
+from tests.helpers.errors import mentions
 
 WHY = {"text": "that data.text_column names", "label": "that data.label_column names"}
 TEXTS = ['He said "no", twice', "two\nlines", "tabs\tare fine", "naïve ☃\u2028 one row"]
@@ -122,52 +123,54 @@ def test_broken_rows_are_left_out_where_that_is_asked_for(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "says"),
+    ("name", "content", "words"),
     [
-        ("tain.csv", None, "The file '.*tain.csv' does not exist .did you mean 'train.csv'."),
-        ("notes.txt", "text,label\n", "must end in .csv, .tsv, .jsonl, .parquet"),
+        ("tain.csv", None, ["tain.csv'", "'train.csv'"]),
+        ("notes.txt", "text,label\n", [".csv", ".tsv", ".jsonl", ".parquet"]),
         (
             "a.csv",
             "text,lable\na,1\n",
-            "no column 'label' .did you mean 'lable'.. that data.label_col.* text, lable",
+            ["'label'", "'lable'", "data.label_column", "text, lable"],
         ),
-        ("a.csv", '"te\nxt",label\na,1\n', "no column 'text' .*; its columns are te xt, label"),
-        ("a.csv", "text;label\na;1\n", r'not separated by "," but, it seems, by ";"; set data.separator to ";"'),
-        ("a.csv", '"id";"text"\na,b;1\n', r'by ";"'),
-        ("a.csv", "text\tlabel\na\t1\n", r'by "\\t"'),
-        ("a.tsv", "text,label\na,1\n", r'not separated by "\\t" but, it seems, by ","'),
-        ("a.csv", "text,label\na,1\n\na, b,1\n", "Line 4 of .*a.csv has 3 fields but the header has 2.* put quotes"),
-        ("a.tsv", "text\tlabel\nalone\n", "Line 2 of .*a.tsv has 1 field but"),
-        ("a.csv", 'text,label\na,1\n"open,1\nb,1\n', "row that begins in line 3 of .*a.csv cannot be read"),
-        ("a.csv", b"text,label\na,1\ncaf\xe9,1\n", "Line 3 of .*a.csv holds the byte 0xe9, which is not UTF-8"),
-        ("a.csv", b"\xef\xbb\xbftext,label\na,1\ncaf\xe9,1\n", "Line 3 of .* 0xe9"),
-        ("a.csv", "text,label\n", "has no rows"),
-        ("a.csv", "", "a.csv' is empty; put a line of column names"),
-        ("a.jsonl", "", "has no rows"),
-        ("a.jsonl", '{"text": "a", "label": 0}\n{"text": \n', "Line 2 of .*a.jsonl is not JSON"),
-        ("a.jsonl", '["a", 0]\n', "Line 1 of .*a.jsonl is not a JSON object"),
-        ("a.jsonl", '{"txt": "a", "label": 0}\n', "no column 'text' .did you mean 'txt'."),
-        ("a.parquet", "text,label\n", "is not a parquet file"),
+        ("a.csv", '"te\nxt",label\na,1\n', ["'text'", "te xt, label"]),
+        ("a.csv", "text;label\na;1\n", ['","', '";"', "data.separator"]),
+        ("a.csv", '"id";"text"\na,b;1\n', ['";"']),
+        ("a.csv", "text\tlabel\na\t1\n", ['"\\t"']),
+        ("a.tsv", "text,label\na,1\n", ['"\\t"', '","']),
+        ("a.csv", "text,label\na,1\n\na, b,1\n", ["Line 4", "a.csv", "3 fields", "2"]),
+        ("a.tsv", "text\tlabel\nalone\n", ["Line 2", "a.tsv", "1 field"]),
+        ("a.csv", 'text,label\na,1\n"open,1\nb,1\n', ["line 3", "a.csv"]),
+        ("a.csv", b"text,label\na,1\ncaf\xe9,1\n", ["Line 3", "a.csv", "0xe9", "UTF-8"]),
+        ("a.csv", b"\xef\xbb\xbftext,label\na,1\ncaf\xe9,1\n", ["Line 3", "0xe9"]),
+        ("a.csv", "text,label\n", ["no rows"]),
+        ("a.csv", "", ["a.csv'", "empty"]),
+        ("a.jsonl", "", ["no rows"]),
+        ("a.jsonl", '{"text": "a", "label": 0}\n{"text": \n', ["Line 2", "a.jsonl", "JSON"]),
+        ("a.jsonl", '["a", 0]\n', ["Line 1", "a.jsonl", "JSON"]),
+        ("a.jsonl", '{"txt": "a", "label": 0}\n', ["'text'", "'txt'"]),
+        ("a.parquet", "text,label\n", ["a.parquet", "parquet file"]),
     ],
 )
-def test_errors_name_the_file_and_the_place(name: str, content: bytes | str | None, says: str, tmp_path: Path) -> None:
+def test_errors_name_the_file_and_the_place(
+    name: str, content: bytes | str | None, words: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "train.csv").write_text("text,label\n")
-    with pytest.raises(UserError, match=says) as caught:
+    with pytest.raises(UserError, match=mentions(*words)) as caught:
         read(tmp_path / name, content)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "words"),
     [
-        ('{"text": " ", "label": 0}', "text in column 'text' is empty in line 2 of"),
-        ('{"label": 0}', "text in column 'text' is empty in line 2 of"),
-        ('{"text": NaN, "label": 0}', "text in column 'text' is empty in line 2 of"),
-        ('{"text": 3, "label": 0}', "Column 'text' holds 3, not text, in line 2"),
-        ('{"text": "\\ud83d", "label": 0}', "half a character .* in line 2"),
+        ('{"text": " ", "label": 0}', ["'text'", "empty", "line 2"]),
+        ('{"label": 0}', ["'text'", "empty", "line 2"]),
+        ('{"text": NaN, "label": 0}', ["'text'", "empty", "line 2"]),
+        ('{"text": 3, "label": 0}', ["'text'", "3", "line 2"]),
+        ('{"text": "\\ud83d", "label": 0}', ["line 2", "half a character"]),
     ],
 )
-def test_a_text_must_be_text(line: str, says: str, tmp_path: Path) -> None:
+def test_a_text_must_be_text(line: str, words: list[str], tmp_path: Path) -> None:
     table = read(tmp_path / "a.jsonl", '{"text": "good", "label": 0}\n' + line)
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=mentions(*words)):
         table.texts("text")

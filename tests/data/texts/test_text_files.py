@@ -2,6 +2,7 @@
 
 import csv
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from pyarrow import parquet
 
 from srlora_pl import TextData, UserError
-from srlora_pl.data.texts.tables import _quoted_rows
+from tests.helpers.errors import mentions
 from tests.helpers.texts import save_tokenizer, sentence, with_model, write
 
 LABELS = ["no", "yes", "maybe"]
@@ -83,7 +84,7 @@ def test_a_test_file_without_labels_is_only_predicted(hidden: Any, tmp_path: Pat
     data = loaded(tmp_path / "data", tmp_path, "predict")
     assert len(data.predict_set) == 3
     assert not data.has_test_labels
-    with pytest.raises(UserError, match="no labelled test split; add one, or run validate"):
+    with pytest.raises(UserError, match=mentions("labelled test split", "validate")):
         data.setup("test")
 
 
@@ -92,7 +93,7 @@ def test_a_file_to_predict(tmp_path: Path) -> None:
     data = loaded(train, tmp_path, "predict", predict_root=str(new))
     (batch,) = data.predict_dataloader()
     assert batch["index"].tolist() == [1, 0]
-    with pytest.raises(UserError, match=r"no test split to predict; set data.predict_root"):
+    with pytest.raises(UserError, match=mentions("data.predict_root")):
         loaded(train, tmp_path, "predict")
 
 
@@ -169,20 +170,18 @@ def test_numbers_of_class_labels_are_numbers_for_a_regression(tmp_path: Path) ->
 
 def test_class_labels_that_are_missing_or_have_no_name(tmp_path: Path) -> None:
     train = write_class_labels(tmp_path / "train.parquet", ["neg", "pos"], [0, 1, -1])
-    with pytest.raises(UserError, match=r"label in column 'label' is missing .*-1.* in row 3 of .*train.parquet"):
+    with pytest.raises(UserError, match=mentions("'label'", "missing", "-1", "row 3", "train.parquet")):
         own(train)
     write_class_labels(train, ["neg", "pos"], [0, 1])
     write_class_labels(tmp_path / "test.parquet", ["neg", "pos"], [-1, -1])
     assert not own(tmp_path).has_test_labels
     write_class_labels(tmp_path / "val.parquet", ["neg", "bad"], [0, 1])
-    with pytest.raises(UserError, match=r"label 'bad' in column 'label' of row 2 of .*val.parquet is none of the 2"):
+    with pytest.raises(UserError, match=mentions("'bad'", "'label'", "row 2", "val.parquet")):
         own(tmp_path)
     schema = parquet.read_schema(train)
     numbers = {"text": ["w1", "w2"], "label": [0, 2]}
     parquet.write_table(pa.table(numbers).cast(pa.schema(schema)).replace_schema_metadata(schema.metadata), train)
-    with pytest.raises(
-        UserError, match=r"label 2 in column 'label' of row 2 of .*train.parquet is none of the numbers"
-    ):
+    with pytest.raises(UserError, match=mentions("label 2", "'label'", "row 2", "train.parquet")):
         own(train)
 
 
@@ -252,102 +251,102 @@ def test_another_separator(tmp_path: Path) -> None:
 # -- errors, each in one sentence and from __init__ or setup
 
 GOOD = "text,label\nw1,yes\nw2,no\nw3,no\n"
-BAD: dict[str, tuple[dict[str, str | bytes], dict[str, Any], str]] = {
-    "no file": ({"trian.csv": GOOD}, {"root": "train.csv"}, "train.csv' does not exist .did you mean 'trian.csv'."),
-    "no train in a folder": ({"all.csv": GOOD}, {}, "has no train.csv or train.tsv or .* only all.csv; name a file"),
-    "two trains": ({"train.csv": GOOD, "train.tsv": GOOD}, {}, "has both train.csv and train.tsv; keep one"),
-    "no text column": ({"train.csv": GOOD}, {"text_column": "texts"}, "no column 'texts' .did you mean 'text'.. that"),
-    "no label column": ({"train.csv": GOOD}, {"label_column": "class"}, "no column 'class' that data.label_column"),
-    "no label in val": ({"train.csv": GOOD, "val.csv": "text\nw1\n"}, {}, "val.csv' has no column 'label' that data"),
-    "separator": ({"train.csv": GOOD.replace(",", ";")}, {}, 'set data.separator to ";"'),
-    "empty text": ({"train.csv": GOOD + " ,yes\n"}, {}, "text in column 'text' is empty in line 5 of .*train.csv"),
-    "empty label": ({"train.csv": GOOD + "w4,\n"}, {}, "label in column 'label' is missing .* line 5 of"),
-    "NaN label": ({"train.csv": GOOD + "w4,NaN\n"}, {}, "label in column 'label' is missing .* line 5 of"),
+BAD: dict[str, tuple[dict[str, str | bytes], dict[str, Any], list[str]]] = {
+    "no file": ({"trian.csv": GOOD}, {"root": "train.csv"}, ["train.csv'", "'trian.csv'"]),
+    "no train in a folder": ({"all.csv": GOOD}, {}, ["train.csv", "train.tsv", "all.csv"]),
+    "two trains": ({"train.csv": GOOD, "train.tsv": GOOD}, {}, ["train.csv", "train.tsv", "both"]),
+    "no text column": ({"train.csv": GOOD}, {"text_column": "texts"}, ["no column 'texts'", "'text'"]),
+    "no label column": ({"train.csv": GOOD}, {"label_column": "class"}, ["no column 'class'", "data.label_column"]),
+    "no label in val": ({"train.csv": GOOD, "val.csv": "text\nw1\n"}, {}, ["val.csv'", "no column 'label'"]),
+    "separator": ({"train.csv": GOOD.replace(",", ";")}, {}, ["data.separator", '";"']),
+    "empty text": ({"train.csv": GOOD + " ,yes\n"}, {}, ["'text'", "empty", "line 5", "train.csv"]),
+    "empty label": ({"train.csv": GOOD + "w4,\n"}, {}, ["'label'", "missing", "line 5"]),
+    "NaN label": ({"train.csv": GOOD + "w4,NaN\n"}, {}, ["'label'", "missing", "line 5"]),
     "unknown label": (
         {"train.csv": GOOD, "val.csv": "text,label\nw1,yes\nw2,yess\n"},
         {},
-        "label 'yess' .* line 3 of .*val.csv is none of the 2 classes .no, yes. .did you mean 'yes'.",
+        ["'yess'", "line 3", "val.csv", "2", "'yes'"],
     ),
     "unknown label in test": (
         {"train.csv": GOOD, "test.csv": GOOD + "w1,2\n"},
         {},
-        "label '2' .* line 5 .*test.csv",
+        ["'2'", "line 5", "test.csv"],
     ),
-    "one class": ({"train.csv": GOOD.replace("yes", "no")}, {}, "holds only 1 class; a classifier needs two"),
-    "not a number": ({"train.csv": GOOD}, {"problem": "regression"}, "label 'yes' .* line 2 of .* not a finite number"),
+    "one class": ({"train.csv": GOOD.replace("yes", "no")}, {}, ["1 class"]),
+    "not a number": ({"train.csv": GOOD}, {"problem": "regression"}, ["'yes'", "line 2", "finite number"]),
     "NaN number": (
         {"train.csv": "text,label\nw1,1\nw2,nan\n"},
         {"problem": "regression"},
-        "label in column 'label' is missing .* line 3",
+        ["'label'", "missing", "line 3"],
     ),
     "infinite number": (
         {"train.csv": "text,label\nw1,1\nw2,-inf\n"},
         {"problem": "regression"},
-        "label '-inf' .* line 3 of .* is not a finite number",
+        ["'-inf'", "line 3", "finite number"],
     ),
     "a number beyond 32 bits": (
         {"train.csv": "text,label\nw1,1\nw2,1e39\n"},
         {"problem": "regression"},
-        "label '1e39' .* line 3 of .* is not a finite number",
+        ["'1e39'", "line 3", "finite number"],
     ),
     "a number beyond all bits": (
         {"train.jsonl": '{"text": "w1", "label": 1' + 400 * "0" + "}\n"},
         {"problem": "regression"},
-        r"label 10+\.\.\. in column 'label' of line 1 of .* is not a finite number",
+        ["0...", "'label'", "line 1", "finite number"],
     ),
     "a list as text": (
         {"train.csv": "text,label\nw1,\"['a', 'b']\"\n"},
         {"problem": "multi_label"},
-        "a list written as text, in line 2 of .*; write its classes with ',' between, or a JSON-lines file",
+        ["list", "line 2", "','"],
     ),
     "vectors of 0 and 1": (
         {"train.jsonl": '{"text": "w1", "label": [1, 0]}\n{"text": "w2", "label": [0, 1]}\n'},
         {"problem": "multi_label"},
-        "label in column 'label' is 1, 0 in line 1 of .*train.jsonl, a number for every class .* write the names",
+        ["'label'", "1, 0", "line 1", "train.jsonl"],
     ),
     "two trains in capitals": (
         {"Train.csv": GOOD, "TRAIN.tsv": GOOD},
         {},
-        "has both TRAIN.tsv and Train.csv; keep one",
+        ["TRAIN.tsv", "Train.csv", "both"],
     ),
     "nothing in a set": (
         {"train.jsonl": '{"text": "w1", "label": ["a", null]}\n'},
         {"problem": "multi_label"},
-        "holds None, which names no class, in line 1 of",
+        ["None", "line 1"],
     ),
     "half a character in a label": (
         {"train.jsonl": '{"text": "w1", "label": "x\\ud800"}\n{"text": "w1", "label": "y"}\n'},
         {},
-        "label in column 'label' holds half a character .* in line 1 of",
+        ["'label'", "half a character", "line 1"],
     ),
     "two columns of a name": (
         {"train.csv": "text,label,label\nw1,a,b\n"},
         {},
-        "train.csv' has 2 columns 'label'; rename or remove one",
+        ["train.csv'", "2 columns 'label'"],
     ),
-    "an empty file": ({"train.csv": ""}, {}, "train.csv' is empty; put a line of column names"),
+    "an empty file": ({"train.csv": ""}, {}, ["train.csv'", "empty"]),
     "a list of labels": (
         {"train.jsonl": '{"text": "w1", "label": ["a"]}\n'},
         {},
-        "is a list in line 1 of .* set data.problem to multi_label",
+        ["line 1", "data.problem", "multi_label"],
     ),
     "missing set": (
         {"train.jsonl": '{"text": "w1", "label": ["a", "b"]}\n{"text": "w1"}\n'},
         {"problem": "multi_label"},
-        "label in column 'label' is missing .* line 2",
+        ["'label'", "missing", "line 2"],
     ),
     "unknown in a set": (
         {"train.csv": 'text,label\nw1,"a,b"\n', "val.csv": "text,label\nw1,c\n"},
         {"problem": "multi_label"},
-        "label 'c' .* line 2 of .*val.csv is none of the 2 classes",
+        ["'c'", "line 2", "val.csv", "2"],
     ),
-    "bytes": ({"train.csv": GOOD.encode() + b"\xe4h,no\n"}, {}, "Line 5 of .*train.csv holds the byte 0xe4"),
-    "problem": ({"train.csv": GOOD}, {"problem": "regresion"}, "'regresion' .did you mean 'regression'."),
-    "three texts": ({"train.csv": GOOD}, {"text_column": ["a", "b", "c"]}, "name one column, or a list of two"),
-    "text is label": ({"train.csv": GOOD}, {"text_column": "label"}, "other than the label's"),
-    "long separator": ({"train.csv": GOOD}, {"separator": "||"}, "data.separator is '||', but it must be one char"),
-    "batch": ({"train.csv": GOOD}, {"batch_size": 9, "val_fraction": 0}, "batch_size is 9, but .* only 3 samples"),
-    "nothing to validate": ({"train.csv": GOOD}, {"val_fraction": 0.01}, "val_fraction 0.01 of 3 .* is not one text"),
+    "bytes": ({"train.csv": GOOD.encode() + b"\xe4h,no\n"}, {}, ["Line 5", "train.csv", "0xe4"]),
+    "problem": ({"train.csv": GOOD}, {"problem": "regresion"}, ["'regresion'", "'regression'"]),
+    "three texts": ({"train.csv": GOOD}, {"text_column": ["a", "b", "c"]}, ["one column", "two"]),
+    "text is label": ({"train.csv": GOOD}, {"text_column": "label"}, ["other than the label"]),
+    "long separator": ({"train.csv": GOOD}, {"separator": "||"}, ["data.separator", "'||'"]),
+    "batch": ({"train.csv": GOOD}, {"batch_size": 9, "val_fraction": 0}, ["batch_size", "9", "3"]),
+    "nothing to validate": ({"train.csv": GOOD}, {"val_fraction": 0.01}, ["val_fraction", "0.01", "3"]),
 }
 
 
@@ -357,14 +356,12 @@ def test_a_text_of_any_length_is_read_and_cut(tmp_path: Path) -> None:
     assert int(data.train_set.tokens.lengths[0]) == data.max_length
 
 
-def test_reading_leaves_the_processs_limit_for_a_field_alone(tmp_path: Path) -> None:
-    """Also while it is going on, and if the second of two files is done first."""
+@pytest.mark.parametrize("end", ["", '"open'])
+def test_reading_leaves_the_limit_of_a_field_as_it_was(end: str, tmp_path: Path) -> None:
     before = csv.field_size_limit()
-    one, other = (_quoted_rows(tmp_path, text, ",") for text in ("a,b\nc,d\n", "a" * 200_000 + "\nb\n"))
-    for rows in (one, other, one, other):
-        next(rows)
-        assert csv.field_size_limit() == before
-    assert (list(other), list(one)) == ([], [])
+    file = write(tmp_path / "train.csv", "text,label", "w1 " * 50_000 + ",yes", "w2,no", *filter(None, [end]))
+    with pytest.raises(UserError, match="line 4") if end else nullcontext():
+        own(file, batch_size=1)
     assert csv.field_size_limit() == before
 
 
@@ -382,12 +379,12 @@ def test_bad_input(case: str, tmp_path: Path) -> None:
 
 
 def test_validation_without_anything_to_validate_on(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no validation split; set data.val_fraction above 0"):
+    with pytest.raises(UserError, match=mentions("data.val_fraction", "0")):
         loaded(write_file(tmp_path / "train.csv"), tmp_path, "validate", val_fraction=0.0)
 
 
 def test_fewer_classes_than_the_head(tmp_path: Path) -> None:
     data = with_model(own(write_file(tmp_path / "train.csv")), save_tokenizer(tmp_path / "tokenizer"))
     data.trainer.lightning_module.num_classes = 5
-    with pytest.raises(UserError, match="head has 5 classes, but the data has 3"):
+    with pytest.raises(UserError, match=mentions("5", "3", "classes")):
         data.setup("fit")

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from srlora_pl.data.texts import tokens as module
 from srlora_pl.data.texts.tokens import Tokens, load_tokenizer, tokenize
 from srlora_pl.util.errors import UserError
+from tests.helpers.errors import mentions
 from tests.helpers.texts import CLS, PAD, SEP, W0, save_tokenizer, sentence
 
 FIRST = ["w0", "w1 w2 w3 w4 w5 w6", "w7 nonsense"]
@@ -137,7 +138,7 @@ def test_a_cache_of_other_contents_is_made_again(tokenizer: Any, tmp_path: Path,
 
 def test_a_folder_that_cannot_be_written_costs_only_the_cache(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.warns(UserWarning, match=r"could not be kept in .*set data.cache_dir"):
+    with pytest.warns(UserWarning, match=mentions("data.cache_dir", "kept")):
         assert len(tokenize(tokenizer, FIRST, None, 8, tmp_path / "file")) == 3
 
 
@@ -145,7 +146,7 @@ def test_a_folder_that_cannot_be_written_costs_only_the_cache(tokenizer: Any, tm
 def test_a_length_that_the_model_does_not_take(
     second: list[str] | None, length: int, least: int, tokenizer: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=f"max_length is {length}, .* needs at least {least} and takes at most 64"):
+    with pytest.raises(UserError, match=mentions("max_length", length, least, "64")):
         tokenize(tokenizer, FIRST, second, length, tmp_path)
 
 
@@ -159,13 +160,13 @@ def test_the_shortest_and_longest_length(tokenizer: Any, tmp_path: Path) -> None
 
 def test_no_tokenizer_at_hand(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(UserError, match=f"tokenizer of model.backbone '{tmp_path}' could not be loaded .*set model.b"):
+    with pytest.raises(UserError, match=mentions("model.backbone", "tokenizer", tmp_path, "loaded")):
         load_tokenizer(str(tmp_path))
 
 
 def test_a_folder_without_the_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(UserError, match=r"a tokenizer without words; put its tokenizer.json or vocab.txt there"):
+    with pytest.raises(UserError, match=mentions("tokenizer.json", "vocab.txt")):
         load_tokenizer(str(tmp_path))
 
 
@@ -184,7 +185,7 @@ def test_the_network_is_asked_only_for_what_is_not_here(tmp_path: Path, monkeypa
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
     load_tokenizer(folder)
     assert asked == [True]
-    with pytest.raises(UserError, match=r"'owner/absent' could not be loaded \(We couldn't connect to the hub\); with"):
+    with pytest.raises(UserError, match=mentions("'owner/absent'", "connect")):
         load_tokenizer("owner/absent")
     assert asked == [True, True, False]
 
@@ -193,5 +194,5 @@ def test_a_slow_tokenizer_is_refused(tmp_path: Path) -> None:
     """CANINE reads characters and has no fast tokenizer."""
     (tmp_path / "config.json").write_text('{"model_type": "canine"}')
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "CanineTokenizer"}')
-    with pytest.raises(UserError, match=r"has no fast tokenizer \(only CanineTokenizer\)"):
+    with pytest.raises(UserError, match=mentions("CanineTokenizer", "tokenizer")):
         load_tokenizer(str(tmp_path))

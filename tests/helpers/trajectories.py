@@ -1,10 +1,9 @@
-"""Trajectories of the methods in a plain loop on `tests.toys.toy_net`, equal on every machine up to rounding."""
+"""Trajectories of the methods on a toy network in a plain loop, equal on every machine up to rounding."""
 
 import io
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
+from tests.helpers.paths import ROOT
 from tests.helpers.toys import toy_net
 
-FILE = Path(__file__).parent / "trajectories.safetensors"
+FILE = ROOT / "tests/nets/trajectories.safetensors"
 STEPS = 40
 SNAPSHOTS = (9, 20, 29, 40)  # before a switch, where the averages are whole, and after one
 # The loop is saved and made again here, before the switch that is due: at a switch step of every case, and between two.

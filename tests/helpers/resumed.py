@@ -14,8 +14,9 @@ from torch import Tensor
 
 from srlora_pl import ImageClassifier, ImageData, TextClassifier, TextData
 from srlora_pl.cli import main
+from tests.helpers.paths import ROOT
 
-FOLDER = Path(__file__).parent / "checkpoints"
+FOLDER = ROOT / "tests/nets/checkpoints"
 EXPECTED = FOLDER / "expected.json"
 STEPS = 12  # of a run; what was saved at its end goes on to LONGER
 LONGER = 15
