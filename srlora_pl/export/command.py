@@ -40,8 +40,8 @@ class Report:
         dense_size: of the merged weights, in bytes.
         difference: the largest absolute difference between outputs of the trained model and of the files.
         largest: the largest absolute output of the trained model.
-        factors: the PEFT adapter's, by layer.
-        notes: what else is worth saying.
+        factors: of the PEFT adapter, by layer.
+        notes: further sentences for the user.
     """
 
     folder: Path
@@ -90,7 +90,7 @@ def export_model(
     """Write the trained ``task`` to ``folder``, load it from there with the library it is for, and compare outputs.
 
     Args:
-        task: an `ImageClassifier` or a `TextClassifier`; stays as it is.
+        task: an `ImageClassifier` or a `TextClassifier`; it is not changed.
         folder: new or empty, unless ``force``.
         format: ``merged``, plain weights in timm's or transformers' own layout; or ``peft``, a LoRA on the pretrained
             weights.
@@ -174,7 +174,11 @@ def _in_peft(base: nn.Module, folder: Path) -> nn.Module:
 
 
 def _compare(found: Tensor, expected: Tensor, trained: Tensor) -> tuple[float, float]:
-    """How far ``found`` is from the ``trained`` outputs, and how large these are, once it is what was ``expected``."""
+    """The largest difference of ``found`` and the ``trained`` outputs, and the largest of these.
+
+    Raises:
+        UserError: ``found`` is not the ``expected`` output.
+    """
     largest = float(trained.abs().max())
     allowed = 1e-4 * largest + 1e-6  # a deep network's rounding in float32 comes to about 1e-5 of its outputs
     if not (distance := float((found - expected).abs().max())) <= allowed:
@@ -196,7 +200,7 @@ def _require_finite(state: Mapping[str, Tensor]) -> None:
 
 
 def _require_untouched(base: nn.Module, plain: nn.Module, exported: tuple[str, ...]) -> None:
-    """Refuse what a LoRA beside heads cannot hold, such as the running statistics of a batch norm."""
+    """Refuse changes that a LoRA and heads cannot hold, such as the running statistics of a batch norm."""
     own = plain.state_dict()
     for name, value in base.state_dict().items():
         if not name.startswith(exported) and not torch.equal(value, own[name]):
@@ -208,7 +212,7 @@ def _require_untouched(base: nn.Module, plain: nn.Module, exported: tuple[str, .
 
 @torch.no_grad()
 def _changed(base: nn.Module, factors: Mapping[str, Factors], modules: Mapping[str, dict[str, Any]]) -> nn.Module:
-    """``base`` with what a PEFT folder holds put into its weights, in place."""
+    """``base`` with the content of a PEFT folder merged into its weights, in place."""
     for name, each in factors.items():
         weight = base.get_parameter(f"{name}.weight")
         weight.copy_(weight.double() + each.B.double() @ each.A.double())
@@ -236,7 +240,7 @@ def require_free(folder: str | Path, force: bool) -> Path:
 
 @contextmanager
 def _whole_or_nothing(target: Path) -> Iterator[Path]:
-    """A new folder, which becomes ``target``, or goes into it, when the block ends well, and vanishes when not."""
+    """A new folder that replaces ``target``, or is moved into it, if the block succeeds, and vanishes otherwise."""
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -279,7 +283,7 @@ def _move(new: Path, target: Path) -> None:
 def export_checkpoint(
     checkpoint: str, format: str, output: str, rank: int | None, force: bool, config_file: str | None
 ) -> Report:
-    """`export_model` of what ``fit`` saved in the file ``checkpoint``.
+    """`export_model` of the model in the file ``checkpoint`` of a ``fit``.
 
     Args:
         config_file: names the task's class and the places of the pretrained weights; by default the run's own.
@@ -290,7 +294,7 @@ def export_checkpoint(
 
 
 def load_task(checkpoint: Path, config_file: str | None) -> tuple[Task, list[str]]:
-    """The trained model in ``checkpoint`` on the CPU, and the names of its classes as far as the file tells them.
+    """The trained model in ``checkpoint`` on the CPU, and the names of its classes, empty if unknown.
 
     Raises:
         UserError: the file was not written by ``fit``, or the model cannot be built again.
@@ -308,7 +312,7 @@ def load_task(checkpoint: Path, config_file: str | None) -> tuple[Task, list[str
 
 
 def _task_class(checkpoint: Path, config_file: str | None) -> tuple[config.Node, type[Task]]:
-    """The run's settings, and the class that they name as its model's."""
+    """The run's settings, and the class of its model."""
     folders = checkpoints.run_folders(checkpoint)
     if not (config_file or folders):
         raise UserError(f"the run's config.yaml is not in {checkpoint.resolve().parent.parent}, give it with --config")
@@ -317,7 +321,7 @@ def _task_class(checkpoint: Path, config_file: str | None) -> tuple[config.Node,
     model = settings.get("model")
     path = str(model.get("class_path")) if isinstance(model, dict) else ""
     if not (config_file or path.startswith("srlora_pl.")):
-        # To import a class is to run code, which a file found beside a checkpoint must not bring about.
+        # Importing a class runs code, which a file found beside a checkpoint must not cause.
         raise UserError(f"{file} names the class {path!r} from elsewhere, give --config {file} if you trust it")
     module, _, name = path.rpartition(".")
     try:

@@ -94,38 +94,16 @@ class TextClassifier(Task):
     def trained_heads(self, net: Any) -> tuple[str, ...]:
         return encoders.head_names(net, self.hparams["train_pooler"])
 
-    @property
-    def max_tokens(self) -> int | None:
-        """How long a text the network has positions for; None where it needs none."""
-        return encoders.max_tokens(self.net)
-
-    @property
-    def vocab_size(self) -> int | None:
-        """How many tokens the network has embeddings for; None where it computes them."""
-        return encoders.vocab_size(self.net)
-
-    @property
-    def token_types(self) -> int | None:
-        """How many kinds of tokens the network tells apart; None where it does not."""
-        return encoders.token_types(self.net)
-
-    @property
-    def padding_token(self) -> int | None:
-        """The token that the network itself calls padding, if it has one."""
-        return encoders.padding_token(self.net)
-
-    @property
-    def pads_left(self) -> bool:
-        """Whether texts must be padded on the left."""
-        return encoders.pads_left(self.net)
-
-    @property
-    def sees_padding(self) -> bool:
-        """Whether an output depends on how far the text is padded, in spite of the attention mask."""
-        return encoders.sees_padding(self.net)
+    # For the data, see srlora_pl.data.protocols.ModelForData.
+    max_tokens = property(lambda self: encoders.max_tokens(self.net))
+    vocab_size = property(lambda self: encoders.vocab_size(self.net))
+    token_types = property(lambda self: encoders.token_types(self.net))
+    padding_token = property(lambda self: encoders.padding_token(self.net))
+    pads_left = property(lambda self: encoders.pads_left(self.net))
+    sees_padding = property(lambda self: encoders.sees_padding(self.net))
 
     def _settle(self, problem: str, score_names: Sequence[str] | None) -> None:
-        """Take a problem and its scores, the defaults for None, if they go with the other arguments."""
+        """Set the problem and its scores (None: the defaults), if they fit the other arguments."""
         if problem not in scores.SCORES:
             raise UserError(f"model.problem is {problem!r}: give one of {', '.join(scores.SCORES)}.")
         if problem == "regression":
@@ -142,7 +120,7 @@ class TextClassifier(Task):
     def setup(self, stage: str) -> None:
         data = self._data
         if isinstance(by_name := self.hparams["class_weights"], dict):
-            # A checkpoint makes the same model again without the names.
+            # So that a checkpoint makes the same model without the names.
             self.hparams["class_weights"] = in_order = _in_order(by_name, data.class_names)
             self.class_weights = torch.tensor(in_order, device=self.device)
         asked, given = self.hparams["problem"], data.problem
@@ -152,7 +130,7 @@ class TextClassifier(Task):
         self._settle(given or self.problem, names)
         if data.padding_token is not UNSAID and encoders.finds_end_by_padding(self.net):
             self._pad_with(data.padding_token)
-        # A checkpoint makes the same model again without the data.
+        # So that a checkpoint makes the same model without the data.
         self.hparams["problem"], self.hparams["score_names"] = self.problem, self.score_names
         super().setup(stage)
 
@@ -196,7 +174,7 @@ class TextClassifier(Task):
         return F.cross_entropy(logits, label, weights, label_smoothing=smoothing, reduction="none")
 
     def scored(self, logits: Tensor) -> Tensor:
-        # Of numbers in [0, 1] torchmetrics would think that they are probabilities already.
+        # torchmetrics would take numbers in [0, 1] for probabilities.
         return (logits > 0).long() if self.problem == "multi_label" else logits
 
     def card(self) -> dict[str, Any]:
@@ -216,7 +194,7 @@ class TextClassifier(Task):
 
 
 def _weights(values: Sequence[float] | dict[str, float] | None, num_classes: int) -> Tensor | None:
-    """One weight per class, float (classes,); those by name in the order given, until the data say the right one."""
+    """One weight per class, float (classes,); weights by name keep their order until the data name the classes."""
     if values is None:
         return None
     if not isinstance(values, dict):
@@ -227,7 +205,7 @@ def _weights(values: Sequence[float] | dict[str, float] | None, num_classes: int
 
 
 def _in_order(by_name: dict[Any, float], names: Sequence[str]) -> list[float]:
-    """The weights in the order of ``names``; YAML reads a name such as ``no`` or ``1`` as something else than text."""
+    """The weights in the order of ``names``, of which YAML reads some, such as ``no`` or ``1``, as something else."""
     read = {}
     for name in names:
         with contextlib.suppress(yaml.YAMLError, ValueError):
