@@ -13,10 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.serialization import add_safe_globals, safe_globals
 
 from srlora_pl.lowrank import Adaptation, Method
 from srlora_pl.lowrank.checks import require_trained, require_unmerged
 from srlora_pl.lowrank.linear import Matrix
+from srlora_pl.lowrank.methods import imported
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.cache import cache_folder
 from srlora_pl.util.errors import UserError
@@ -88,8 +90,15 @@ class SRLoRAMixin(_Module):
             raise UserError(
                 f"{type(self).__name__} calls adapt() twice, it can adapt one network: put both into one nn.Module"
             )
+        add_safe_globals([type(method)])  # a checkpoint's hyperparameters may hold it, and are read before any hook
         self.adaptation = Adaptation(net, method, trainable, pretrained, new)
         self.adaptation.run_on_rank_zero = self._in_the_first_process
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning's; hyperparameters may hold a method."""
+        with safe_globals(imported()):  # type: ignore[arg-type]
+            return super().load_from_checkpoint(*args, **kwargs)
 
     def _in_the_first_process(self, compute: Callable[[], Any]) -> Any:
         """Call ``compute`` in the first process of the run; return its result, or raise its refusal, in all of them."""

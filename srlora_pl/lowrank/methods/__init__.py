@@ -18,7 +18,7 @@ def from_spec(spec: dict[str, object]) -> Method:
     Raises:
         UserError: it names none of them.
     """
-    known = {f"{home}.{kind.__qualname__}": kind for kind in _subclasses(Method) for home in _homes(kind)}
+    known = {f"{home}.{kind.__qualname__}": kind for kind in imported() for home in _homes(kind)}
     path = str(spec.get("class_path"))
     if path not in known:
         raise UserError(f"model.method.class_path is {path!r}{did_you_mean(path, known)}: it names no method.")
@@ -28,6 +28,11 @@ def from_spec(spec: dict[str, object]) -> Method:
 def _homes(kind: type) -> set[str]:
     """The modules that ``kind`` can be imported from: the package's own methods also from its top."""
     return {kind.__module__, kind.__module__.partition(".lowrank.")[0]}
+
+
+def imported() -> list[type[Method]]:
+    """All methods that are imported, the user's too."""
+    return _subclasses(Method)
 
 
 def _subclasses(kind: type[Method]) -> list[type[Method]]:
