@@ -98,7 +98,7 @@ class Variant:
             loss = self.loss(batch)
         loss.backward()
         if self.adaptation is not None:
-            self.adaptation.observe()
+            self.adaptation.before_optimizer(1)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -111,7 +111,7 @@ class Variant:
         assert self.adaptation is not None
         seconds: list[float] = []
         for _ in range(3):
-            due = self.adaptation.switches_done + 1
+            due = self.adaptation.controller.progress().done + 1
             with _timed(seconds, device):
                 assert self.adaptation.after_optimizer(round(due * INTERVAL[self.kind]) + 1, self.optimizer)
         self.switch_seconds = statistics.median(seconds)
@@ -133,8 +133,8 @@ class Variant:
         gradients = sum(p.grad.nbytes for p in self.net.parameters() if p.grad is not None)
         self.optimizer.zero_grad()
         states = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-        if self.adaptation is not None and self.adaptation.importance is not None:
-            states += [self.adaptation.importance.smoothed, self.adaptation.importance.uncertainty]
+        if self.adaptation is not None:
+            states += [v for v in self.adaptation.controller.state_dict().values() if isinstance(v, Tensor)]
         fixed = sum(t.nbytes for t in [*self.net.parameters(), *self.net.buffers(), *states])
         return fixed + gradients + sum(kept.values())
 

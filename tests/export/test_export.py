@@ -79,8 +79,7 @@ def test_a_vit_loads_with_timm_and_with_peft(vit, tmp_path, name):
     from peft import PeftModel
 
     task = fit(image_task(vit, METHODS[name]), steps=17)
-    switches = task.adaptation.controller.metrics(17)["switches"]
-    assert switches == {"one switch": 1, "beyond the smaller side": 15}.get(
+    assert task.adaptation.controller.progress().done == {"one switch": 1, "beyond the smaller side": 15}.get(
         name, 5 if "target_rank" in task.adaptation.method.spec()["init_args"] and name != "no switch" else 0
     )
     merged = export_model(task, tmp_path / "merged", class_names=NAMES)
@@ -234,7 +233,7 @@ def test_an_encoder_loads_with_transformers_and_with_peft(encoders, tmp_path, fa
 
     fast = {"fast_attention": True} if family == "deberta-v2" and train_pooler else {}
     task = fit(text_task(encoders[family], SRLORA(target_rank=8), train_pooler=train_pooler, **fast), steps=13)
-    assert task.adaptation.controller.switches_done == 5
+    assert task.adaptation.controller.progress().done == 5
     merged = export_model(task, tmp_path / "merged", class_names=["no", "yes"])
     peft = export_model(task, tmp_path / "peft", "peft")
     assert max(merged.difference, peft.difference) < 1e-5

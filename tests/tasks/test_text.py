@@ -175,7 +175,7 @@ def test_it_learns(classifier, trainer, problem):
     model.train()
     trainer(max_steps=60).fit(model, datamodule=Data(samples(ROWS, label)))
     assert model.eval().training_loss(batch).item() < 0.7 * before
-    assert model.adaptation.controller.switches_done == 1
+    assert model.adaptation.controller.progress().done == 1
 
 
 # What the data say, and what the user says
@@ -424,7 +424,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(classifier, trainer, tmp_pat
     first.save_checkpoint(tmp_path / "8.ckpt")
     resumed = model()
     trainer(max_steps=16).fit(resumed, datamodule=ShuffledData(rows), ckpt_path=tmp_path / "8.ckpt")
-    assert uninterrupted.adaptation.controller.switches_done == 3
+    assert uninterrupted.adaptation.controller.progress().done == 3
     there, here = uninterrupted.state_dict(), resumed.state_dict()
     assert all(torch.equal(there[key], here[key]) for key in there)
 
