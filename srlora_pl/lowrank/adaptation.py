@@ -72,6 +72,7 @@ class Adaptation(Inference, FormerNames):
         self.steps_before = 0
         self._last_step = 0  # counted from the first of all runs
         self._planned: int | None = None  # the last step of the plan
+        self.attachments = 0
         self._resumes = False  # from a loaded state that no plan has followed yet
         self._watch = checks.GradientWatch(self.layers)
         self.run_on_rank_zero: Callable[[Callable[[], Any]], Any] = lambda compute: compute()
