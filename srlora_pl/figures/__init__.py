@@ -1,5 +1,6 @@
 """The figures of a run and the numbers in them."""
 
-from srlora_pl.figures.runs import direction_intervals, draw_runs, training_loss
+from srlora_pl.figures.drawings import direction_intervals, training_loss
+from srlora_pl.figures.runs import draw_runs
 
 __all__ = ["direction_intervals", "draw_runs", "training_loss"]

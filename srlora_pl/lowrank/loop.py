@@ -5,18 +5,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from srlora_pl.util.errors import UserError
 
 
 class Steps(Protocol):
-    """The part of an `Adaptation` that goes along with every step.
-
-    Attributes:
-        attachments: how often `attach` was called.
-    """
-
-    attachments: int
+    """The part of an `Adaptation` that goes along with every step."""
 
     @property
     def step(self) -> int:
@@ -29,17 +24,14 @@ class Steps(Protocol):
     def after_optimizer(self, step: int, optimizer: Optimizer | None = None) -> bool: ...
 
 
-def attach(steps: Steps, optimizer: Optimizer) -> None:
+def attach(steps: Steps, optimizer: Optimizer) -> list[RemovableHandle]:
     """Have every ``optimizer.step()`` call `before_optimizer` and `after_optimizer`; see `Adaptation.attach`.
 
-    Hooks of an earlier call do nothing any more: a second fit may attach again, to this or another optimizer.
+    Returns:
+        The hooks, whose ``remove()`` ends this.
     """
-    steps.attachments += 1
-    own = steps.attachments
 
     def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if steps.attachments != own:
-            return
         if any(argument is not None for argument in (*args[1:], kwargs.get("closure"))):  # args[0] is the optimizer
             raise UserError("attach() takes no optimizer.step(closure): call backward() before, and step() without one")
         # A GradScaler leaves unscaling to an optimizer that is fused.
@@ -48,8 +40,6 @@ def attach(steps: Steps, optimizer: Optimizer) -> None:
         steps.before_optimizer(steps.step + 1, gradients, None if scale is None else scale.reciprocal())
 
     def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if steps.attachments == own:
-            steps.after_optimizer(steps.step + 1, optimizer)
+        steps.after_optimizer(steps.step + 1, optimizer)
 
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
+    return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]

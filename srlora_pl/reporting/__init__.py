@@ -6,11 +6,9 @@ from srlora_pl.reporting.monitor import Monitor
 from srlora_pl.reporting.predictions import GLUEWriter, PredictionWriter
 from srlora_pl.reporting.progress import MatrixTable, Progress
 from srlora_pl.reporting.summary import Summary
-from srlora_pl.training.interrupts import Interrupts
 
 __all__ = [
     "GLUEWriter",
-    "Interrupts",
     "MatrixTable",
     "Monitor",
     "PredictionWriter",

@@ -1,4 +1,4 @@
-"""metrics.csv that a resumed run goes on in."""
+"""metrics.csv, which a resumed run continues."""
 
 import csv
 import io
@@ -17,13 +17,13 @@ Row = dict[str, Any]
 
 
 class ResumableCSVLogger(Logger):
-    """Appends to the ``metrics.csv`` that it finds in ``folder``, which Lightning's CSVLogger deletes.
+    """Appends to an existing ``metrics.csv`` in ``folder``, which Lightning's CSVLogger deletes.
 
     Args:
         flush_logs_every_n_steps: after how many steps rows are written; `save` writes them at once.
 
     Attributes:
-        latest: the rows of the step that was logged last.
+        latest: the rows of the last step.
     """
 
     name = version = ""
@@ -41,7 +41,7 @@ class ResumableCSVLogger(Logger):
         return str(self.file.parent)
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: a run's ``config.yaml`` has them."""
+        """Does nothing: a run's ``config.yaml`` has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:  # type: ignore[override]
@@ -55,7 +55,7 @@ class ResumableCSVLogger(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write the rows that are not in the file yet."""
+        """Write the rows that the file lacks."""
         if not self._unsaved:
             return
         before = self._columns()
@@ -69,9 +69,9 @@ class ResumableCSVLogger(Logger):
 
     @rank_zero_only
     def cut(self, step: int) -> None:
-        """Take ``step`` and all later ones out of the file, at once."""
+        """Remove ``step`` and all later steps from the file, atomically."""
         if columns := self._columns():
-            # A row that a dying process wrote half has no value, not even an empty one, in its last column.
+            # A half-written row of a killed process lacks its last columns.
             whole = (row for row in self._rows() if None not in row.values())
             self._write(columns, (row for row in whole if int(row["step"]) < step))
         self.latest = []

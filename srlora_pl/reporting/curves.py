@@ -1,4 +1,4 @@
-"""The curves of a resumed run go on where its checkpoint was written: no row twice, none missing."""
+"""Loggers and a callback that continue the curves of a resumed run: no row twice, none missing."""
 
 import time
 from pathlib import Path
@@ -18,12 +18,12 @@ _KEY = "curves"
 
 
 class ResumableTensorBoardLogger(TensorBoardLogger):
-    """Lightning's TensorBoardLogger, with ``purge_step`` for a run that is known to go on only after it was set up."""
+    """Lightning's TensorBoardLogger, with a ``purge_step`` that is known only once the checkpoint is loaded."""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """Readers take files in the order of their names, which begin with the second; so each has one of its own."""
+        """Begins a file in a second of its own: readers order files by name, which starts with the second."""
         if not internals.is_open(self):
             while any(Path(self.log_dir).glob(f"events.out.tfevents.{int(time.time())}.*")):
                 time.sleep(0.05)
@@ -31,30 +31,30 @@ class ResumableTensorBoardLogger(TensorBoardLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """What is logged later, as by a test, goes into a file begun above; a closed writer would begin one itself."""
+        """Lets later metrics, such as a test's, go into a file of `experiment`; a closed writer begins one."""
         super().finalize(status)
         internals.reopen(self)
 
     @rank_zero_only
     def cut(self, step: int) -> None:
-        """Make readers forget ``step`` and all later ones of earlier files."""
+        """Make readers drop ``step`` and all later steps of earlier files."""
         restart = Event(step=step, session_log=SessionLog(status=SessionLog.START))
         self.experiment.file_writer.add_event(restart)
 
 
 class ResumableCurves(Callback):
-    """Cuts what was logged after the checkpoint was written, in the run's own loggers.
+    """Removes the rows that were logged after the checkpoint was written, in the loggers of this module.
 
-    A step's rows are logged one after another (learning rate, training, validation) and files are written between
-    them. So a checkpoint carries the rows of the step that it falls into; curves are cut before that step, and these
-    rows are logged once more.
+    A step's rows are logged one after another (learning rate, training, validation), and checkpoints are written
+    between them. So a checkpoint carries the rows of its step; curves are cut before that step, and these rows are
+    logged again.
     """
 
     _saved: tuple[int, list[Row]] = 0, []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         for logger in trainer.loggers:
-            logger.save()  # what the file counts on is on the disk before it
+            logger.save()  # rows must be on the disk before the checkpoint that follows them
         step = internals.logged_step(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger):
@@ -74,7 +74,7 @@ class ResumableCurves(Callback):
         self._saved = saved["step"], saved["rows"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The first hook after all that may refuse the checkpoint."""
+        """The first hook after everything that may refuse the checkpoint."""
         step, rows = self._saved
         for logger in trainer.loggers:
             if isinstance(logger, ResumableCSVLogger | ResumableTensorBoardLogger):

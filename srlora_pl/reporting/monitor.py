@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run besides its loss, scores and learning rates."""
+"""TensorBoard curves and figures besides loss, scores and learning rates."""
 
 import math
 import os
@@ -61,8 +61,8 @@ class Monitor(Callback):
     ``figures/directions_block_N`` (the paper's Figure 5, of the middle block), ``figures/length_variance`` (its Figure
     4), and the hyperparameters with the final scores.
 
-    Nothing waits for the device in any other step. A resumed run has the same events as an undisturbed one, but for
-    ``time/*`` and ``memory/*``. Other loggers get nothing, and of several processes the first one writes.
+    No other step waits for the device. A resumed run has the same events as an uninterrupted one, except ``time/*`` and
+    ``memory/*``. Only TensorBoard loggers are written to, by the first process.
 
     Args:
         figures_at_validation: draw the figures after every validation too.
@@ -78,7 +78,7 @@ class Monitor(Callback):
     # --- when ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After `ResumableCurves` has cut the curves where a resumed run goes on."""
+        """After `ResumableCurves` has cut the curves of a resumed run."""
         cut, self._events = self._events, []
         self._write(trainer, self._step, [("text", "run", _card(trainer, pl_module))])
         if any(isinstance(logger, ResumableTensorBoardLogger) for logger in trainer.loggers):
@@ -106,7 +106,7 @@ class Monitor(Callback):
         self._since += time.perf_counter() - self._paused
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Also of a finished run that is started again: what stood here was cut."""
+        """Also for a finished run that is started again, whose last events were cut."""
         if last := trainer.global_step:
             adaptation = adaptation_of(pl_module)
             final = ("hparams", "", (hyperparameters(trainer, pl_module), _final_scores(trainer)))
@@ -114,7 +114,7 @@ class Monitor(Callback):
             self._write(trainer, last, [*_figures(adaptation, _all_steps(trainer)), final])
 
     def _part(self, trainer: Trainer) -> int:
-        """How many tenths of the run are over; of a run without an end its steps."""
+        """How many tenths of the run are over; without a known end, its steps."""
         steps = trainer.estimated_stepping_batches
         return int(trainer.global_step * _MEASUREMENTS // steps) if 0 < steps < math.inf else trainer.global_step
 
@@ -140,7 +140,7 @@ class Monitor(Callback):
     # --- writing, and going on -----------------------------------------------------------------------------------
 
     def _write(self, trainer: Trainer, step: int, events: Iterable[Event]) -> None:
-        """Nothing is computed where nobody writes."""
+        """Write ``events``, which are computed only if there is a writer."""
         if not trainer.is_global_zero:
             return
         writers: list[Any] = [each.experiment for each in trainer.loggers if isinstance(each, TensorBoardLogger)]
@@ -154,7 +154,7 @@ class Monitor(Callback):
             self._events.append((kind, tag, value))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """With the events of the step that the file falls into: curves are cut before it, see `ResumableCurves`."""
+        """Adds the events of the checkpoint's step: curves are cut before it, see `ResumableCurves`."""
         step = internals.logged_step(trainer)
         kept = [each for each in self._events if each[0] in _KEPT and not each[1].startswith(("time/", "memory/"))]
         events = [(kind, tag, None if kind == "image" else value) for kind, tag, value in kept]
@@ -165,14 +165,14 @@ class Monitor(Callback):
         self._step, self._events, self._measured = saved["step"], saved["events"], saved["measured"]
 
     def _once_more(self, events: Sequence[Event], adaptation: Adaptation) -> list[Event]:
-        """The events of a checkpoint, which holds no pictures."""
+        """The events of a checkpoint, with pictures drawn again."""
         drawn = any(kind == "image" for kind, _, _ in events)
         kept = [event for event in events if event[0] != "image"]
         return [*kept, *(_figures(adaptation, adaptation.steps_before + self._step + 1) if drawn else ())]
 
 
 def _hparams(writer: Any, tag: str, value: tuple[Mapping[str, Any], Sequence[str]], step: int) -> None:
-    """The scores' own curves are what the tab shows of them."""
+    """The HPARAMS tab takes scores from their own curves."""
     parameters, scores = value
     for summary in hparams(dict(parameters), dict.fromkeys(scores, 0.0)):
         writer.file_writer.add_summary(summary, step)
@@ -200,8 +200,7 @@ def _scores(adaptation: Adaptation) -> Iterator[Event]:
 
 
 def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
-    histories = adaptation.controller.histories()
-    if not histories:
+    if not (histories := adaptation.controller.histories()):
         return
     yield "scalar", "srlora/directions", float(max(map(len, histories.values())))
     drawn = drawn_after(histories)
@@ -213,17 +212,17 @@ def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
 
 
 def _figures(adaptation: Adaptation, last_step: int) -> Iterator[Event]:
-    histories = adaptation.controller.histories()
-    if not histories:
+    if not (histories := adaptation.controller.histories()):
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from srlora_pl.figures import runs as figures  # with matplotlib, which takes its time
+    from srlora_pl.figures import drawings  # with matplotlib, which takes its time
+    from srlora_pl.figures.numbers import middle_block
 
-    middle = figures.middle_block(histories)
+    middle = middle_block(histories)
     for tag, figure in (
-        (f"figures/directions_block_{middle}", figures.direction_intervals(histories, last_step, middle)),
-        ("figures/length_variance", figures.length_variance(histories, last_step)),
+        (f"figures/directions_block_{middle}", drawings.direction_intervals(histories, last_step, middle)),
+        ("figures/length_variance", drawings.length_variance(histories, last_step)),
     ):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
@@ -231,7 +230,7 @@ def _figures(adaptation: Adaptation, last_step: int) -> Iterator[Event]:
 
 
 def _card(trainer: Trainer, pl_module: LightningModule) -> str:
-    """What this process runs, as a table in Markdown."""
+    """This process's command, device, versions and method, as a table in Markdown."""
     method = adaptation_of(pl_module).method.spec()
     given = {name: value for name, value in method["init_args"].items() if value not in (None, [], {})}
     rows = {

@@ -18,8 +18,7 @@ Row = dict[str, Any]
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes a row for every sample, in the order of the data, once all is predicted; of several processes the first
-    writes what all have predicted.
+    """Writes a row for every sample, in the order of the data, at the end; the first process writes for all.
 
     Takes from `predict_step` a mapping with ``index`` (B,) and one of: ``label`` (B,) and ``probability`` (B,); for
     several labels a sample ``probabilities`` (B, classes); for numbers ``value`` (B,). The CSV has the columns
@@ -28,7 +27,7 @@ class PredictionWriter(BasePredictionWriter):
     `class_names`).
 
     Attributes:
-        files: what this process has written, of the last prediction.
+        files: the files that this process wrote in the last prediction.
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,7 +86,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 class GLUEWriter(PredictionWriter):
-    """Writes the files that GLUE's server takes into the folder ``path``, under the names it asks for.
+    """Writes GLUE submission files, under the names that its server asks for, into the folder ``path``.
 
     Columns ``index`` and ``prediction``, with a tab between; labels in the words of the task's own files, numbers
     clipped to 0-5, the range of STS-B. A file that does not have every sample, which the server refuses, is named
@@ -111,7 +110,7 @@ def _gathered(tables: Mapping[int, list[Row]]) -> dict[int, list[Row]]:
         is_first = distributed.get_rank() == 0
         parts = [None] * distributed.get_world_size() if is_first else []
         distributed.gather_object(tables, parts if is_first else None)
-    # By index, the first process last: one that had less to do than it has predicted one of its samples, to wait.
+    # By index, the first process last: a process with fewer samples repeats one of its samples as padding.
     by_index = {loader: {row["index"]: row for part in reversed(parts) for row in part[loader]} for loader in tables}
     return {loader: [table[index] for index in sorted(table)] for loader, table in by_index.items() if table}
 

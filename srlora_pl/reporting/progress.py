@@ -1,4 +1,4 @@
-"""What a run says on the console: the adapted matrices before it, a bar while it trains, what it took after it."""
+"""A run's console output: the adapted matrices, the progress bar, the closing line."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ def adaptation_of(pl_module: LightningModule) -> Adaptation:
 
 
 class Progress(internals.ResumableRichBar):
-    """Lightning's bar with loss, score and switches, which never makes a step wait for the device.
+    """A progress bar with loss, score and switches that never waits for the device.
 
     The loss is that of the last row of the curves (``trainer.log_every_n_steps``), the score that of the last
     validation, and ``switches 3/13, next 215`` says how many of the planned ones are done and after which optimizer
@@ -49,7 +49,7 @@ class Progress(internals.ResumableRichBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Micro-batches of the epoch, also where its first ones were done before a resume or the run ends in it."""
+        """Micro-batches of the epoch, fewer where the run ends in it; those done before a resume count."""
         trainer: Any = self.trainer
         batches, progress = trainer.num_training_batches, internals.batches_in_epoch(trainer)
         done = progress.processed if progress.completed < progress.processed else 0  # before an epoch: of the last one
@@ -62,21 +62,14 @@ class Progress(internals.ResumableRichBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         shown: dict[str, Any] = {**super().get_metrics(trainer, pl_module), **self._read}
         shown.pop("v_num", None)  # the last letters of the version's name
-        if switches := _switches(adaptation_of(pl_module)):
-            shown["switches"] = switches
+        done, planned, coming = adaptation_of(pl_module).controller.progress()
+        if planned:
+            shown["switches"] = f"{done}/{planned}" + (f", next {coming}" if coming else "")
         return shown
 
 
-def _switches(adaptation: Adaptation) -> str:
-    """Nothing for methods and runs without switches."""
-    done, planned, coming = adaptation.controller.progress()
-    if not planned:
-        return ""
-    return f"{done}/{planned}" + (f", next {coming}" if coming else "")
-
-
 class MatrixTable(Callback):
-    """Prints which matrices of the network are adapted, once before training, in place of Lightning's summary."""
+    """Prints the adapted matrices once before training, instead of Lightning's summary."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -93,11 +86,11 @@ class MatrixTable(Callback):
 
 
 def matrix_rows(adaptation: Adaptation) -> list[Sequence[str]]:
-    """A row of `MATRICES` for each kind of matrix; ``8-12`` where they differ, parameters of all together."""
+    """A row of `MATRICES` for each kind of matrix: ``8-12`` where values differ, parameters summed."""
     rows: list[Sequence[str]] = []
     for kind, matrices in by_kind(adaptation.matrices).items():
         shapes = sorted({matrix.shape for matrix in matrices})
-        parameters = sum(m.of(p).numel() for m in matrices for p in m.layer.adapter_parameters())
+        parameters = sum(m.of(p).numel() for m in matrices for p in m.layer.adapter_parameters() if p.requires_grad)
         rows.append((
             kind,
             str(len(matrices)),
@@ -115,30 +108,30 @@ def _span(numbers: list[int]) -> str:
 
 
 def parameter_line(pl_module: LightningModule) -> str:
-    """How many parameters train, and how many there are."""
+    """The numbers of trained and of all parameters, in words."""
     pairs, trained, everything = parameter_counts(pl_module).values()
     return (
-        f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%}): {pairs:,} in pairs of "
+        f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%}): {pairs:,} in adapters of "
         f"{len(adaptation_of(pl_module).matrices)} matrices, {trained - pairs:,} beside them"
     )
 
 
 def parameter_counts(pl_module: LightningModule) -> dict[str, int]:
-    """Numbers in the ``adapters``, ``trained`` with them, and in ``all`` parameters."""
+    """Numbers of parameters in the ``adapters``, of all ``trained`` ones, and of ``all``."""
     layers = adaptation_of(pl_module).layers.values()
     return {
-        "adapters": sum(parameter.numel() for layer in layers for parameter in layer.adapter_parameters()),
+        "adapters": sum(p.numel() for layer in layers for p in layer.adapter_parameters() if p.requires_grad),
         "trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         "all": sum(p.numel() for p in pl_module.parameters()),
     }
 
 
 def closing_line(trainer: Trainer, adaptation: Adaptation, seconds: float, earlier: float = 0.0) -> str:
-    """What a run took, such as ``360 steps, 5 of 5 switches, 2 min 3 s, 410 MiB of memory at the peak``.
+    """A run's cost, such as ``360 steps, 5 of 5 switches, 2 min 3 s, 410 MiB of memory at the peak``.
 
     Args:
-        seconds: of all the processes that the run took.
-        earlier: of those before this one.
+        seconds: of all processes of the run, before and after a resume.
+        earlier: of the processes before this one.
     """
     done, planned, _ = adaptation.controller.progress()
     device = trainer.strategy.root_device

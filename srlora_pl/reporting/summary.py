@@ -1,4 +1,4 @@
-"""summary.json: what became of a run, for programs to read."""
+"""summary.json: a run's results, for programs to read."""
 
 import json
 import shlex
@@ -18,7 +18,7 @@ FILE = "summary.json"
 
 
 class Summary(Callback):
-    """Counts the seconds of a run over all the processes that it took, and writes its ``summary.json``.
+    """Counts the seconds of a run over resumes, and writes its ``summary.json``.
 
     Attributes:
         seconds: from the start of training to now or its end, validations included.
@@ -45,7 +45,7 @@ class Summary(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._is_stale and trainer.is_global_zero:
-            self.path.unlink(missing_ok=True)  # of the same run, when it ended earlier
+            self.path.unlink(missing_ok=True)  # of the same run, which ended here before
         self._is_stale = False
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,7 +62,7 @@ class Summary(Callback):
     def write(
         self, trainer: Trainer, module: LightningModule, scores: Mapping[str, float], best: Mapping[str, Any]
     ) -> None:
-        """Say that the run has ended, and how.
+        """Write ``summary.json`` once the run has ended.
 
         Args:
             scores: the last ones, of the test data where they have labels.

@@ -16,13 +16,13 @@ from srlora_pl.util.files import replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Replaces a checkpoint in one moment, once the new one is on the disk; other addresses than files as usual."""
+    """Replaces a checkpoint atomically, once the new one is on the disk; addresses such as s3:// as Lightning does."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write ``checkpoint`` to ``path``.
 
         Raises:
-            UserError: it cannot be written; what was at ``path`` is still there.
+            UserError: it cannot be written; an earlier file at ``path`` is still there.
         """
         if storage_options is not None or not internals.is_local_file(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
@@ -44,10 +44,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint of Lightning; its tensors stay on the disk until they are used.
+    """The content of a Lightning checkpoint; tensors stay on the disk until they are used.
 
     Raises:
-        UserError: there is no such file, it is truncated, or holds something else.
+        UserError: the file is missing, truncated, or no checkpoint.
     """
     if not path.is_file():
         near = did_you_mean(str(path), map(str, path.parent.glob("*.ckpt")))
@@ -64,23 +64,23 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def class_names(checkpoint: dict[str, Any]) -> list[str] | None:
-    """Of the data that the model was trained on, in the order of its outputs; None where the file does not tell."""
+    """The classes that the model was trained on, in the order of its outputs; None where the file does not tell."""
     states = [state for state in checkpoint.values() if isinstance(state, dict) and "processed" in state]
     return next((list(state["class_names"]) for state in states if "class_names" in state), None)
 
 
 def resumes(file: Path) -> bool:
-    """Whether a run can go on from ``file``, if it can be read: not from weights alone."""
+    """Whether a run can go on from ``file``: not from weights alone."""
     try:
         return "optimizer_states" in read(file)
     except UserError:
-        return True  # for others to say
+        return True  # whoever reads it says why not
 
 
 def settings_of(callbacks: Iterable[Callback]) -> dict[str, dict[str, Any]]:
-    """What the constructors of ``callbacks`` were given, by their keys in a checkpoint; only what one can hold.
+    """The plain constructor arguments of each callback, by its key in a checkpoint.
 
-    Where files are is none of it: a run may be moved.
+    Paths of folders are left out: a run may be moved.
     """
     found = {}
     for callback in callbacks:
@@ -92,11 +92,11 @@ def settings_of(callbacks: Iterable[Callback]) -> dict[str, dict[str, Any]]:
 
 
 def keep_settings(checkpoint: dict[str, Any], callbacks: Sequence[Callback], began: dict[str, dict[str, Any]]) -> None:
-    """Of the state of each of ``callbacks`` keep what it has counted, but not its settings, which are this run's.
+    """Replace the settings in the saved states of ``callbacks`` by those of this run; their counts stay.
 
-    A setting is what its constructor was given and what has not changed since: ``began`` is `settings_of` the run that
-    wrote the file. When a ModelCheckpoint saves is one too, so that its state is also found under the key of another
-    schedule; what was counted of another score, or the other way, is not.
+    A setting is a constructor argument that has not changed since: ``began`` is `settings_of` the run that wrote the
+    file. A ModelCheckpoint's schedule is a setting too, so its state is also found under the key of another schedule,
+    but not of another score or mode.
     """
     states, now = checkpoint.get("callbacks", {}), settings_of(callbacks)
     for callback in callbacks:
@@ -113,10 +113,10 @@ def keep_settings(checkpoint: dict[str, Any], callbacks: Sequence[Callback], beg
 
 
 def keep_to_own_folders(checkpoint: dict[str, Any], callbacks: Iterable[Checkpoint]) -> None:
-    """Of the files that each ModelCheckpoint of ``callbacks`` remembers keep those in its folder, wherever it is now.
+    """Let each ModelCheckpoint of ``callbacks`` remember only files in its folder, wherever that is now.
 
-    A run's folder may have moved; and a callback deletes in time what it remembers, which a checkpoint from elsewhere
-    must not decide. Without its best file it begins anew.
+    The run's folder may have moved; and a callback deletes files that it remembers, which a checkpoint from elsewhere
+    must not decide. A callback whose best file is missing begins anew.
     """
     states = checkpoint.get("callbacks", {})
     for callback in callbacks:
@@ -151,10 +151,7 @@ def _below(path: str, folder: str) -> Path:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The checkpoints in a run's ``folder``, at any depth, those that were written for SLURM too.
-
-    None of other runs, of which a folder may hold several.
-    """
+    """The checkpoints in a run's ``folder`` at any depth, SLURM's too, but none in the folders of other runs."""
     files = (file for file in folder.rglob("*.ckpt") if not file.name.startswith("."))
     return [file for file in files if not re.search(r"(^|/)version_\d+/", file.relative_to(folder).as_posix())]
 
@@ -172,15 +169,13 @@ def run_folders(checkpoint: Path) -> list[Path]:
 
 
 def newest(files: Iterable[Path], pass_over: Callable[[Path], None] = lambda file: None) -> tuple[Path, int] | None:
-    """The readable checkpoint among ``files`` of one run that is furthest, with its step; None if there is none.
+    """The checkpoint with the highest step among ``files`` of one run, with that step; None if none can be read.
 
-    The step in the file decides, and the file's time only between files of one step (those of a validation and of
-    the micro-batch before it): a copied folder has lost its times, and as a run is resumed bit for bit, a later step
-    in its folder is further on the same way whenever it was written.
+    A file's time decides only between files of one step (of a validation and of the micro-batch before it), as a
+    copied folder has lost its times.
 
     Args:
-        files: looked at all.
-        pass_over: called for each that cannot be read.
+        pass_over: called for each file that cannot be read.
     """
     found: list[tuple[int, int, Path]] = []
     for file in files:

@@ -1,4 +1,4 @@
-"""Signals end a run in good order: at the end of the step, with a checkpoint and the command to go on."""
+"""Signals end a run after the current step, with a checkpoint and the command that resumes it."""
 
 import contextlib
 import os
@@ -23,22 +23,22 @@ _STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts(Callback):
-    """Answers SIGINT, SIGTERM and the signal that SLURM sends before it takes the machine away.
+    """Handles SIGINT, SIGTERM and the signal that SLURM sends before a job's time is over.
 
-    In training a handler only takes a note. It is read where a file can be written that an exact resume can start
-    from: before the next micro-batch, and before and between the batches of a validation (which the resumed run
-    begins anew). At any other time there is nothing to save, and the run ends at once. A second SIGINT or SIGTERM
-    kills. Several processes read their notes together, every ``trainer.log_every_n_steps`` steps.
+    During training a handler only records the signal. The run ends where an exact resume can start: before the next
+    micro-batch, or before or between the batches of a validation, which the resumed run repeats. At other times there
+    is nothing to save, and the run ends at once. A second SIGINT or SIGTERM kills. Several processes compare their
+    records every ``trainer.log_every_n_steps`` steps.
 
     Args:
-        folder: of the run; None: nothing is to be saved.
-        checkpoint: that the run goes on from.
+        folder: the run's; None: nothing is saved.
+        checkpoint: the file that the run resumes from.
     """
 
     def __init__(self, folder: Path | None = None, checkpoint: Path | None = None) -> None:
         self.folder, self.checkpoint = folder, checkpoint
         self.received = 0  # the signal that ends the run
-        self.requeue = 0  # the signal that also asks SLURM to start it again
+        self.requeue = 0  # SLURM's signal, after which the job is queued again
         self._trains = self._has_trained = False
         self._handled: list[int] = []
 
@@ -46,7 +46,7 @@ class Interrupts(Callback):
 
     @contextlib.contextmanager
     def watch(self, trainer: Trainer) -> Iterator[None]:
-        """Inside, signals are answered."""
+        """Handle signals inside the block."""
         environment = internals.cluster_environment(trainer)
         requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
         self._handled = [*_STOPS, environment.requeue_signal] if requeues else [*_STOPS]
@@ -68,18 +68,18 @@ class Interrupts(Callback):
             self.requeue = number
             return
         for each in _STOPS:
-            _set(each, signal.SIG_DFL)  # the second one kills, whatever the process is caught in
+            _set(each, signal.SIG_DFL)  # the second one kills, whatever the process is doing
         if self.received:
             os.kill(os.getpid(), number)
         self.received = number
         if not self._trains:
             raise self._interrupted("" if self._has_trained or not self.folder else " before the first step")
 
-    # --- where they are answered ---------------------------------------------------------------------------------
+    # --- where the run ends ---------------------------------------------------------------------------------
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.received:
-            self._take_over()  # Lightning has put its own SIGTERM handler over ours
+            self._take_over()  # Lightning has replaced our SIGTERM handler by its own
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.on_sanity_check_start(trainer, pl_module)
@@ -110,8 +110,7 @@ class Interrupts(Callback):
         if not self.folder or (trainer.global_step == 0 and not self.requeue):
             raise self._interrupted(" before the first step" if self.folder else "")
         if self.requeue:
-            # Lightning's own answer saves at whatever line of the step the signal comes, where weights, optimizer and
-            # counters may disagree; here it is asked between two steps.
+            # Lightning's own handler saves in the middle of a step, where weights, optimizer and counters may disagree.
             older = [*self.folder.glob("hpc_ckpt_*.ckpt")]
             self.checkpoint = internals.slurm_checkpoint(trainer, self.folder)
             internals.requeue(trainer, self.requeue)
@@ -124,7 +123,7 @@ class Interrupts(Callback):
 
     def _interrupted(self, what: str, rank: int = 0) -> Interrupted:
         if rank:
-            return Interrupted("", 0)  # whoever started the processes would kill the first when another one fails
+            return Interrupted("", 0)  # a launcher kills the first process when another one fails
         number = self.received or self.requeue
         if self.requeue:
             what += " and SLURM asked to requeue the job"

@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,18 +20,11 @@ from PIL import Image
 from torch import Tensor
 
 from srlora_pl import UserError
-from srlora_pl.figures import runs as figures
-from srlora_pl.figures.runs import (
-    Curve,
-    active_lengths,
-    direction_intervals,
-    directions_overview,
-    kind_labels,
-    length_variance,
-    smoothed,
-    training_loss,
-)
+from srlora_pl.figures import drawings
+from srlora_pl.figures.drawings import direction_intervals, directions_overview, length_variance, training_loss
+from srlora_pl.figures.numbers import Curve, active_lengths, blocks_of, kind_labels, length_variances, smoothed
 from srlora_pl.lowrank import Adaptation, SRLoRA
+from tests.helpers import waiting
 from tests.helpers.cli import SMALL_RUN, cli
 from tests.helpers.errors import mentions
 from tests.helpers.toys import toy_batches, toy_net, train
@@ -45,6 +37,7 @@ TOY = {
     "blocks.1.attn.qkv[q]": torch.tensor([[0, 4], [0, 4], [4, -1], [4, -1]]),
     "blocks.1.mlp.fc1": torch.tensor([[0, 7], [0, -1], [7, -1]]),
 }
+STILL = {name: torch.tensor([[0, -1], [0, -1]]) for name in TOY}  # of a run without switches
 LENGTHS = {
     "blocks.0.attn.qkv[q]": [10, 4, 3, 3],
     "blocks.0.mlp.fc1": [4, 7, 6, 3],
@@ -74,7 +67,7 @@ def deberta(layers: int, directions: int, pace: int = 1) -> dict[str, Tensor]:
 
 def test_active_lengths_and_their_variance() -> None:
     assert {name: active_lengths(each, LAST).tolist() for name, each in TOY.items()} == LENGTHS
-    assert figures.length_variances(TOY, LAST) == pytest.approx(VARIANCES)
+    assert length_variances(TOY, LAST) == pytest.approx(VARIANCES)
     later = active_lengths(TOY["blocks.0.attn.qkv[q]"], 12)
     assert later.tolist() == [12, 4, 3, 5]  # what is active goes on
 
@@ -92,7 +85,7 @@ def test_a_toy_run_has_known_intervals() -> None:
     for intervals in histories.values():
         assert intervals.tolist() == [[0, 5], [0, 5], [5, -1], [5, -1]]
         assert active_lengths(intervals, 8).tolist() == [5, 5, 3, 3]
-    assert figures.length_variances(histories, 8) == dict.fromkeys(histories, 1.0)
+    assert length_variances(histories, 8) == dict.fromkeys(histories, 1.0)
 
 
 def test_smoothing_starts_without_a_bias_and_skips_what_is_missing() -> None:
@@ -217,8 +210,8 @@ def test_it_can_be_read_without_colour() -> None:
     def lightness(colour: Any) -> float:
         return float(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)))
 
-    assert abs(lightness(figures.FUSED["facecolor"]) - lightness(figures.ACTIVE["facecolor"])) > 0.4
-    scale = [lightness(figures.LENGTHS(x)) for x in np.linspace(0, 1, 50)]
+    assert abs(lightness(drawings.FUSED["facecolor"]) - lightness(drawings.ACTIVE["facecolor"])) > 0.4
+    scale = [lightness(drawings.LENGTHS(x)) for x in np.linspace(0, 1, 50)]
     assert (np.diff(scale) < 0).all()
     assert scale[0] - scale[-1] > 0.7
     lines = length_variance(deberta(3, 4), 4).axes[0].lines
@@ -228,7 +221,7 @@ def test_it_can_be_read_without_colour() -> None:
 
 
 PICTURES = {
-    "intervals": lambda histories, last: direction_intervals(histories, last, figures.blocks_of(histories)[0]),
+    "intervals": lambda histories, last: direction_intervals(histories, last, blocks_of(histories)[0]),
     "variance": length_variance,
     "overview": directions_overview,
     "loss": lambda histories, last: training_loss(
@@ -387,25 +380,26 @@ def test_the_layer_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_several_runs_share_one_figure_of_losses(tmp_path: Path) -> None:
-    runs = [save_run(tmp_path / f"{name}/version_0", name) for name in ("SRLoRA", "LoRA", "PiSSA")]
+    histories = {"SRLoRA": TOY, "LoRA": STILL, "Other": TOY}
+    runs = [save_run(tmp_path / f"{name}/version_0", name, histories=each) for name, each in histories.items()]
     options = [option for run in runs for option in ("--run", run)]
     code, out, err = cli("figures", *options, "--output", "drawn", home=tmp_path)
     assert (code, err) == (0, "")
     drawn = tmp_path / "drawn"
-    assert names(drawn) == LOSSES | {"SRLoRA-version_0", "PiSSA-version_0"}
-    for name in ("SRLoRA", "PiSSA"):
+    assert names(drawn) == LOSSES | {"SRLoRA-version_0", "Other-version_0"}
+    for name in ("SRLoRA", "Other"):
         assert names(drawn / f"{name}-version_0") == FILES - LOSSES
-    assert out.startswith("LoRA/version_0: LoRA draws no singular directions, so only the training loss is drawn\n")
+    assert out.startswith("LoRA/version_0: LoRA has drawn no new directions, so only the training loss is drawn\n")
     found = [row["run"] for row in table(drawn / "training_loss.csv")]
-    assert found == [f"{name}/version_0" for name in ("SRLoRA", "LoRA", "PiSSA") for _ in range(3)]
+    assert found == [f"{name}/version_0" for name in histories for _ in range(3)]
     assert not any((run / "figures").exists() for run in runs)
 
 
 def test_a_run_without_directions_is_no_error(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "lora", "LoRA")
+    run = save_run(tmp_path / "lora", "LoRA", histories=STILL)
     code, out, err = cli("figures", "--run", run, "--layer", 99, home=tmp_path)
     assert (code, err) == (0, "")
-    assert "LoRA draws no singular directions" in out
+    assert "LoRA has drawn no new directions" in out
     assert names(run / "figures") == LOSSES
 
 
@@ -479,6 +473,6 @@ def test_help_is_answered_without_loading_anything(tmp_path: Path) -> None:
         "import sys; from srlora_pl.cli import main; main(['figures', '--help']); "
         "print({'torch', 'matplotlib'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = waiting.run([sys.executable, "-c", code], check=True)
     assert "--layer N" in done.stdout
     assert done.stdout.endswith("set()\n")

@@ -34,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one run of `tests.helpers.ddp_program`, made by whichever worker of pytest-xdist comes first."""
     base = tmp_path_factory.getbasetemp()
     home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ddp"
-    with FileLock(home.with_suffix(".lock")):
+    with FileLock(home.with_suffix(".lock"), timeout=1500):
         if not home.exists():
             home.mkdir()
             ddp_program.prepare(home)

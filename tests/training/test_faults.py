@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ from tests.helpers.digits import SmallDigits, assert_equal, model, trainer
 from tests.helpers.errors import mentions
 from tests.helpers.faults import in_step
 from tests.helpers.paths import ROOT
+from tests.helpers.waiting import PATIENCE, run
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("backbone")]
 FIT = ["fit", "--config", "small.yaml", "--ckpt_path", "last"]
@@ -165,7 +165,8 @@ def bury(workers: list[Any]) -> None:
     try:
         for worker in workers:
             worker.kill()
-            worker.join()
+            worker.join(PATIENCE)
+            assert not worker.is_alive(), f"{worker} outlives SIGKILL"
     except RuntimeError:
         bury(workers)
 
@@ -254,10 +255,11 @@ def test_a_disk_that_is_full_for_the_curves(
 # -- kills
 
 
+@pytest.mark.slow
 def test_kills_with_sigkill() -> None:
     """The short form of ``benchmarks/faults.py``."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.faults", "--images", "3", "--texts", "0"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run(command, cwd=ROOT, seconds=1200)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert sum(tried for tried, _ in result["images"].values()) == 3

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from srlora_pl.reporting import Interrupts
+from srlora_pl.training.interrupts import Interrupts
 from srlora_pl.util.errors import Interrupted
 
 

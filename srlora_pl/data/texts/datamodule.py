@@ -57,7 +57,7 @@ class TextDataModule(DataModule):
     num_classes: int  # 1 for regression
     class_names: list[str]  # none for regression
     problem: Problem
-    score_names: list[str]  # what the task reports, the main one first
+    score_names: list[str]  # for the task to report, the main one first
 
     def __init__(
         self,

@@ -1,0 +1,121 @@
+"""The numbers in the figures. Steps are optimizer steps; directions count from 1, the largest singular value."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from srlora_pl.lowrank.methods.base import name_matches
+from srlora_pl.lowrank.targets import ALIASES, block_and_kind
+from srlora_pl.util.errors import UserError
+
+Histories = Mapping[str, Tensor]  # the intervals (n, 2) of each matrix: drawn after and fused after which step
+Curve = tuple[Sequence[float], Sequence[float]]  # steps, losses
+
+SMOOTHING = 0.9
+LABELS = {
+    "query": "query",
+    "key": "key",
+    "value": "value",
+    "attention_output": "attention output",
+    "fc1": "FFN in",
+    "fc2": "FFN out",
+}
+
+
+def active_lengths(intervals: Tensor, last_step: int) -> Tensor:
+    """For how many optimizer steps each direction was active, (n,); the active ones so far, up to ``last_step``.
+
+    Args:
+        intervals: of one matrix, (n, 2), a step that has not come is negative.
+    """
+    drawn, fused = intervals.unbind(1)
+    return torch.where(fused < 0, last_step, fused) - drawn
+
+
+def length_variances(histories: Histories, last_step: int) -> dict[str, float]:
+    """By matrix the variance, in optimizer steps squared, of the active lengths of all directions that it has drawn."""
+    return {
+        name: float(active_lengths(intervals, last_step).double().var(correction=0))
+        for name, intervals in histories.items()
+    }
+
+
+def smoothed(values: Sequence[float], constant: float = SMOOTHING) -> npt.NDArray[np.float64]:
+    """Exponential moving average that starts without a bias and skips missing values (NaN, infinity)."""
+    average, weight, result = 0.0, 0.0, []
+    for value in values:
+        if np.isfinite(value):
+            average = constant * average + (1 - constant) * float(value)
+            weight = constant * weight + 1 - constant
+        result.append(average / weight if weight else np.nan)
+    return np.array(result)
+
+
+def blocks_of(names: Iterable[str]) -> list[int | None]:
+    """The blocks that matrices of these names lie in, in order; None, of those in no block, comes last."""
+    return sorted({block_and_kind(name)[0] for name in names}, key=lambda block: (block is None, block))
+
+
+def middle_block(histories: Histories) -> int | None:
+    """The one to show of all blocks."""
+    blocks = blocks_of(histories)
+    return blocks[len(blocks) // 2]
+
+
+def in_block(histories: Histories, block: int | None) -> dict[str, Tensor]:
+    """The matrices in ``block``.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = {name: each for name, each in histories.items() if block_and_kind(name)[0] == block}
+    if not found:
+        known = ", ".join(str(each) for each in blocks_of(histories) if each is not None)
+        raise UserError(f"layer {block} has no adapted matrix, give one of these layers: {known}")
+    return found
+
+
+def kind_labels(names: Iterable[str]) -> dict[str, str]:
+    """What to call each kind of matrix: its part in a transformer block or, where that is not known, its own name."""
+    labels = {block_and_kind(name)[1]: _part(name) for name in names}
+    times = Counter(labels.values())
+    return {kind: label if label and times[label] == 1 else kind for kind, label in labels.items()}
+
+
+def _part(name: str) -> str | None:
+    if fused := re.search(r"\[([qkv])\]$", name):
+        return {"q": "query", "k": "key", "v": "value"}[fused[1]]
+    parts = (part for part, patterns in ALIASES.items() if any(name_matches(pattern, name) for pattern in patterns))
+    return next((LABELS[part] for part in parts), None)
+
+
+def _matrix_columns(histories: Histories) -> dict[str, dict[str, Any]]:
+    labels = kind_labels(histories)
+    places = {name: block_and_kind(name) for name in histories}
+    return {name: {"matrix": name, "layer": block, "kind": labels[kind]} for name, (block, kind) in places.items()}
+
+
+def interval_rows(histories: Histories, last_step: int) -> Iterator[dict[str, Any]]:
+    """A row for each direction, with no step "fused after" where it is still active."""
+    for name, columns in _matrix_columns(histories).items():
+        lengths = active_lengths(histories[name], last_step).tolist()
+        for k, ((drawn, fused), length) in enumerate(zip(histories[name].tolist(), lengths, strict=True), start=1):
+            yield columns | {
+                "direction": k,
+                "drawn after step": drawn,
+                "fused after step": None if fused < 0 else fused,
+                "active steps": length,
+            }
+
+
+def variance_rows(histories: Histories, last_step: int) -> Iterator[dict[str, Any]]:
+    """A row for each matrix."""
+    variances = length_variances(histories, last_step)
+    for name, columns in _matrix_columns(histories).items():
+        yield columns | {"directions": len(histories[name]), "variance of active steps": variances[name]}
