@@ -8,6 +8,8 @@ from typing import Any
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    BaseFinetuning,
     LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
@@ -36,6 +38,9 @@ from srlora_pl.util.files import replacing
 
 # With these the scores of a fit would not be those of its files, or a later command would fail.
 _REFUSED: dict[type, str] = {
+    BackboneFinetuning: "frees a layer named backbone, which no model here has: name layers in "
+    "model.method.target_modules",
+    BaseFinetuning: "does not say which layers to free: name a subclass that does",
     ModelPruning: "changes weights after validation has scored them and before they are saved: prune the weights of "
     "export --format merged",
     OnExceptionCheckpoint: "makes the next fit go on from its file though nobody asks for it: use ModelCheckpoint with "
@@ -54,7 +59,8 @@ def refuse_unfit(callbacks: Sequence[Callback]) -> None:
     """
     for callback in callbacks:
         for kind, why in _REFUSED.items():
-            if isinstance(callback, kind):
+            # A subclass may know better which layers to free.
+            if type(callback) is kind or (isinstance(callback, kind) and not issubclass(kind, BaseFinetuning)):
                 raise UserError(f"the callback {type(callback).__name__} {why}, or leave it out")
 
 

@@ -22,7 +22,7 @@ from srlora_pl.reporting.progress import closing_line
 from srlora_pl.run import config, defaults, finders, folders, settings
 from srlora_pl.run.explain import explain, missing_package, written_at
 from srlora_pl.run.messages import close, note, quieten
-from srlora_pl.tasks.base import SPLITS, Task
+from srlora_pl.tasks.base import Task
 from srlora_pl.training import checkpoints
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.interrupts import Interrupts
@@ -124,7 +124,8 @@ class Run(LightningCLI):
             raise UserError(f"model.num_classes {count} is not for you to set, it comes from the data: leave it out")
         for part in ("model", "data"):
             module, _, name = self.config[part].class_path.rpartition(".")
-            parameters = signature(getattr(import_module(module), name)).parameters
+            homes = reversed(getattr(import_module(module), name).__mro__)
+            parameters = {key: each for home in homes for key, each in signature(home.__init__).parameters.items()}
             for key, value in vars(self.config[part].init_args).items():
                 known = parameters.get(key)
                 if value is not None or not known or known.default in (None, Parameter.empty):
@@ -377,7 +378,7 @@ class Run(LightningCLI):
         return self._scores("test" if command == "test" else "val")
 
     def _scores(self, stage: str) -> dict[str, float]:
-        splits = tuple(f"{split}/" for split in SPLITS[stage])
+        splits = (f"{stage}/", f"{stage}_")
         return {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith(splits)}
 
     def predict(self) -> None:

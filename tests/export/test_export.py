@@ -452,14 +452,14 @@ def test_files_that_give_other_outputs_are_not_left(vit, tmp_path, monkeypatch, 
 
     write = srlora_pl.export.command._write_merged if mode == "merged" else srlora_pl.models.peft_folder.write
     if mode == "merged":
-        original = srlora_pl.models.family.Timm.write
+        original = srlora_pl.models.family.Timm.save
 
-        def broken(self, net, folder, names):
-            notes = original(self, net, folder, names)
+        def broken(self, net, folder, *rest):
+            notes = original(self, net, folder, *rest)
             damage(folder / "model.safetensors", load_file(folder / "model.safetensors"))
             return notes
 
-        monkeypatch.setattr(srlora_pl.models.family.Timm, "write", broken)
+        monkeypatch.setattr(srlora_pl.models.family.Timm, "save", broken)
     else:
 
         def broken(folder, *rest):

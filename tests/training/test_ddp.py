@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from srlora_pl import UserError
 from srlora_pl.cli import main
-from srlora_pl.data.base import Share
+from srlora_pl.data.loader import Share
 from srlora_pl.run.run import Run
 from tests.helpers import ddp_program
 from tests.helpers.ddp_program import FewDigits, classifier, trainer

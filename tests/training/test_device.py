@@ -116,7 +116,7 @@ class OnDevice(L.Callback):
     def on_train_start(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         trainer.strategy._root_device = model._device = DEVICE
         to_device(model)
-        model.scores.to(DEVICE)  # metrics move their own state
+        model.evaluation.to(DEVICE)  # metrics move their own state
         self.watch.__enter__()
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:

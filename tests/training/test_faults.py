@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks.faults import SAVE_OFTEN, difference, outcome
 from srlora_pl import ImageClassifier, UserError
-from srlora_pl.data.base import _watch_workers
+from srlora_pl.data.loader import _watch_workers
 from srlora_pl.reporting.csv_log import ResumableCSVLogger
 from tests.helpers.cli import SMALL_RUN, cli, complaint
 from tests.helpers.digits import SmallDigits, assert_equal, model, trainer
