@@ -118,7 +118,7 @@ class Variant:
         for _ in range(3):
             due = self.adaptation.switches_done + 1
             with _timed(seconds, device):
-                assert self.adaptation.switch_if_due(round(due * INTERVAL[self.kind]) + 1, self.optimizer)
+                assert self.adaptation.after_optimizer(round(due * INTERVAL[self.kind]) + 1, self.optimizer)
         self.switch_seconds = statistics.median(seconds)
 
     def kept_bytes(self, batch: Batch, autocast: Callable[[], Any]) -> int:

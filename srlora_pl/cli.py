@@ -1,7 +1,7 @@
 """The command line: ``python cli.py fit --config configs/quickstart.yaml``, also installed as ``srlora``.
 
-Only what answers at once lives here: help, subcommands, reading the config files, and turning an error that the
-user can mend into one sentence. torch and Lightning are imported when a run is really asked for.
+It holds what answers at once: help, subcommands, reading the config files, and turning an error that the user can mend
+into one sentence. torch and Lightning are imported when a run starts.
 """
 
 import argparse
@@ -12,78 +12,29 @@ import sys
 import traceback
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from srlora_pl.run import config
 from srlora_pl.util.errors import START_AGAIN, WORKER_DIED, Interrupted, UserError, causes, did_you_mean, is_utf8
 
-COMMANDS = {
+RUNS = {
     "fit": "train, then test the best checkpoint where the test data have labels",
     "validate": "score a checkpoint on the validation split",
     "test": "score a checkpoint on the test data",
-    "predict": "write what the model says of every sample of data.predict_root, or of the test data",
-    "export": "write a checkpoint's model as plain weights, or as a LoRA for PEFT, that load without this package",
-    "compare": "train several methods with several seeds, and tell whether they differ",
-    "figures": "draw a run's training loss, and which singular directions were active when",
+    "predict": "write the model's prediction for every sample of data.predict_root, or of the test data",
 }
-EXPORT_HELP = """usage: python cli.py export --ckpt_path FILE --format merged|peft --output FOLDER
-                            [--rank R] [--force] [--config FILE]
-
-options:
-  --ckpt_path FILE     the checkpoint of a run
-  --format merged      plain weights in timm's or transformers' own layout (with the tokenizer)
-  --format peft        a LoRA on the pretrained weights, which PeftModel.from_pretrained loads; exact, or
-  --rank R             compressed to rank R, and the error is printed
-  --output FOLDER      where to write: a new or empty folder, or with
-  --force              one that holds files; those of other names stay
-  --config FILE        names the model's class and the places of its pretrained weights; by default the run's own"""
-
-COMPARE_HELP = """usage: python cli.py compare --config FILE --output FOLDER [--methods M,M,...] [--seeds N]
-                             [--grid KEY=VALUE,VALUE,... ...] [--dry-run] [--KEY VALUE ...]
-       python cli.py compare --table 3|4 --output FOLDER [...]
-
-options:
-  -c, --config FILE    the task; several files are laid on top of each other
-  --table 3|4          the tasks and methods of the paper's table instead
-  --output FOLDER      where runs and results go; finished runs in it are not repeated, others go on
-  --methods M,M,...    files of configs/methods/ by name, or paths of overlays; by default lora,pissa,srlora
-  --seeds N            runs of each method, by default 5, with the seeds from the config's own on
-  --grid KEY=V,V,...   settings to choose among for each method, by validation of the first seed; may be repeated
-  --dry-run            list the runs, estimate the time, and stop
-  --KEY VALUE          any setting but the seed and the method, for all runs, such as --data.root glue/"""
-
-FIGURES_HELP = """usage: python cli.py figures --run FOLDER [--run FOLDER ...] [--layer N] [--output FOLDER]
-
-options:
-  --run FOLDER         a run's own folder, such as runs/quickstart-srlora/version_0; the training losses of several
-                       are drawn into one figure
-  --layer N            the layer whose directions are drawn, counted from 0; by default the middle one
-  --output FOLDER      where to write, files of the same names are replaced; by default figures/ in the run's folder
-
-Each figure is written as PNG and SVG, and the data behind it as CSV."""
-
-HELP = f"""usage: python cli.py SUBCOMMAND --config configs/NAME.yaml [--config configs/methods/METHOD.yaml]
-                     [--ckpt_path FILE] [--KEY VALUE ...]
-
-subcommands:
-{chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
-
-options of every subcommand (but export, compare and figures, see their --help):
-  -c, --config FILE    settings; several files are laid on top of each other
-  --ckpt_path FILE     fit: go on from here; validate, test, predict: the weights to use;
-                       last: the furthest readable file of the config's newest run
-  --name NAME          fit: the run's folder is runs/NAME-METHOD, by default named after the config
-  --output PLACE       predict: where the predictions go, by default the checkpoint's run
-  --KEY VALUE          any setting, such as --model.lr 0.01 --model.method.rank 4 --data.batch_size 32
-  --print_config       print all settings, and stop
-  --help               every setting of the trainer, and how to list a class's own
+EXAMPLES = """\
+options of fit, validate, test and predict (--help of each lists all):
+  --config FILE      settings; several files are laid on top of each other
+  --ckpt_path FILE   fit: go on from it; the others: its weights; last: the furthest of the config's newest run
+  --KEY VALUE        any setting, such as --model.lr 0.01 --model.method.rank 4 --data.batch_size 32
 
 examples:
   python cli.py fit --config configs/quickstart.yaml
   python cli.py fit --config configs/quickstart.yaml --config configs/methods/lora.yaml --seed_everything 1
-  python cli.py test --config runs/quickstart-srlora/version_0/config.yaml \\
-                     --ckpt_path runs/quickstart-srlora/version_0/checkpoints/last.ckpt"""
-
+  python cli.py test --config runs/quickstart-srlora/version_0/config.yaml --ckpt_path last"""
+# The command line as a process of its own, for comparisons.
+_AGAIN = (sys.executable, "-c", "from srlora_pl.cli import main; raise SystemExit(main())")
 # Of an OSError these mean the disk and not a bug: full, over quota, broken, read-only.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
@@ -95,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     SIGTERM. Errors of the program itself keep their traceback.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    with contextlib.suppress(AttributeError):  # whatever names a run is to tell must not end it
+    with contextlib.suppress(AttributeError):  # no name that a run prints may end it
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         return _dispatch(arguments)
@@ -111,120 +62,106 @@ def main(argv: list[str] | None = None) -> int:
         return _say(f"error: {' '.join(sentence.split())}", 2)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses options in a sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog.rpartition(' ')[2]}: {message}, see {self.prog} --help")
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of all, and that of each subcommand."""
+    raw = argparse.RawDescriptionHelpFormatter
+    whole = _Parser(
+        "python cli.py", description="Fine-tuning with low-rank adapters.", epilog=EXAMPLES, formatter_class=raw
+    )
+    commands = whole.add_subparsers(metavar="SUBCOMMAND", title="subcommands", parser_class=_Parser)
+
+    def command(name: str, text: str, epilog: str = "", add_help: bool = True) -> Any:
+        about = f"{text[0].upper()}{text[1:]}."
+        parser = commands.add_parser(
+            name, help=text, description=about, epilog=epilog, allow_abbrev=False, add_help=add_help
+        )
+        return parser.add_argument
+
+    for name, text in RUNS.items():
+        add = command(name, text, add_help=False)
+        add("-c", "--config", action="append", default=[])
+
+    add = command("export", "write a checkpoint's model as plain weights, or as a LoRA that PEFT loads")
+    add("--ckpt_path", required=True, help="the checkpoint of a run")
+    add("--format", required=True, metavar="merged|peft", help="weights in timm's or transformers' layout, or a LoRA")
+    add("--output", required=True, help="the folder to write, new or empty")
+    add("--force", action="store_true", help="write into a folder that holds files; those of other names stay")
+    add("--rank", type=int, help="compress the LoRA to this rank; the error is printed")
+    add("-c", "--config", help="names the model's class and its pretrained weights; by default the run's own")
+
+    every = "--KEY VALUE: any setting but the seed and the method, for all runs, such as --data.root glue/"
+    add = command("compare", "train several methods with several seeds, and tell whether they differ", every)
+    add("-c", "--config", action="append", default=[], help="the task; several files are laid on top of each other")
+    add("--table", metavar="3|4", help="instead of --config: the tasks and methods of the paper's table")
+    add("--output", required=True, help="the folder of runs and results; runs in it are gone on with, not repeated")
+    add("--methods", metavar="M,M,...", help="names in configs/methods/, or overlays; by default lora,pissa,srlora")
+    add("--seeds", type=int, default=5, help="runs of each method, by default 5, from the config's seed on")
+    grid = "values of a setting to choose from for each method, by validation of the first seed; may be repeated"
+    add("--grid", action="append", default=[], metavar="KEY=VALUE,VALUE,...", help=grid)
+    add("--dry-run", action="store_true", help="list the runs, estimate the time, and stop")
+
+    written = "Each figure is written as PNG and SVG, and the data behind it as CSV."
+    add = command("figures", "draw a run's training loss, and which singular directions were active when", written)
+    add("--run", required=True, action="append", help="a run's folder; the losses of several are drawn into one figure")
+    add("--layer", type=int, help="the layer whose directions are drawn, from 0; by default the middle one")
+    add("--output", help="where to write, by default figures/ in the run's folder")
+    return whole, commands.choices
+
+
 def _dispatch(arguments: list[str]) -> int:
+    whole, parsers = _parsers()
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP)
+        whole.print_help()
         return 0 if arguments else 2
     command, *options = arguments
-    if command not in COMMANDS:
-        near = did_you_mean(command, COMMANDS)
-        raise UserError(f"unknown subcommand {command!r}{near}: it is one of {', '.join(COMMANDS)}")
-    if command == "export":
-        return _export(options)
+    if command not in parsers:
+        near = did_you_mean(command, parsers)
+        raise UserError(f"unknown subcommand {command!r}{near}: it is one of {', '.join(parsers)}")
+    given, settings = parsers[command].parse_known_args(options)
+    if command in RUNS:
+        _require_utf8(settings)
+        contents = [config.read(file) for file in given.config]
+
+        from srlora_pl.run.run import Run
+
+        Run(command, given.config, contents, settings).start()
+        return 0
     if command == "compare":
-        return _compare(options)
-    if command == "figures":
-        return _figures(options)
-    files, options = _split_configs(options)
-    _require_utf8(options)
-    contents = [config.read(file) for file in files]
+        from srlora_pl.comparison.command import compare
 
-    from srlora_pl.run.run import Run
+        return compare(given, settings, _AGAIN)
+    if settings:
+        parsers[command].error(f"unrecognized arguments: {' '.join(settings)}")
+    if command == "export":
+        from srlora_pl.export.command import export_checkpoint
 
-    Run(command, files, contents, options).start()
+        words = (given.ckpt_path, given.format, given.output, given.rank, given.force, given.config)
+        print("\n".join(export_checkpoint(*words).lines()))
+    else:
+        from srlora_pl.figures.runs import draw_runs
+
+        print("\n".join(draw_runs(given.run, given.output, given.layer)))
     return 0
 
 
 def _require_utf8(options: list[str]) -> None:
-    """Refuse a name that neither settings nor torch's files can have; that of the predictions is free."""
+    """Refuse a name that neither settings nor torch's files can have; the predictions may have any."""
     for before, option in pairwise(("", *options)):
         if "--output" not in (before, option.partition("=")[0]) and not is_utf8(option):
             raise UserError(f"{option!r} on the command line is not UTF-8: rename the file or folder")
 
 
-class _Options(argparse.ArgumentParser):
-    """Those of a subcommand that starts no run."""
-
-    def __init__(self, command: str) -> None:
-        super().__init__(prog=command, add_help=False, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{self.prog}: {message}, see python cli.py {self.prog} --help")
-
-
-def _export(options: list[str]) -> int:
-    if {"-h", "--help"} & set(options):
-        print(EXPORT_HELP)
-        return 0
-    parser = _Options("export")
-    for name in ("--ckpt_path", "--format", "--output"):
-        parser.add_argument(name, required=True)
-    parser.add_argument("-c", "--config")
-    parser.add_argument("--rank", type=int)
-    parser.add_argument("--force", action="store_true")
-    given = parser.parse_args(options)
-    if given.config:
-        config.read(given.config)
-
-    from srlora_pl.export.command import export_checkpoint
-
-    report = export_checkpoint(given.ckpt_path, given.format, given.output, given.rank, given.force, given.config)
-    print("\n".join(report.lines()))
-    return 0
-
-
-def _compare(options: list[str]) -> int:
-    if {"-h", "--help"} & set(options):
-        print(COMPARE_HELP)
-        return 0
-    parser = _Options("compare")
-    parser.add_argument("-c", "--config", action="append", default=[])
-    parser.add_argument("--output", required=True)
-    parser.add_argument("--grid", action="append", default=[])
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--methods")
-    parser.add_argument("--table")
-    parser.add_argument("--dry-run", action="store_true")
-    given, settings = parser.parse_known_args(options)
-    for file in given.config:
-        config.read(file)
-
-    from srlora_pl.comparison.command import compare
-
-    return compare(given, settings)
-
-
-def _figures(options: list[str]) -> int:
-    if {"-h", "--help"} & set(options):
-        print(FIGURES_HELP)
-        return 0
-    parser = _Options("figures")
-    parser.add_argument("--run", required=True, action="append")
-    parser.add_argument("--layer", type=int)
-    parser.add_argument("--output")
-    given = parser.parse_args(options)
-
-    from srlora_pl.figures.runs import draw_runs
-
-    print("\n".join(draw_runs(given.run, given.output, given.layer)))
-    return 0
-
-
-def _split_configs(options: list[str]) -> tuple[list[str], list[str]]:
-    """The values of ``--config``, and everything else as it was."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    try:
-        known, rest = parser.parse_known_args(options)
-    except argparse.ArgumentError as error:
-        raise UserError("--config needs the name of a file") from error
-    return known.config, rest
-
-
 def _for_the_user(error: BaseException) -> str | None:
-    """What to tell the user who caused ``error``, or None for a bug.
+    """The sentence for a user who caused ``error``, or None for a bug.
 
-    jsonargparse wraps what a class raises, so the causes are looked at too. Lightning refuses settings with
+    jsonargparse wraps the errors of classes, so the causes are looked at too. Lightning refuses settings with
     MisconfigurationException, ValueError and RuntimeError alike; the last two from anywhere else are bugs.
     """
     if isinstance(error, UserError):

@@ -9,8 +9,9 @@ import pytest
 from nbformat import NotebookNode
 
 from notebooks.execute import execute
+from tests.helpers.paths import ROOT
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:

@@ -1,7 +1,6 @@
 """The README's code runs, and the files and commands that it names exist."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -9,7 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers.paths import ROOT
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

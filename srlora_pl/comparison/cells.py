@@ -1,10 +1,9 @@
-"""The runs that a comparison consists of: each a run of the command line in a folder of its own."""
+"""The runs of a comparison: each is a run of the command line in a folder of its own."""
 
 import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,12 +15,10 @@ from srlora_pl.reporting.summary import FILE as SUMMARY
 from srlora_pl.util.errors import Interrupted, UserError
 from srlora_pl.util.files import lock
 
-_CLI = "from srlora_pl.cli import main; raise SystemExit(main())"
-
 
 @dataclass(frozen=True)
 class Cell:
-    """One run: a method, a point of the grid (setting and value, as on the command line) and a seed."""
+    """One run: a method, a seed, and a point of the grid (setting and value, as on the command line)."""
 
     method: str
     point: tuple[tuple[str, str], ...]
@@ -29,22 +26,22 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Of its folder, such as ``lora-lr0.001-seed0``."""
+        """The name of its folder, such as ``lora-lr0.001-seed0``."""
         settings = (f"{key.rpartition('.')[2]}{value}".replace("/", "_") for key, value in self.point)
         return "-".join([Path(self.method).stem, *settings, f"seed{self.seed}"])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a comparison on one task consists of.
+    """A comparison on one task.
 
     Attributes:
         configs: the task's config files, laid over each other.
-        methods: by name, the overlay file.
-        grid: by setting, the values to choose among for each method; every combination is a point.
+        methods: the overlay file of each.
+        grid: the values of each setting to choose among for each method; every combination is a point.
         seeds: the first one also chooses the point.
-        options: of every run.
-        folder: where the runs and the results go.
+        options: of the command line, for every run.
+        folder: of the runs and the results.
     """
 
     configs: tuple[str, ...]
@@ -72,7 +69,7 @@ class Plan:
         return len(self.trials) + len(self.methods) * (len(self.seeds) - 1)
 
     def arguments(self, cell: Cell) -> list[str]:
-        """Those of the command line for ``cell``: it begins the run, or goes on with it."""
+        """The words of the command line that begin the run of ``cell`` or go on with it."""
         files = [*self.configs, str(self.methods[cell.method])]
         settings = [("seed_everything", str(cell.seed)), *cell.point]
         return [
@@ -85,7 +82,7 @@ class Plan:
         ]
 
     def summary(self, cell: Cell) -> dict[str, Any] | None:
-        """What a finished run says of itself; None for one that has not finished."""
+        """The ``summary.json`` of a finished run with its ``folder``; None for a run that has not finished."""
         file = next((self.folder / cell.name).glob(f"*/version_*/{SUMMARY}"), None)
         return None if file is None else json.loads(file.read_text()) | {"folder": str(file.parent)}
 
@@ -95,9 +92,12 @@ class Runner:
     """Runs cells, one after the other, and none twice.
 
     Attributes:
-        failed: the sentence of every run that ended with an error.
+        program: the words that start this package's command line.
+        lock: the file that this process holds.
+        failed: the sentence of every run that ended with an error, by its folder.
     """
 
+    program: Sequence[str]
     lock: BinaryIO
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -109,32 +109,27 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("ab") as log:
             begin = log.tell()
-            command = [sys.executable, "-c", _CLI, *plan.arguments(cell)]
-            code = self._wait(
-                # A session of its own: Ctrl+C reaches it as one signal, from here. The lock is its as well: should
-                # this process be killed, nobody begins the cell anew while it still runs.
-                subprocess.Popen(
-                    command, stdout=log, stderr=log, start_new_session=True, pass_fds=(self.lock.fileno(),)
-                )
+            command = [*self.program, *plan.arguments(cell)]
+            # A session of its own: Ctrl+C reaches it as one signal, from here. It holds the lock as well: should this
+            # process be killed, nobody begins the cell anew while it still runs.
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, pass_fds=(self.lock.fileno(),)
             )
+            try:
+                code = process.wait()
+            finally:
+                process.terminate()  # does nothing to a process that has ended
+                process.wait()
         if code == 0 and plan.summary(cell) is not None:
             return True
         said = (folder / "log.txt").read_bytes()[begin:].decode(errors="replace").strip().splitlines() or [""]
         self.failed[str(folder)] = f"{said[-1]} (exit code {code}, see {folder / 'log.txt'})"
         return False
 
-    def _wait(self, process: subprocess.Popen) -> int:
-        try:
-            return process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-
 
 @contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
-    """What writes into ``folder`` for the first time.
+    """A block that writes into ``folder`` for the first time.
 
     Raises:
         UserError: the folder cannot be made or written to.
@@ -146,12 +141,12 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def runner(folder: Path) -> Iterator[Runner]:
-    """A `Runner` of the comparisons in ``folder``, alone with them, that can be interrupted.
+def runner(folder: Path, program: Sequence[str]) -> Iterator[Runner]:
+    """A `Runner` of the comparisons in ``folder``, which no other process shares; a signal interrupts it.
 
     Raises:
         UserError: the folder cannot be made or written to, or another process is at work in it.
-        Interrupted: by SIGINT or SIGTERM; the run of that moment has saved where it was.
+        Interrupted: by SIGINT or SIGTERM; the run of that moment has written a checkpoint.
     """
 
     def stop(number: int, frame: Any) -> None:
@@ -170,7 +165,7 @@ def runner(folder: Path) -> Iterator[Runner]:
                     "system has no locks): wait for it or stop it, or give another --output"
                 )
             os.set_inheritable(file.fileno(), True)
-            yield Runner(file)
+            yield Runner(program, file)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""``python cli.py compare``: from its options to the files that it ends with."""
+"""``python cli.py compare``: its options, its runs and the files with their results."""
 
 import csv
 import hashlib
@@ -27,7 +27,7 @@ from srlora_pl.util.files import relative, replacing
 _PLAN = "plan.json"
 _PROBE_STEPS = 4
 _METHODS = "--methods says which are compared, an overlay of your own can be named there"
-# What a comparison itself gives to every run, and what to do instead.
+# The settings that a comparison gives to every run, and what to do instead.
 _OWN = {
     "seed_everything": "--seeds counts from seed_everything in the config file, set it there",
     "ckpt_path": "every run begins anew or goes on from where it was, leave it out",
@@ -37,12 +37,17 @@ _OWN = {
 }
 _NOTHING = "No method has finished all its runs with the first seed, so there is nothing to compare.\n"
 _FLATTERED = "* The grid was chosen from by the same data that the scores are of, so they flatter: {}."
-# What makes a task that of the paper's numbers, beside its config file.
+# Settings that make another task of a config than the paper's.
 _TASK = {"model.backbone", "data.task", "data.name"}
 
 
-def compare(given: Namespace, options: Sequence[str]) -> int:
-    """Run what ``given`` asks for, all with ``options``, and return the exit code: 1 if a run failed.
+def compare(given: Namespace, options: Sequence[str], program: Sequence[str]) -> int:
+    """Run a comparison and return the exit code: 1 if a run failed.
+
+    Args:
+        given: the options of ``compare``.
+        options: for every run.
+        program: the words that start this package's command line, as a process for each run.
 
     Raises:
         UserError: the options contradict each other, name what is not there, or the output holds other runs.
@@ -53,10 +58,10 @@ def compare(given: Namespace, options: Sequence[str]) -> int:
         for plan in plans:
             _dry_run(plan, console)
         return 0
-    with runner(Path(given.output)) as work:
+    with runner(Path(given.output), program) as work:
         for plan in plans:
             with writing_to(plan.folder):
-                _keep_plan(plan)
+                _save_plan(plan)
         for plan in plans:
             outcomes, best = _run(plan, work, console)
             if outcomes:
@@ -128,7 +133,7 @@ def _grid(entries: Sequence[str]) -> dict[str, list[str]]:
         found = [value.strip() for value in re.split(r",(?![^\[]*\])", values)]
         if not (key and equals and all(found)):
             raise UserError(f"--grid {entry!r} must be a setting and its values, such as model.lr=0.001,0.003")
-        if len(set(map(_meaning, found))) < len(found):
+        if len(set(map(_canonical, found))) < len(found):
             raise UserError(f"--grid {entry!r} names a value twice")
         if key in grid:
             raise UserError(f"--grid gives {key} twice, put all its values behind one {key}=")
@@ -136,11 +141,11 @@ def _grid(entries: Sequence[str]) -> dict[str, list[str]]:
     return grid
 
 
-def _meaning(value: str) -> str:
-    """The same for 0.001 and 1e-3, as runs read them, but not for 1 and 1.0, a number and a share of batches."""
+def _canonical(value: str) -> str:
+    """The same text for 0.001 and 1e-3, as runs read them, but not for 1 and 1.0, a number and a share of batches."""
     try:
         return repr(yaml_text.load(value))
-    except (yaml.YAMLError, ValueError):  # broken, or no date
+    except yaml.YAMLError:
         return value
 
 
@@ -149,26 +154,27 @@ def _keys(options: Sequence[str]) -> list[str]:
     return [word[2:].partition("=")[0] for word in options if word.startswith("--")]
 
 
-def _plain(key: str) -> str:
-    """One of the ways to write it: classes' arguments may stand behind ``init_args`` or not, ``+`` appends to lists."""
+def _short_key(key: str) -> str:
+    """``key`` without ``init_args``, which may be left out, and without the ``+`` that appends to lists."""
     return key.replace(".init_args", "").rstrip("+")
 
 
 def _refuse_settings(options: Sequence[str], grid: Sequence[str]) -> None:
-    """Refuse what would overrule the plan, or what the plan would overrule in silence."""
+    """Refuse settings that the plan gives itself, or that are given twice."""
     places = {f"--{key}": key for key in options} | {f"--grid {key}": key for key in grid}
     for place, key in places.items():
-        if advice := _OWN.get(_plain(key)):
+        if advice := _OWN.get(_short_key(key)):
             raise UserError(f"{place} is not for you to give: {advice}")
     for key in grid:
-        if _plain(key) in map(_plain, options):
+        if _short_key(key) in map(_short_key, options):
             raise UserError(f"--grid {key} is an option too: give the one or the other")
 
 
-def _keep_plan(plan: Plan) -> None:
-    """Refuse to mix these runs with others; more methods, seeds and points may be added to what is there.
+def _save_plan(plan: Plan) -> None:
+    """Write down the files and options of these runs, and refuse to mix them with others.
 
-    A plan that no run has come of, since a setting was mistyped, is forgotten.
+    More methods, seeds and points may be added to earlier ones. A plan without a run, as a setting was mistyped, is
+    replaced.
     """
     files, options = _digests(plan), list(plan.options)
     file = plan.folder / _PLAN
@@ -184,7 +190,7 @@ def _keep_plan(plan: Plan) -> None:
 
 
 def _digests(plan: Plan) -> dict[str, str]:
-    """Of the content of every config file; not by its path, which differs where the project is copied to."""
+    """The hash of every config file's content; its path differs where the project is copied to."""
     files = {f"config {i}": Path(file) for i, file in enumerate(plan.configs, 1)}
     files |= {f"method {name}": file for name, file in plan.methods.items()}
     return {name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()}
@@ -194,7 +200,7 @@ def _digests(plan: Plan) -> dict[str, str]:
 
 
 def _run(plan: Plan, work: Runner, console: Console) -> tuple[list[Outcome], dict[str, Cell]]:
-    """All finished runs, and each method's cell that was the best of the grid."""
+    """All finished runs, and each method's best cell of the grid."""
     with _progress(console) as bar:
         task = bar.add_task("", total=plan.size)
 
@@ -219,10 +225,10 @@ def _progress(console: Console) -> Progress:
 
 
 def _finished(plan: Plan, cells: Sequence[Cell]) -> list[Outcome]:
-    """What is there already of ``cells``.
+    """The finished ones of ``cells``.
 
     Raises:
-        UserError: they are points of a grid, and validation tells nothing of them.
+        UserError: they are points of a grid, and have no validation to choose by.
     """
     outcomes = [Outcome.read(cell, summary) for cell in cells if (summary := plan.summary(cell))]
     if len(plan.points) > 1 and not all(outcome.summary["best"] for outcome in outcomes):
@@ -244,46 +250,49 @@ def _repetitions(plan: Plan, best: Mapping[str, Cell]) -> list[Cell]:
     return plan.repetitions({method: cell.point for method, cell in best.items()})
 
 
-# -- what it ends with
+# -- results
 
 
 def _write(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) -> str:
-    """results.csv, results.json, results.md and Figure 3; returns the table."""
+    """Write results.csv, results.json, results.md and Figure 3; return the table."""
     chosen = {
         method: [each for each in outcomes if each.cell.method == method and each.cell.point == cell.point]
         for method, cell in best.items()
     }
     rows, made = [outcome.row() for outcome in outcomes], made_with(outcomes)
-    differing = [name for name, found in made.items() if len(found) > 1]
-    _write_csv(plan.folder / "results.csv", rows)
-    about = {
-        "configs": list(plan.configs),
-        "config_hash": _digests(plan),
-        "options": list(plan.options),
-        "grid": {key: list(values) for key, values in plan.grid.items()},
-        "chosen": {method: dict(cell.point) for method, cell in best.items()},
-        "seeds": list(plan.seeds),
-        "commit": system.commit(),  # of what writes this; of the runs:
-        "commits": made.pop("commit"),
-        "devices": sorted({outcome.summary["device"] for outcome in outcomes}),
-        "versions": made,
-    }
-    _write_text(plan.folder / "results.json", json.dumps(about | {"runs": rows}, indent=1))
     lines = [table(chosen, _papers(plan)) if chosen else _NOTHING, *_left_out(plan, outcomes, best)]
     lines += [*at_the_edge(plan.grid, best), *unequal_terms(chosen)]
     if len(plan.points) > 1 and (remedy := outcomes[0].remedy):
         lines.append(_FLATTERED.format(remedy))
-    if differing:
+    if differing := [name for name, found in made.items() if len(found) > 1]:
         lines.append(
             f"* Not all runs had the same {', '.join(differing)}, see results.json: begin anew in another --output."
         )
     text = "\n".join(lines).rstrip("\n") + "\n"
+    _write_csv(plan.folder / "results.csv", rows)
+    about = _about(plan, best, made) | {"devices": sorted({each.summary["device"] for each in outcomes}), "runs": rows}
+    _write_text(plan.folder / "results.json", json.dumps(about, indent=1))
     _write_text(plan.folder / "results.md", text)
     curves = {method: each[0].curve("train/loss") for method, each in chosen.items()}
     # A run shorter than trainer.log_every_n_steps logs no loss.
     if curves := {method: curve for method, curve in curves.items() if curve[0]}:
         figures.write([figures.drawing_of_losses(curves, plan.folder)])
     return text
+
+
+def _about(plan: Plan, best: Mapping[str, Cell], made: dict[str, list[str | None]]) -> dict[str, Any]:
+    """The head of results.json: how the runs were made."""
+    return {
+        "configs": list(plan.configs),
+        "config_hash": _digests(plan),
+        "options": list(plan.options),
+        "grid": {key: list(values) for key, values in plan.grid.items()},
+        "chosen": {method: dict(cell.point) for method, cell in best.items()},
+        "seeds": list(plan.seeds),
+        "commit": system.commit(),  # of the code that writes this; of the runs:
+        "commits": made["commit"],
+        "versions": {name: found for name, found in made.items() if name != "commit"},
+    }
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -312,10 +321,10 @@ def _left_out(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell])
 
 
 def _papers(plan: Plan) -> Mapping[str, Mapping[str, float]]:
-    """The paper's numbers, where the config file is this package's own and nothing makes another task of it."""
+    """The paper's numbers, where the config file is this package's own and no setting makes another task of it."""
     file, more = Path(plan.configs[0]), [*plan.configs[1:], *map(str, plan.methods.values())]
     own = system.REPOSITORY / "configs" / file.name
-    given = {*map(_plain, (*_keys(plan.options), *plan.grid))}
+    given = {*map(_short_key, (*_keys(plan.options), *plan.grid))}
     given |= {key for each in more for key in config.keys(config.read(each))}
     is_own = own.is_file() and own.read_bytes() == file.read_bytes() and not given & _TASK
     return NUMBERS.get(file.stem, {}) if is_own else {}
@@ -325,7 +334,7 @@ def _papers(plan: Plan) -> Mapping[str, Mapping[str, float]]:
 
 
 def _dry_run(plan: Plan, console: Console) -> None:
-    """List the runs, and say how long they would train, from a few steps of the first one."""
+    """List the runs, and estimate how long they train from a few steps of the first one."""
     cells = plan.trials
     trials = _finished(plan, cells)
     repeated = _finished(plan, _repetitions(plan, _best(plan, trials)))
@@ -347,7 +356,7 @@ def _dry_run(plan: Plan, console: Console) -> None:
 
 
 def _probe(plan: Plan, cell: Cell) -> tuple[float, int]:
-    """Seconds of a training step here and now, and the optimizer steps of a whole run."""
+    """The seconds of an optimizer step on this machine, and the optimizer steps of a whole run."""
     from lightning.pytorch.callbacks import LambdaCallback
 
     from srlora_pl.run.run import Run

@@ -1,4 +1,4 @@
-"""What the runs of a comparison reached: rows, tables, and tests of whether methods differ."""
+"""The results of a comparison's runs: rows, tables, and tests of whether methods differ."""
 
 import csv
 import math
@@ -42,7 +42,7 @@ class Outcome:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The final scores, ``test/score`` or ``val/score`` among them."""
+        """The final scores, with ``test/score`` or ``val/score``."""
         return dict(self.summary["scores"])
 
     @property
@@ -52,7 +52,7 @@ class Outcome:
 
     @property
     def remedy(self) -> str | None:
-        """How to score on other data than those of validation, where they are the same."""
+        """How to score on other data than those of validation; None where they differ."""
         if not any(name.startswith("test") for name in self.scores):
             return "give the data a labelled test split"
         data = config.read(str(Path(self.summary["folder"], "config.yaml")))["data"]
@@ -60,7 +60,7 @@ class Outcome:
         return "set data.val_fraction above 0" if is_dev else None
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
-        """Optimizer steps, and the values that ``name`` had at them."""
+        """The optimizer steps at which ``name`` was logged, and its values."""
         points = [(row["step"] + 1, row[name]) for row in self.metrics if name in row]
         return [step for step, _ in points], [value for _, value in points]
 
@@ -92,7 +92,7 @@ class Outcome:
 
 
 def best_point(outcomes: Iterable[Outcome]) -> Cell:
-    """The cell whose best checkpoint was the best of all by what validation monitored; of equals the first."""
+    """The cell whose best checkpoint has the best monitored value; of equals the first."""
 
     def distance(outcome: Outcome) -> float:
         best = outcome.summary["best"]
@@ -104,7 +104,7 @@ def best_point(outcomes: Iterable[Outcome]) -> Cell:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one method's scores lie above another's, over the seeds that both have.
+    """The difference between the scores of two methods, over the seeds that both have.
 
     Attributes:
         mean: of the differences, seed by seed.
@@ -121,11 +121,11 @@ class Difference:
 
     @classmethod
     def between(cls, first: Mapping[int, float], second: Mapping[int, float]) -> "Difference | None":
-        """From scores by seed; None with fewer than two seeds in common, or differences that are all the same."""
+        """The difference of scores by seed; None with fewer than two common seeds, or if all differences are equal."""
         seeds = sorted(first.keys() & second.keys())
         pairs = [(first[seed], second[seed]) for seed in seeds]
         differences = [one - other for one, other in pairs]
-        # The test would take for a spread what rounding makes of equal differences, and so call them significant.
+        # Rounding spreads equal differences a little, which the test would call significant.
         least = _ROUNDING * max((abs(score) for pair in pairs for score in pair), default=0.0)
         if len(seeds) < 2 or max(differences) - min(differences) <= least:
             return None
@@ -141,8 +141,8 @@ def by_seed(outcomes: Iterable[Outcome]) -> dict[int, float]:
 
 
 def table(outcomes: Mapping[str, Sequence[Outcome]], paper: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown: a row per method with mean, standard deviation and n beside the paper's numbers; validation's scores
-    and losses on the way there; and the differences.
+    """Markdown tables: mean, standard deviation and n of each method beside the paper's numbers; the course of
+    validation; and the differences between methods.
 
     Args:
         outcomes: of each method's chosen point, one per seed.
@@ -201,7 +201,7 @@ def _differences(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
 
 
 def at_the_edge(grid: Mapping[str, Sequence[str]], best: Mapping[str, Cell]) -> list[str]:
-    """A line for each setting of which a method's best point has the lowest or the highest number."""
+    """A line for each method and setting where the best point has the lowest or the highest number of the grid."""
     lines = []
     for key, texts in grid.items():
         try:
@@ -217,7 +217,7 @@ def at_the_edge(grid: Mapping[str, Sequence[str]], best: Mapping[str, Cell]) -> 
 
 
 def unequal_terms(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
-    """A line where methods trained other numbers of parameters, or of steps, than others."""
+    """A line where methods differ in the number of trained parameters or of steps."""
     differing = []
     for name in ("trained parameters", "steps"):
         counts = {method: sorted({each.row()[name] for each in runs}) for method, runs in outcomes.items()}
@@ -231,7 +231,7 @@ def unequal_terms(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
 
 
 def made_with(outcomes: Iterable[Outcome]) -> dict[str, list[str | None]]:
-    """Each ``commit`` and each version of a library that the runs had; None where it is not known."""
+    """The ``commit`` and the versions of libraries of the runs, each value once; None where it is not known."""
     each = [{"commit": outcome.summary.get("commit"), **outcome.summary["versions"]} for outcome in outcomes]
     names = dict.fromkeys(name for versions in each for name in versions)
     return {name: list(dict.fromkeys(versions.get(name) for versions in each)) for name in names}

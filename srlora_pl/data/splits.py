@@ -1,4 +1,4 @@
-"""Splits of a data set: what they are called, and one that is held out of the training data."""
+"""Splits of a data set: their names, and one that is held out of the training data."""
 
 import re
 
@@ -13,6 +13,7 @@ _SPLITS = {
     "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
+USUAL = ("train", "val", "valid", "validation", "dev", "test")  # of several names for one split these come first
 
 
 def split_of(name: str) -> str | None:
@@ -21,15 +22,15 @@ def split_of(name: str) -> str | None:
     return next((split for split, names in _SPLITS.items() if word in names), None)
 
 
-def hints_at_split(name: str) -> bool:
-    """Whether a part of ``name`` is one of those names, as in ``seg_train`` and ``val2017``."""
-    return any(map(split_of, re.split(r"[\W\d_]+", name)))
+def split_word(name: str) -> str | None:
+    """The first part of ``name`` that is the name of a split, such as ``train`` in ``seg_train``, or None."""
+    return next(filter(split_of, re.split(r"[\W\d_]+", name)), None)
 
 
 def hold_out(strata: Tensor, fraction: float, seed: int, kind: str) -> tuple[Tensor, Tensor]:
-    """`stratified_split` for ``data.val_fraction``, with a word on the classes of which no sample is held out.
+    """`stratified_split` for ``data.val_fraction``, with a note on the classes of which no sample is held out.
 
-    ``kind``: what a sample is, an image or a text.
+    ``kind``: of a sample, such as ``image`` or ``text``.
 
     Raises:
         UserError: ``fraction`` is above 0, but nothing can be held out.

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from srlora_pl.lowrank.delta import Factors, change, overall_error, plain_copy
+from srlora_pl.lowrank.delta import Factors, change, overall_error
 from srlora_pl.models import peft_folder
 from srlora_pl.models.family import Library, library_of
 from srlora_pl.run import config
@@ -110,7 +110,7 @@ def export_model(
         raise UserError(f"--rank {rank} belongs to --format peft, leave it out for merged weights")
     target, library = require_free(folder, force), library_of(task)
     class_names = class_names if len(class_names) == library.task.num_classes else ()
-    plain = plain_copy(task.adaptation)
+    plain = task.adaptation.merged_copy()
     _require_finite(plain.state_dict())
     with _whole_or_nothing(target) as new:
         if format == "merged":

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from srlora_pl.lowrank.methods.base import name_matches
+from srlora_pl.lowrank.target_settings import name_matches
 from srlora_pl.lowrank.targets import ALIASES, block_and_kind
 from srlora_pl.util.errors import UserError
 

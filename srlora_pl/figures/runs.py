@@ -14,6 +14,7 @@ from torch import Tensor
 
 from srlora_pl.figures.drawings import direction_intervals, directions_overview, length_variance, training_loss
 from srlora_pl.figures.numbers import Curve, in_block, interval_rows, middle_block, smoothed, variance_rows
+from srlora_pl.lowrank.formats import histories
 from srlora_pl.training import checkpoints
 from srlora_pl.util.errors import UserError, did_you_mean
 from srlora_pl.util.files import relative, replacing
@@ -54,11 +55,9 @@ def read_run(folder: Path) -> TrainedRun:
     if state is None:
         raise UserError(f"--run {folder}: {file} holds no model that this package adapted, give another run")
     method = state["method"]["class_path"].rpartition(".")[2]
-    histories = {name: each["intervals"].clone() for name, each in state["matrices"].items()}
-    if not any((intervals > 0).any() for intervals in histories.values()):
-        histories = {}
+    drawn = {name: intervals.clone() for name, intervals in histories(state).items()}
     last_step += state.get("steps_before", 0)
-    return TrainedRun(folder, method, last_step, histories, loss_curve(folder / "metrics.csv"))
+    return TrainedRun(folder, method, last_step, drawn, loss_curve(folder / "metrics.csv"))
 
 
 def loss_curve(file: Path) -> tuple[list[int], list[float]]:

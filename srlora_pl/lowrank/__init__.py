@@ -1,12 +1,25 @@
 """The maths of low-rank adaptation: tensors in, tensors out; nothing here imports Lightning, timm or transformers.
 
-`Adaptation` is the entry point: it puts a method's pairs into a network, and knows when and how to switch.
+`Adaptation` is the entry point: it puts a method's adapters into a network and carries them through training.
 """
 
 from srlora_pl.lowrank.adaptation import Adaptation
-from srlora_pl.lowrank.linear import LowRankLinear
-from srlora_pl.lowrank.methods import LoRA, Method, PiSSA, SRLoRA
+from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
+from srlora_pl.lowrank.method import Controller, Method
+from srlora_pl.lowrank.methods import LoRA, PiSSA, SRLoRA
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 
-__all__ = ["Adaptation", "LoRA", "LowRankLinear", "Method", "PiSSA", "SRLoRA", "Schedule", "Spectrum"]
+__all__ = [
+    "Adaptation",
+    "AdaptedLinear",
+    "Adapter",
+    "Controller",
+    "LoRA",
+    "LowRankLinear",
+    "Method",
+    "PiSSA",
+    "SRLoRA",
+    "Schedule",
+    "Spectrum",
+]

@@ -12,9 +12,9 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from srlora_pl.lowrank.adaptation import Adaptation
-from srlora_pl.lowrank.linear import LowRankLinear, Matrix
-from srlora_pl.lowrank.matrix_state import MatrixState
+from srlora_pl.lowrank.ledger import Ledger
+from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, Matrix
+from srlora_pl.lowrank.method import AdaptedNetwork
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision
 
@@ -52,20 +52,27 @@ def overall_error(factors: Iterable[Factors]) -> float:
 
 
 @full_precision()
-def plain_copy(adaptation: Adaptation, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """A copy of the network with plain linears instead of pairs, in float32 on the CPU, in evaluation mode.
+def merged_copy(
+    net: nn.Module, layers: Mapping[str, Adapter], weights: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A copy of ``net`` with plain linears instead of adapters, in float32 on the CPU, in evaluation mode.
 
     It computes what the adapted network computes; its state has the names of the pretrained one's. Tensors that are
     float32 on the CPU already are shared with the network.
 
     Args:
-        adaptation: stays as it is.
+        net: stays as it is.
+        layers: its adapters, by dotted name.
         weights: by layer, (out, in); W_eff where it is left out.
+
+    Raises:
+        UserError: an adapter is no part of a weight.
     """
-    net = adaptation.net
     kept: dict[int, object] = {id(p): nn.Parameter(_plain(p), p.requires_grad) for p in net.parameters()}
     kept |= {id(buffer): _plain(buffer) for buffer in net.buffers()}
-    for name, layer in adaptation.layers.items():
+    for name, layer in layers.items():
+        if not isinstance(layer, AdaptedLinear):
+            raise UserError(f"{name} is a {type(layer).__name__}, which is no part of a weight, so it cannot be merged")
         weight = layer.merged_weight() if weights is None else weights[name]
         kept[id(layer)] = _linear(weight, None if layer.bias is None else kept[id(layer.bias)])
     # deepcopy takes what it finds here for copies that it has made already
@@ -85,36 +92,39 @@ def _linear(weight: Tensor, bias: object) -> nn.Linear:
 
 @full_precision()
 def change(
-    adaptation: Adaptation, rank: int | None = None, before: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    adaptation: AdaptedNetwork, rank: int | None = None, before: Mapping[str, tuple[Tensor, Tensor]] | None = None
 ) -> dict[str, Factors]:
-    """What training changed, by layer: exact, or the best approximation of at most ``rank``.
+    """W_eff - W0 by layer: exact, or the best approximation of at most ``rank``.
 
-    Every pair that was ever active left its mark, and every direction that it started on is missing from the weight:
-    W_eff - W0 = s (all pairs, current and fused) - s (all initial pairs). Stacked, they are the factors; their rank
-    is at most twice the pairs ever active, in a fused linear summed over its matrices, and never above min(out, in).
+    W_eff - W0 = s B A + all updates in the ledger. Stacked, they are the factors; their rank is at most the number of
+    their columns, in a fused linear summed over its matrices, and never above min(out, in).
 
     Args:
         adaptation: stays as it is.
         rank: None for the exact factors.
-        before: B (out, k) and A (k, in) by layer of what was merged into the pretrained weights before; they are
-            added, also for layers without pairs.
+        before: B (out, k) and A (k, in) by layer of a LoRA that was merged into the pretrained weights before; they
+            are added, for layers without adapters too.
 
     Raises:
-        UserError: ``rank`` is below 1 or above min(out, in) of a layer.
+        UserError: the method's change is no sum of low-rank updates; or ``rank`` is below 1 or above min(out, in) of a
+            layer.
     """
+    if not adaptation.method.additive:
+        name = type(adaptation.method).__name__
+        raise UserError(f"{name} changes the network by more than low-rank updates of weights, which is no LoRA")
     before, factors, pretrained = before or {}, {}, None
     groups = {name: list(group) for name, group in groupby(adaptation.matrices, lambda matrix: matrix.layer_name)}
     for name in [*groups, *(name for name in before if name not in groups)]:
         stacks = [(_double(B), _double(A)) for B, A in [before[name]]] if name in before else []
         limit = sum(B.shape[1] for B, _ in stacks)
         matrices = groups.get(name, [])
-        if any(adaptation.states[matrix].fused is None for matrix in matrices):
-            pretrained = pretrained or adaptation.pretrained_weights()
-            stacks.append(_difference(adaptation.layers[name], pretrained[name]))
-            limit += sum(2 * adaptation.states[matrix].next_direction for matrix in matrices)
+        ledgers = adaptation.weights.ledgers
+        limit += sum(matrix.rank + ledgers[matrix].rank for matrix in matrices)
+        if any(ledgers[matrix].updates is None for matrix in matrices):
+            pretrained = pretrained or adaptation.weights.pretrained()
+            stacks.append(_difference(matrices[0].layer, pretrained[name]))
         else:
-            stacks += [_stack(matrix, adaptation.states[matrix]) for matrix in matrices]
-            limit = sum(B.shape[1] for B, _ in stacks)
+            stacks += [_in_rows_of_layer(matrix, *stacked(matrix, ledgers[matrix])) for matrix in matrices]
         B, A = torch.cat([B for B, _ in stacks], 1), torch.cat([A for _, A in stacks])
         smallest = min(len(B), A.shape[1])
         if rank is not None and not 1 <= rank <= smallest:
@@ -127,30 +137,21 @@ def _double(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().double()
 
 
-def _difference(layer: LowRankLinear, pretrained: Tensor) -> tuple[Tensor, Tensor]:
-    """W_eff - W0 where the fused pairs are not known any more, and the identity on its smaller side."""
+def _difference(layer: AdaptedLinear, pretrained: Tensor) -> tuple[Tensor, Tensor]:
+    """W_eff - W0 where the updates are not known any more, and the identity on its smaller side."""
     difference = _double(layer.merged_weight()) - _double(pretrained)
     identity = torch.eye(min(difference.shape), dtype=torch.float64)
     return (difference, identity) if len(difference) > len(identity) else (identity, difference)
 
 
-def all_pairs(matrix: Matrix, state: MatrixState) -> tuple[Tensor, Tensor]:
-    """W_eff - W0 of one matrix as s [current | fused | -initial], B (out, k) and A (k, in), float64 on the CPU.
-
-    The fused pairs must still be known, see `MatrixState.fused`.
-    """
-    assert state.fused is not None
-    pairs = [(matrix.B, matrix.A), *state.fused]
-    if (drawn := state.drawn) is not None:
-        B, A = drawn.pairs(0, len(drawn), matrix.scaling, like=drawn.U)
-        pairs.append((-B, A))
-    B = matrix.scaling * torch.cat([_double(B) for B, _ in pairs], 1)
-    return B, torch.cat([_double(A) for _, A in pairs])
+def stacked(matrix: Matrix, ledger: Ledger) -> tuple[Tensor, Tensor]:
+    """W_eff - W0 of one matrix as B (out, k) @ A (k, in), float64 on the CPU; the ledger must know its updates."""
+    (B, A), (past_B, past_A) = matrix.factors(), ledger.stacked()
+    return torch.cat([matrix.scaling * _double(B), past_B], 1), torch.cat([_double(A), past_A])
 
 
-def _stack(matrix: Matrix, state: MatrixState) -> tuple[Tensor, Tensor]:
-    """`all_pairs`, with B (out of the layer, k) in the matrix's own rows."""
-    B, A = all_pairs(matrix, state)
+def _in_rows_of_layer(matrix: Matrix, B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+    """B (out of the layer, k), with the matrix's own in its rows, and A."""
     rows = B.new_zeros(matrix.layer.parts, *B.shape)
     rows[matrix.layer.adapted[matrix.index]] = B
     return rows.flatten(0, 1), A

@@ -1,49 +1,49 @@
-"""How important each pair is: AdaLoRA's smoothed sensitivity times uncertainty (Eq. 3 to 7)."""
+"""AdaLoRA's importance of every adapter element: smoothed sensitivity times uncertainty (Eq. 3 to 6)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from srlora_pl.lowrank.linear import LowRankLinear, Matrix
+from srlora_pl.lowrank.linear import AdaptedLinear, Matrix
 
 
 class Importance:
-    """Running averages over every element of every pair, kept in two flat buffers.
+    """Running averages over every element of every adapter parameter, in two flat buffers.
 
     One flat buffer for all layers makes an update a dozen kernels whatever the number of layers, and none of them
     waits for the device.
 
     Args:
-        layers: the adapted layers; ``lora_A`` then ``lora_B`` of each lie one behind the other in the buffers.
+        layers: the adapted layers; the parameters of each lie one behind the other in the buffers.
         beta1: decay of the smoothed sensitivity, Eq. 4.
         beta2: decay of the uncertainty, Eq. 5.
     """
 
-    def __init__(self, layers: Sequence[LowRankLinear], beta1: float, beta2: float) -> None:
-        self.layers = layers
-        self.beta1, self.beta2 = beta1, beta2
+    def __init__(self, layers: Sequence[AdaptedLinear], beta1: float, beta2: float) -> None:
+        self.layers, self.beta1, self.beta2 = layers, beta1, beta2
         self.smoothed = torch.zeros(sum(p.numel() for p in self.parameters), dtype=self.parameters[0].dtype)
         self.uncertainty = torch.zeros_like(self.smoothed)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """The pairs as they are now: loading with ``assign=True`` puts others into the layers."""
-        return [p for layer in self.layers for p in (layer.lora_A, layer.lora_B)]
+        return [p for layer in self.layers for p in layer.adapter_parameters()]
 
     @torch.no_grad()
-    def update(self, finite: Tensor, inverse_scale: Tensor | None = None) -> None:
+    def update(self, gradients: Sequence[Tensor], inverse_scale: Tensor | None = None) -> None:
         """Take in one step, from the weights before the update and the gradients of that step.
 
+        Where a gradient is NaN or infinite, the step leaves no trace: a single NaN would stay in the averages for good.
+
         Args:
-            finite: bool scalar on the device, whether the gradients of all else are finite. Where they are not, or
-                these are not, the step leaves no trace (a single NaN would stay in the averages for good).
+            gradients: all that must be finite.
             inverse_scale: scalar that undoes the loss scale of gradients that nobody has unscaled.
         """
         weights: list[Tensor] = [*self.parameters]
         if all(p.grad is None for p in weights):
             return  # a step that was left out
+        own = {id(p.grad) for p in weights}
+        finite = all_finite([each for each in gradients if id(each) not in own])
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
         sensitivity = torch.cat([each.flatten() for each in torch._foreach_mul(weights, grads)]).abs_()  # Eq. 3
         self.smoothed, self.uncertainty = self.smoothed.to(sensitivity), self.uncertainty.to(sensitivity)
@@ -56,30 +56,24 @@ class Importance:
         self.uncertainty *= 1 - (1 - self.beta2) * finite.to(self.uncertainty)
         self.uncertainty.add_(difference.abs_(), alpha=(1 - self.beta2) * self.beta1)  # Eq. 5
 
-    def _split(self, flat: Tensor) -> dict[int, Tensor]:
-        """The buffer as one view per parameter, by the parameter's id."""
-        chunks = flat.split([p.numel() for p in self.parameters])
-        return {id(p): chunk.view_as(p) for p, chunk in zip(self.parameters, chunks, strict=True)}
+    def of(self, matrices: Sequence[Matrix], flat: Tensor) -> list[dict[str, Tensor]]:
+        """Views of ``flat``, a tensor like the buffers, that belong to each of ``matrices``, by parameter name."""
+        parameters = self.parameters
+        chunks = flat.split([p.numel() for p in parameters])
+        views = {id(p): chunk.view_as(p) for p, chunk in zip(parameters, chunks, strict=True)}
+        return [{n: m.of(views[id(getattr(m.layer, n))]) for n in m.layer.adapter_names} for m in matrices]
 
-    def pair_scores(self, matrices: Sequence[Matrix]) -> list[Tensor]:
-        """S_k of every pair, (r,) for each of ``matrices`` (Eq. 6 and 7)."""
-        score = self._split(self.smoothed * self.uncertainty)  # Eq. 6
-        return [
-            m.of_B(score[id(m.layer.lora_B)]).mean(0) + m.of_A(score[id(m.layer.lora_A)]).mean(1)  # Eq. 7
-            for m in matrices
-        ]
+    def scores(self, matrices: Sequence[Matrix]) -> list[dict[str, Tensor]]:
+        """The importance of every element (Eq. 6), by parameter name for each of ``matrices``."""
+        return self.of(matrices, self.smoothed * self.uncertainty)
 
-    def reset(self, recycled: Mapping[Matrix, Tensor | None] | None = None) -> None:
-        """Start the averages anew: all, or those of some matrices, and of these all or some pairs (their indices)."""
-        for buffer in (self.smoothed, self.uncertainty):
-            if recycled is None:
-                buffer.zero_()
-                continue
-            views = self._split(buffer)
-            for matrix, some in recycled.items():
-                pairs: Any = slice(None) if some is None else some
-                matrix.of_A(views[id(matrix.layer.lora_A)])[pairs] = 0
-                matrix.of_B(views[id(matrix.layer.lora_B)])[:, pairs] = 0
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"smoothed": self.smoothed.clone(), "uncertainty": self.uncertainty.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        device = self.smoothed.device
+        self.smoothed = state["smoothed"].to(device, copy=True)
+        self.uncertainty = state["uncertainty"].to(device, copy=True)
 
 
 @torch.no_grad()

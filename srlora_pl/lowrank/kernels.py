@@ -1,61 +1,14 @@
-"""How ``y = x (W + s B A)^T + b`` is computed: merged on the fly, or as two branches.
+"""The product of the adapted layer, ``y = x (W + s B A)^T + b``: merged on the fly, or as two branches.
 
 Merged: W_eff = W + s B A is built in the weight's precision, used for one product, and dropped; the backward pass
 builds it again. That costs a pass over (out, in) values each way and saves passes over (rows, in) and (rows, out).
 
-Two branches: the pairs' part goes first. BLAS adds x W^T to what is in y already, be it the bias alone or
+Two branches: the adapter's part goes first. BLAS adds x W^T to what is in y already, be it the bias alone or
 [x A^T, 1] [s B, b]^T, and dY W to s (dY B) A; so the passes over y are those of a plain linear layer. In half precision
-the pairs' part is rounded before the other, larger one is added to it, which keeps the sum nearly as exact as the
-merged product. Relative errors of y and dX in bf16, in thousandths (1,576 rows, 768 x 768), by the size of s B A beside
-W:
+the adapter's part is rounded before the other, larger one is added to it, which keeps the sum nearly as exact as the
+merged product.
 
-| | 0.02 | 0.3 | 1 |
-|---|---|---|---|
-| merged | 2.35 | 2.35 | 2.35 |
-| two branches, W first | 2.88 | 2.90 | 3.10 |
-| two branches, pairs first | 2.35 | 2.49 | 3.09 |
-
-Seconds of merged over those of two branches, forward and backward of one layer in fp32 on one core, with W first (AMD
-EPYC without AVX-512, MKL, rank 8; ``benchmarks/kernels.py``):
-
-| out x in | 128 rows | 256 | 512 | 1,024 | 2,048 |
-|---|---|---|---|---|---|
-| 768 x 768 | 1.34 | 1.07 | 1.07 | 1.01 | 1.01 |
-| 3072 x 768 | 1.23 | 1.15 | 1.22 | 1.11 | 1.00 |
-| 768 x 3072 | 1.29 | 1.11 | 1.07 | 1.01 | 1.05 |
-| 1536 x 384 | 1.05 | 1.02 | 1.05 | 0.96 | 0.97 |
-
-So in single and double precision merging never pays; pairs first or W first is the same there (0.993 to 1.009 of a step
-of ViT-B/16 in seven runs). In bf16 autocast on two cores of an Intel Xeon with AMX, pairs first:
-
-| out x in | 128 rows | 256 | 512 | 1,024 | 2,048 |
-|---|---|---|---|---|---|
-| 768 x 768 | 1.11 | 1.05 | 1.05 | 1.04 | 0.90 |
-| 3072 x 768 | 1.70 | 1.77 | 1.29 | 1.27 | 0.94 |
-| 768 x 3072 | 1.41 | 1.28 | 1.12 | 0.78 | 0.70 |
-| 384 x 384 | 0.87 | 0.87* | 0.87* | 0.90* | 0.91* |
-| 1536 x 384 | 1.09 | 1.01 | 0.92* | 0.99* | 0.94* |
-
-One layer alone finds W in the cache; a step finds it in memory. Whole steps in bf16 there, all layers merged over none:
-1.04 for ViT-B/16 (batch 8), 1.00 (batch 16), 0.97 for ViT-S/16 (16 and 4), 0.93 for the small ViT (64). Hence the rule
-(marked *): in half precision merging pays from rows * (in + out) >= in * out on, the count of passes, and on a CPU only
-where layers are narrower than 768. On GPUs the count has not been measured.
-
-Pairs of a fused qkv are one pair of matrices, B of all parts with zeros between: at rank 8 its three thin products over
-y and dY take 0.61 (bf16) and 0.83 (fp32) of the time of products for each part, at rank 64 0.92 and 1.7; a step of
-ViT-B/16 in bf16 takes 0.96 of what it took.
-
-Not done: appending A's rows to W (so that one product gives x A^T too) or B's columns (dY B with dX). Copying W and an
-output that is not contiguous cost more than the thin product: 1.01 to 1.04 times the seconds of two branches, forward
-and backward, for these shapes at 1,576 rows in fp32 on one core.
-Nor dB and dA in blocks of 128 to 256 columns: on two cores at 1,576 rows that takes 0.6 of the time in fp32, a
-hundredth of a step of ViT-B/16, but 1.6 times as long in bf16 and 1.1 times at 256 rows of 768.
-Nor W + s B A in half precision as two products, one for a core: on an Intel Xeon MKL builds 3072 x 768 on one core, and
-two products take 0.67 of the time, but a step 0.992 to 0.996.
-
-What is left in fp32 are five passes: over x for x A^T and dA, over dY for dY B and dB, and over dX to add to it. On
-that Xeon, two cores, eight images of ViT-B/16, they would take 106 ms at the speed of a plain sum or product with a
-number, 0.056 of the floor's step.
+The measurements behind the choice, and what was tried and not done, are in ``benchmarks/kernels.md``.
 """
 
 from collections.abc import Iterator
@@ -128,7 +81,7 @@ def two_branches(
 
 
 def merging_pays(rows: int, out: int, in_: int, halves: bool, device: torch.device) -> bool:
-    """Whether W_eff is worth building for ``rows`` tokens in half precision, or else; see the top of this file."""
+    """Whether W_eff is worth building for ``rows`` tokens in half precision, or else; see `benchmarks/kernels.md`."""
     fewer_passes = rows * (in_ + out) >= in_ * out
     return halves and fewer_passes and (device.type != "cpu" or min(in_, out) < 768)
 

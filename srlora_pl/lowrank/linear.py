@@ -1,6 +1,6 @@
 """The adapted linear layer, and the matrices inside it."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,25 +11,56 @@ from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision
 
 
-class LowRankLinear(nn.Module):
-    """A frozen linear layer plus trainable rank-1 pairs: ``y = x @ (W + scaling * B @ A).T + bias``.
+class Adapter(nn.Module):
+    """A module that a method puts into a network.
 
-    It stands in for the ``nn.Linear`` it is made from and keeps that layer's own ``weight`` (frozen; changed only
-    by a start or a switch) and ``bias``, so its state keeps their names. Its state is that without `merge`, and a state
-    that is loaded undoes it.
+    Attributes:
+        adapter_names: its own parameters, trained or not, in the order of a state.
+        disabled: whether it lets its input pass as the pretrained network would; see `Adaptation.disabled`.
+    """
 
-    Where one linear holds several matrices (a fused qkv, ``parts=3``) each adapted part has pairs of its own.
+    adapter_names: ClassVar[tuple[str, ...]] = ()
+    disabled = False
+    merged = False
 
-    Shapes: ``weight`` (out, in); ``lora_A`` (r, in) and ``lora_B`` (out, r), or for p adapted parts of a fused
-    linear (p, r, in) and (p, out / parts, r).
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters of ``adapter_names`` as they are now: loading with ``assign=True`` replaces them."""
+        return [getattr(self, name) for name in self.adapter_names]
+
+    def matrices(self, name: str) -> "list[Matrix]":
+        """The adapted matrices of this module, which is called ``name`` in its network."""
+        return []
+
+    def merge(self) -> None:
+        """Make the adapter part of the pretrained weights, for inference.
+
+        Raises:
+            UserError: it cannot be part of them.
+        """
+        raise UserError(f"{type(self).__name__} is no part of a weight, so it cannot be merged: leave out merge()")
+
+    def unmerge(self) -> None:
+        """Undo `merge`, to the bit."""
+
+
+class AdaptedLinear(Adapter):
+    """A frozen linear layer with a low-rank update: ``y = x @ (W + scaling * B @ A).T + bias``.
+
+    It stands in for the ``nn.Linear`` it is made from and keeps that layer's own ``weight`` (frozen) and ``bias``, so
+    its state keeps their names. Its state is that without `merge`, and a state that is loaded undoes it. A subclass
+    makes its parameters in `build` and gives ``B`` and ``A`` in `factors`.
+
+    Where one linear holds several matrices (a fused qkv, ``parts=3``), ``weight`` is (out, in), and the factors of its
+    p adapted parts are B (p, out / parts, r) and A (p, r, in).
 
     Args:
         linear: the layer to adapt; its parameters are taken over, not copied.
-        rank: pairs per matrix, r.
+        rank: columns of B, r.
         scaling: s, dimensionless.
         parts: into how many equal blocks of rows ``weight`` falls.
-        adapted: which of these blocks have pairs.
-        dropout: probability with which an input element is dropped on the way to the pairs only.
+        adapted: which of these blocks have factors.
+        dropout: probability with which an input element is dropped on the way to the factors only.
+        options: of the subclass, from `Method.layer_options`; handed to `build`.
     """
 
     def __init__(
@@ -40,35 +71,48 @@ class LowRankLinear(nn.Module):
         parts: int = 1,
         adapted: tuple[int, ...] = (0,),
         dropout: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.rank, self.scaling, self.parts, self.adapted = rank, scaling, parts, adapted
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias
-        shape = () if parts == 1 else (len(adapted),)
-        self.lora_A = nn.Parameter(self.weight.new_zeros(*shape, rank, self.in_features))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(*shape, self.out_features // parts, rank))
         self.dropout = nn.Dropout(dropout)
-        self.disabled = False
         self._unmerged: Tensor | None = None
+        self.build(() if parts == 1 else (len(adapted),), self.out_features // parts, self.in_features, **options)
         self.train(linear.training)
 
+    def build(self, p: tuple[int, ...], out: int, in_: int) -> None:
+        """Make the parameters of ``adapter_names``.
+
+        Args:
+            p: the leading dimensions, () or (adapted parts,).
+            out: rows of one matrix.
+            in_: its columns.
+        """
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B (..., out, r) and A (..., r, in), differentiable."""
+        raise NotImplementedError
+
     @property
-    def merged(self) -> bool:
-        """Whether the pairs are at present part of ``weight``."""
+    def merged(self) -> bool:  # type: ignore[override]
+        """Whether the update is at present part of ``weight``."""
         return self._unmerged is not None
 
     @property
     def unmerged_weight(self) -> Tensor:
-        """W, (out, in), also while the pairs are part of ``weight``."""
+        """W, (out, in), also while the update is part of ``weight``."""
         return self.weight.detach() if self._unmerged is None else self._unmerged.to(self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if self.merged or self.disabled:
             return F.linear(x, self.weight, self.bias)
-        operands = (x, self.weight, self.bias, self.lora_A, self.lora_B, self.scaling, self._some_parts)
+        B, A = self.factors()
+        operands = (x, self.weight, self.bias, A, B, self.scaling, self._some_parts)
         if self.training and self.dropout.p > 0:
             return two_branches(*operands, pairs_input=self.dropout(x))
         return low_rank_linear(*operands)
@@ -79,7 +123,8 @@ class LowRankLinear(nn.Module):
         if self.merged:
             return self.weight.detach().clone()
         with full_precision():
-            return merged(self.weight.detach(), self.lora_A, self.lora_B, self.scaling, self._some_parts)
+            B, A = self.factors()
+            return merged(self.weight.detach(), A, B, self.scaling, self._some_parts)
 
     @property
     def _some_parts(self) -> tuple[int, ...] | None:
@@ -87,7 +132,7 @@ class LowRankLinear(nn.Module):
         return None if len(self.adapted) == self.parts else self.adapted
 
     def merge(self) -> None:
-        """Put the pairs into ``weight``: inference then costs one product. Merging twice is merging once."""
+        """Add the update to ``weight``: inference then costs one product. Merging twice is merging once."""
         self._require_enabled("merge")
         if not self.merged:
             effective = self.merged_weight()
@@ -103,7 +148,7 @@ class LowRankLinear(nn.Module):
 
     def _require_enabled(self, what: str) -> None:
         if self.disabled:
-            raise UserError(f"{what}() has no meaning while the pairs are disabled(), call it outside")
+            raise UserError(f"{what}() has no meaning while the adapters are disabled(), call it outside")
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -128,14 +173,26 @@ class LowRankLinear(nn.Module):
         )
 
 
-class Matrix:
-    """One adapted weight matrix: a whole `LowRankLinear`, or one of q, k, v in a fused one.
+class LowRankLinear(AdaptedLinear):
+    """LoRA's layer: ``lora_A`` (r, in) and ``lora_B`` (out, r) train; of a fused linear (p, r, in) and (p, out, r)."""
 
-    Holds no values: ``weight`` (out, in), ``A`` (r, in) and ``B`` (out, r) are detached views into the layer, and
-    the ``of_*`` methods give the same view into any tensor of the layer's shape, such as an optimizer's state.
+    adapter_names = ("lora_A", "lora_B")
+
+    def build(self, p: tuple[int, ...], out: int, in_: int) -> None:
+        self.lora_A = nn.Parameter(self.weight.new_zeros(*p, self.rank, in_))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(*p, out, self.rank))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_B, self.lora_A
+
+
+class Matrix:
+    """One adapted weight matrix: a whole `AdaptedLinear`, or one of q, k, v in a fused one.
+
+    Holds no values: ``weight`` (out, in), ``A`` (r, in) and ``B`` (out, r) are detached views into the layer.
     """
 
-    def __init__(self, name: str, layer_name: str, layer: LowRankLinear, index: int) -> None:
+    def __init__(self, name: str, layer_name: str, layer: AdaptedLinear, index: int) -> None:
         self.name, self.layer_name, self.layer, self.index = name, layer_name, layer, index
         self.rank, self.scaling = layer.rank, layer.scaling
         self.shape = (layer.out_features // layer.parts, layer.in_features)
@@ -144,13 +201,9 @@ class Matrix:
         """(out of the layer, in) -> view (out, in)."""
         return tensor.view(self.layer.parts, *self.shape)[self.layer.adapted[self.index]]
 
-    def of_A(self, tensor: Tensor) -> Tensor:
-        """A tensor shaped like ``layer.lora_A`` -> view (r, in)."""
-        return tensor.view(-1, self.rank, self.shape[1])[self.index]
-
-    def of_B(self, tensor: Tensor) -> Tensor:
-        """A tensor shaped like ``layer.lora_B`` -> view (out, r)."""
-        return tensor.view(-1, self.shape[0], self.rank)[self.index]
+    def of(self, tensor: Tensor) -> Tensor:
+        """A tensor shaped like one of the layer's adapter parameters -> view of this matrix's part."""
+        return tensor if self.layer.parts == 1 else tensor[self.index]
 
     @property
     def weight(self) -> Tensor:
@@ -158,8 +211,13 @@ class Matrix:
 
     @property
     def A(self) -> Tensor:
-        return self.of_A(self.layer.lora_A.detach())
+        return self.of(self.layer.lora_A.detach())  # type: ignore[union-attr, operator]
 
     @property
     def B(self) -> Tensor:
-        return self.of_B(self.layer.lora_B.detach())
+        return self.of(self.layer.lora_B.detach())  # type: ignore[union-attr, operator]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B (out, r) and A (r, in) as they act now, detached; ``scaling * B @ A`` is the update."""
+        B, A = self.layer.factors()
+        return self.of(B.detach()), self.of(A.detach())

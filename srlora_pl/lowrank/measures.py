@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from srlora_pl.lowrank.adaptation import Adaptation
-from srlora_pl.lowrank.delta import all_pairs
+from srlora_pl.lowrank.delta import stacked
 from srlora_pl.lowrank.linear import Matrix
-from srlora_pl.lowrank.matrix_state import MatrixState
 from srlora_pl.lowrank.targets import block_and_kind
 from srlora_pl.util.precision import full_precision
 
@@ -24,20 +23,20 @@ def by_kind(matrices: Iterable[Matrix]) -> dict[str, list[Matrix]]:
 
 
 def scores_by_kind(adaptation: Adaptation) -> dict[str, Tensor]:
-    """S_k (Eq. 7) of all pairs by kind of matrix, on the CPU; waits for the device once. Empty without scores."""
-    if adaptation.importance is None:
+    """The importance of all pairs by kind of matrix, on the CPU; waits for the device once. Empty without scores."""
+    scores = adaptation.controller.scores()
+    if not scores:
         return {}
     kinds = by_kind(adaptation.matrices)
-    scores = adaptation.importance.pair_scores([matrix for group in kinds.values() for matrix in group])
-    sizes = [sum(matrix.rank for matrix in group) for group in kinds.values()]
-    return dict(zip(kinds, torch.cat(scores).cpu().split(sizes), strict=True))
+    of_kinds = [torch.cat([scores[matrix.name] for matrix in group]) for group in kinds.values()]
+    return dict(zip(kinds, torch.cat(of_kinds).cpu().split([len(each) for each in of_kinds]), strict=True))
 
 
 def drawn_after(histories: Mapping[str, Tensor]) -> Tensor:
     """After which optimizer step each active pair was drawn, (pairs,), int64; 0: at the start.
 
     Args:
-        histories: the intervals (n, 2) of each matrix.
+        histories: of `Controller.histories`.
     """
     return torch.cat([intervals[intervals[:, 1] < 0, 0] for intervals in histories.values()])
 
@@ -77,14 +76,14 @@ class Size:
 
 
 @full_precision()
-def size_of_change(matrix: Matrix, state: MatrixState) -> Size | None:
-    """W_eff - W0, from all its pairs in float64; None where the fused ones are not kept any more or it diverged.
+def size_of_change(adaptation: Adaptation, matrix: Matrix) -> Size | None:
+    """W_eff - W0, from its factors in float64; None where these are not known any more or it diverged.
 
-    Takes some k^2 (out + in) operations for k pairs, and never the pretrained weights.
+    Takes some k^2 (out + in) operations for k columns, and never the pretrained weights.
     """
-    if state.fused is None:
+    if adaptation.ledgers[matrix].updates is None or not adaptation.method.additive:
         return None
-    B, A = all_pairs(matrix, state)
+    B, A = stacked(matrix, adaptation.ledgers[matrix])
     # The singular values of a product are those of its small core.
     core = _triangle(B) @ _triangle(A.T).T
     return Size.of(torch.linalg.svdvals(core)) if core.isfinite().all() else None

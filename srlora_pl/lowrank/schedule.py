@@ -1,6 +1,7 @@
 """Which optimizer steps switch (Eq. 13 and 14), in integers."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -31,3 +32,32 @@ class Schedule:
         # i * L // N <= t  is the same as  i <= ((t + 1) * N - 1) // L
         passed = ((step - self.first_step + 1) * self.planned - 1) // (self.last_step - self.first_step)
         return max(0, min(passed, self.to_do))
+
+
+@dataclass(frozen=True)
+class Pace:
+    """A schedule, and how many of its switches are done."""
+
+    schedule: Schedule
+    done: int = 0
+
+    @property
+    def missing(self) -> int:
+        return self.schedule.to_do - self.done
+
+    @property
+    def next_step(self) -> int | None:
+        """The optimizer step after which the next switch falls; None where there is none to come."""
+        return self.schedule.step_of(self.done + 1) if self.missing > 0 else None
+
+    def one_more(self) -> "Pace":
+        return replace(self, done=self.done + 1)
+
+    def state(self) -> dict[str, Any]:
+        return {**asdict(self.schedule), "done": self.done}
+
+    @classmethod
+    def of_state(cls, state: dict[str, Any]) -> "Pace":
+        settings = dict(state)
+        done = settings.pop("done")
+        return cls(Schedule(**settings), done)

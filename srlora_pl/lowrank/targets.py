@@ -1,4 +1,4 @@
-"""Which linears of a network get pairs, and putting them in."""
+"""The linears of a network that a method adapts."""
 
 import re
 from collections import defaultdict
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from srlora_pl.lowrank.linear import LowRankLinear
-from srlora_pl.lowrank.methods.base import ALL_LINEAR, Method, is_below, name_matches
+from srlora_pl.lowrank.linear import Adapter
+from srlora_pl.lowrank.target_settings import ALL_LINEAR, TargetSettings, is_below, name_matches
 from srlora_pl.util.errors import UserError, did_you_mean
 
 QKV = ("query", "key", "value")
@@ -40,8 +40,8 @@ class Target:
     fused: bool
 
 
-def select(net: nn.Module, method: Method, trainable: Sequence[str] = ()) -> list[Target]:
-    """The linears of ``net`` that ``method`` asks for, in the network's order.
+def select(net: nn.Module, settings: TargetSettings, trainable: Sequence[str] = ()) -> list[Target]:
+    """The linears of ``net`` that ``settings`` ask for, in the network's order.
 
     Args:
         trainable: dotted names of what is new or trains whole, where no pairs belong.
@@ -50,52 +50,33 @@ def select(net: nn.Module, method: Method, trainable: Sequence[str] = ()) -> lis
         UserError: a name that matches nothing, something that is no plain linear layer, a weight that is tied, read
             without a call or trained whole, a weight in half precision, or a rank above min(out, in).
     """
-    if any(isinstance(module, LowRankLinear) for module in net.modules()):
-        raise UserError("the network has pairs already, adapt a new one")
+    if any(isinstance(module, Adapter) for module in net.modules()):
+        raise UserError("the network has adapters already, adapt a new one")
     modules = {name: module for name, module in net.named_modules() if name}
     blocks = _inside_blocks(net, modules)
-    if method.target_modules == ALL_LINEAR:
+    if settings.target_modules == ALL_LINEAR:
         wanted = _all_linear({n: m for n, m in blocks.items() if not is_below(n, trainable)}, modules)
     else:
-        wanted = _named(modules, blocks, method)
-    _require_matches(method.exclude_modules, modules, "exclude_modules")
-    _require_matches(method.rank_pattern, modules, "rank_pattern")
-    _require_matches(method.alpha_pattern, modules, "alpha_pattern")
+        wanted = _named(modules, blocks, settings)
+    _require_matches(settings.exclude_modules, modules, "exclude_modules")
+    _require_matches(settings.rank_pattern, modules, "rank_pattern")
+    _require_matches(settings.alpha_pattern, modules, "alpha_pattern")
     chosen = [
         target
         for target in wanted
-        if not any(name_matches(pattern, target.name) for pattern in method.exclude_modules)
-        and method.takes_layer(block_and_kind(target.name)[0])
+        if not any(name_matches(pattern, target.name) for pattern in settings.exclude_modules)
+        and settings.takes_layer(block_and_kind(target.name)[0])
     ]
     if not chosen:
         raise UserError(
-            f"target_modules={method.target_modules!r} with exclude_modules={method.exclude_modules!r} and "
-            f"layers={method.layers!r} leaves no linear layer to adapt, widen one of them"
+            f"target_modules={settings.target_modules!r} with exclude_modules={settings.exclude_modules!r} and "
+            f"layers={settings.layers!r} leaves no linear layer to adapt, widen one of them"
         )
     tied = _tied_weights(net)
     for target in chosen:
         _require_adaptable(target, modules, tied, trainable)
-        _require_rank(target, method)
+        _require_rank(target, settings)
     return chosen
-
-
-def inject(net: nn.Module, method: Method, trainable: Sequence[str] = ()) -> dict[str, LowRankLinear]:
-    """Replace the chosen linears of ``net`` in place by `LowRankLinear`; returns them by name."""
-    layers = {}
-    for target in select(net, method, trainable):
-        rank = method.rank_of(target.name)
-        layer = LowRankLinear(
-            target.module,
-            rank,
-            method.scaling_of(target.name),
-            parts=3 if target.fused else 1,
-            adapted=tuple(sorted(target.parts)) if target.fused else (0,),
-            dropout=method.dropout,
-        )
-        parent, _, child = target.name.rpartition(".")
-        setattr(net.get_submodule(parent), child, layer)
-        layers[target.name] = layer
-    return layers
 
 
 def _all_linear(inside: dict[str, nn.Module], modules: dict[str, nn.Module]) -> list[Target]:
@@ -136,8 +117,8 @@ def _is_block_list(module: nn.Module) -> bool:
     )
 
 
-def _named(modules: dict[str, nn.Module], blocks: dict[str, nn.Module], method: Method) -> list[Target]:
-    given = method.target_modules
+def _named(modules: dict[str, nn.Module], blocks: dict[str, nn.Module], settings: TargetSettings) -> list[Target]:
+    given = settings.target_modules
     chosen: dict[str, set[int]] = defaultdict(set)
     for pattern in [given] if isinstance(given, str) else given:
         found = _resolve(pattern, modules, blocks)
@@ -250,9 +231,9 @@ def _bypasses(owner: nn.Module | None, child: str) -> bool:
     return child in FUSED_QKV and joins_bias
 
 
-def _require_rank(target: Target, method: Method) -> None:
+def _require_rank(target: Target, settings: TargetSettings) -> None:
     out = target.module.out_features // (3 if target.fused else 1)
-    largest, rank = min(out, target.module.in_features), method.rank_of(target.name)
+    largest, rank = min(out, target.module.in_features), settings.rank_of(target.name)
     if rank > largest:
         raise UserError(
             f"rank {rank} is above min(out, in) = {largest} of {target.name}, lower rank or give this layer its own "

@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from srlora_pl.lowrank import Adaptation, LoRA, Method
+from srlora_pl.lowrank import Adaptation, Method
 from srlora_pl.lowrank.delta import Factors
-from srlora_pl.lowrank.methods.base import is_below, name_matches
+from srlora_pl.lowrank.target_settings import is_below, name_matches
 from srlora_pl.models.heads import FoundHead, output_layers
 from srlora_pl.util.errors import UserError, did_you_mean
 
@@ -162,7 +162,7 @@ class PeftFolder:
         """Make a freshly built ``net`` the pretrained one of a run that starts from this folder, in place.
 
         Modules that were trained whole are taken over; one of ``heads`` keeps its new weights where the folder's have
-        another shape. The pairs become part of the weights, unless ``method`` is LoRA: `hand_over` gives it the pairs.
+        another shape. The pairs become part of the weights, unless ``method`` is LoRA: `load_into` gives it the pairs.
 
         Raises:
             UserError: the folder does not fit the network.
@@ -180,7 +180,7 @@ class PeftFolder:
             weight = linears[name].weight.data
             if weight.shape != (len(pair.B), pair.A.shape[1]):
                 raise self._misfit(name, f"is {tuple(weight.shape)} there", linears)
-            if not isinstance(method, LoRA):
+            if not method.continues_lora:
                 weight.copy_(weight.double() + pair.scaling * pair.B.double() @ pair.A.double())
         return net
 
@@ -201,15 +201,15 @@ class PeftFolder:
             "backbone that the adapter was trained on"
         )
 
-    def hand_over(self, adaptation: Adaptation) -> None:
+    def load_into(self, adaptation: Adaptation) -> None:
         """Give the pairs to a LoRA that has just been put into the prepared network; other methods need none.
 
         Raises:
             UserError: its layers, ranks or scalings are others.
         """
-        if not isinstance(adaptation.method, LoRA):
+        if not adaptation.method.continues_lora:
             return
-        layers = adaptation.layers
+        layers = {matrix.layer_name: matrix.layer for matrix in adaptation.matrices}
         for name in [*self.pairs, *layers]:
             agree = (
                 name in self.pairs
@@ -220,14 +220,15 @@ class PeftFolder:
             )
             if not agree:
                 raise self._disagreement(name)
-        for name, layer in layers.items():
+        for matrix in adaptation.matrices:
+            pair, layer = self.pairs[matrix.layer_name], matrix.layer
             # A fused linear has one A for all of its matrices in PEFT, and one for each here.
-            layer.lora_A.data.copy_(self.pairs[name].A.expand_as(layer.lora_A))
-            layer.lora_B.data.copy_(self.pairs[name].B.view_as(layer.lora_B))
+            matrix.A.copy_(pair.A)
+            matrix.B.copy_(pair.B.chunk(layer.parts)[layer.adapted[matrix.index]])
 
     def merged_into(self, adaptation: Adaptation) -> dict[str, tuple[Tensor, Tensor]]:
         """B (out, r), with the scaling in it, and A (r, in) by layer, as far as `prepare` made them part of W0."""
-        if isinstance(adaptation.method, LoRA):
+        if adaptation.method.continues_lora:
             return {}
         return {name: (pair.scaling * pair.B, pair.A) for name, pair in self.pairs.items()}
 

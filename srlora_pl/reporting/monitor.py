@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 
-from srlora_pl.lowrank import Adaptation, SRLoRA
+from srlora_pl.lowrank import Adaptation
 from srlora_pl.lowrank.measures import by_kind, drawn_after, scores_by_kind, size_of_change, switches_survived
 from srlora_pl.reporting.curves import ResumableTensorBoardLogger
 from srlora_pl.reporting.progress import MATRICES, adaptation_of, matrix_rows, parameter_line
@@ -133,7 +132,7 @@ class Monitor(Callback):
         self._measured = part
         for kind, matrices in by_kind(adaptation.matrices).items():
             sample = [matrices[i] for i in sorted({0, len(matrices) // 2, len(matrices) - 1})]
-            found = (size_of_change(matrix, adaptation.states[matrix]) for matrix in sample)
+            found = (size_of_change(adaptation, matrix) for matrix in sample)
             sizes = [size for size in found if size is not None]
             for name in ("norm", "stable_rank", "effective_rank") if sizes else ():
                 yield "scalar", f"change_{name}/{kind}", statistics.mean(getattr(size, name) for size in sizes)
@@ -200,15 +199,8 @@ def _scores(adaptation: Adaptation) -> Iterator[Event]:
             yield "histogram", f"log10_scores/{kind}", positive.log10()
 
 
-def _histories(adaptation: Adaptation) -> dict[str, Tensor]:
-    """The intervals (n, 2) of each matrix, by its name; empty for methods without switches."""
-    if not isinstance(adaptation.method, SRLoRA):
-        return {}
-    return {matrix.name: state.intervals for matrix, state in adaptation.states.items()}
-
-
 def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
-    if not (histories := _histories(adaptation)):
+    if not (histories := adaptation.controller.histories()):
         return
     yield "scalar", "srlora/directions", float(max(map(len, histories.values())))
     drawn = drawn_after(histories)
@@ -220,7 +212,7 @@ def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
 
 
 def _figures(adaptation: Adaptation, last_step: int) -> Iterator[Event]:
-    if not (histories := _histories(adaptation)):
+    if not (histories := adaptation.controller.histories()):
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

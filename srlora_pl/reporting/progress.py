@@ -62,16 +62,10 @@ class Progress(internals.ResumableRichBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         shown: dict[str, Any] = {**super().get_metrics(trainer, pl_module), **self._read}
         shown.pop("v_num", None)  # the last letters of the version's name
-        done, planned, coming = switches(adaptation_of(pl_module))
+        done, planned, coming = adaptation_of(pl_module).controller.progress()
         if planned:
             shown["switches"] = f"{done}/{planned}" + (f", next {coming}" if coming else "")
         return shown
-
-
-def switches(adaptation: Adaptation) -> tuple[int, int, int | None]:
-    """How many switches are done and planned (0 for methods and runs without), and after which step the next comes."""
-    planned = adaptation.switches_done + adaptation.switches_missed
-    return adaptation.switches_done, planned, adaptation.next_switch
 
 
 class MatrixTable(Callback):
@@ -96,13 +90,13 @@ def matrix_rows(adaptation: Adaptation) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     for kind, matrices in by_kind(adaptation.matrices).items():
         shapes = sorted({matrix.shape for matrix in matrices})
-        parameters = sum(matrix.rank * sum(matrix.shape) for matrix in matrices)
+        parameters = sum(m.of(p).numel() for m in matrices for p in m.layer.adapter_parameters())
         rows.append((
             kind,
             str(len(matrices)),
             ", ".join(f"{out} x {into}" for out, into in shapes),
             _span([matrix.rank for matrix in matrices]),
-            _span([adaptation.available(matrix) for matrix in matrices]),
+            _span([adaptation.controller.directions(matrix) for matrix in matrices]),
             f"{parameters:,}",
         ))  # fmt: skip
     return rows
@@ -124,9 +118,9 @@ def parameter_line(pl_module: LightningModule) -> str:
 
 def parameter_counts(pl_module: LightningModule) -> dict[str, int]:
     """Numbers of parameters in the ``adapters``, of all ``trained`` ones, and of ``all``."""
-    matrices = adaptation_of(pl_module).matrices
+    layers = adaptation_of(pl_module).layers.values()
     return {
-        "adapters": sum(matrix.rank * sum(matrix.shape) for matrix in matrices),
+        "adapters": sum(parameter.numel() for layer in layers for parameter in layer.adapter_parameters()),
         "trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         "all": sum(p.numel() for p in pl_module.parameters()),
     }
@@ -139,7 +133,7 @@ def closing_line(trainer: Trainer, adaptation: Adaptation, seconds: float, earli
         seconds: of all processes of the run, before and after a resume.
         earlier: of the processes before this one.
     """
-    done, planned, _ = switches(adaptation)
+    done, planned, _ = adaptation.controller.progress()
     device = trainer.strategy.root_device
     return ", ".join([
         f"{trainer.global_step:,} steps",

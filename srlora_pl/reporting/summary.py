@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from srlora_pl.reporting.progress import adaptation_of, parameter_counts, switches
+from srlora_pl.reporting.progress import adaptation_of, parameter_counts
 from srlora_pl.util import system
 from srlora_pl.util.files import replacing
 
@@ -50,7 +50,7 @@ class Summary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._done, self._begin = self.seconds, 0.0
-        self._switches, *_ = switches(adaptation_of(pl_module))
+        self._switches = adaptation_of(pl_module).controller.progress().done
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}

@@ -1,21 +1,28 @@
-"""The callbacks that every fit has unless the user's do the same, and which of Lightning's cannot be part of one."""
+"""The callbacks, loggers and plugins that a run has unless the user's do the same."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BaseFinetuning,
+    LearningRateMonitor,
     ModelCheckpoint,
     ModelPruning,
+    ModelSummary,
     OnExceptionCheckpoint,
+    ProgressBar,
     SpikeDetection,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.loggers import Logger
 
+from srlora_pl.reporting import MatrixTable, Monitor, Progress, ResumableCSVLogger, ResumableTensorBoardLogger
 from srlora_pl.training import lightning_internals as internals
+from srlora_pl.training.checkpoints import AtomicCheckpointIO
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.files import replacing
 
@@ -47,25 +54,75 @@ def refuse_unfit(callbacks: Sequence[Callback]) -> None:
                 raise UserError(f"the callback {type(callback).__name__} {why}, or leave it out")
 
 
-def best(folder: Path) -> ModelCheckpoint:
-    """Keeps the file of the lowest validation loss."""
+def with_defaults(
+    ours: Sequence[Callback], users: Sequence[Callback], settings: Any, folder: Path | None, fits: bool
+) -> list[Callback]:
+    """All callbacks of a run.
+
+    Args:
+        ours: those that every run has; they come first.
+        users: the user's, each of which takes the place of the default that does the same.
+        settings: of the trainer.
+        folder: of the run; None where it writes none.
+        fits: whether it trains.
+    """
+    saves = folder if settings.enable_checkpointing is not False else None
+    logs = folder is not None and (settings.logger is None or bool(settings.logger))
+    callbacks = [*ours]
+    if saves and not any(isinstance(each, ModelCheckpoint) and each.monitor for each in users):
+        callbacks.append(_best(saves))
+    if logs and not has(users, LearningRateMonitor):
+        callbacks.append(LearningRateMonitor("step"))
+    if logs and not has(users, Monitor):
+        callbacks.append(Monitor())
+    if fits and settings.enable_model_summary is not False and not has(users, ModelSummary):
+        callbacks.append(MatrixTable())
+    if settings.enable_progress_bar is not False and not has(users, ProgressBar):
+        callbacks.append(Progress())
+    callbacks += users
+    if saves and not _saves_last(users):  # after the others, so that it knows what they have saved
+        place = max((i for i, each in enumerate(callbacks, 1) if isinstance(each, ModelCheckpoint)), default=0)
+        callbacks.insert(place, Last(saves))
+    return callbacks
+
+
+def loggers(folder: Path) -> list[Logger]:
+    """TensorBoard's events and ``metrics.csv`` in the run's folder."""
+    tensorboard = ResumableTensorBoardLogger(folder.parent, "", folder.name, default_hp_metric=False)
+    return [tensorboard, ResumableCSVLogger(folder)]
+
+
+def plugins(settings: Any) -> list[Any]:
+    """The user's plugins, and our way of writing a checkpoint unless theirs has another."""
+    users = as_list(settings.plugins)
+    theirs = [*users, getattr(settings.strategy, "_checkpoint_io", None)]
+    return users if has(theirs, CheckpointIO) else [*users, AtomicCheckpointIO()]
+
+
+def has(objects: Sequence[Any], kind: type) -> bool:
+    """Whether one of ``objects`` is of ``kind``."""
+    return any(isinstance(each, kind) for each in objects)
+
+
+def as_list(value: Any) -> list[Any]:
+    """A setting that holds none, one or several objects."""
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def _best(folder: Path) -> ModelCheckpoint:
+    """The checkpoint of the lowest validation loss."""
     return ModelCheckpoint(
         folder / "checkpoints",
         filename="best-step{step}",
         auto_insert_metric_name=False,
         monitor="val/loss",
         mode="min",
-        enable_version_counter=False,  # what a resumed run writes once more takes the old one's place
+        enable_version_counter=False,  # a file that a resumed run writes again takes the old one's place
     )
 
 
-def chooses_best(callbacks: Sequence[Callback]) -> bool:
-    """Whether the user brings a ModelCheckpoint that chooses by a score, which then takes the place of ours."""
-    return any(isinstance(callback, ModelCheckpoint) and callback.monitor for callback in callbacks)
-
-
-def keeps_last(callbacks: Sequence[Callback]) -> bool:
-    """Whether the user brings a ModelCheckpoint whose ``last.ckpt`` is in the run's folder and can be gone on from."""
+def _saves_last(callbacks: Sequence[Callback]) -> bool:
+    """Whether a ModelCheckpoint of the user writes a ``last.ckpt`` into the run's folder that a run can resume from."""
     kinds = [each for each in callbacks if isinstance(each, ModelCheckpoint)]
     return any(each.save_last and not each.save_weights_only and each.dirpath is None for each in kinds)
 
@@ -85,8 +142,8 @@ class Last(ModelCheckpoint):
             internals.save_for_now(self, trainer)
 
 
-class KeepSettings(Callback):
-    """Writes a run's ``config.yaml``, once nothing can refuse the settings any more."""
+class WriteSettings(Callback):
+    """Writes a run's ``config.yaml`` when training starts, as nothing can refuse the settings any more."""
 
     def __init__(self, path: Path, text: str) -> None:
         self.path, self.text = path, text

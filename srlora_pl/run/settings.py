@@ -1,8 +1,15 @@
-"""Settings between the config files and jsonargparse, which reads and writes them too, by rules of its own."""
+"""Settings on their way into jsonargparse, from files and the command line, and back into a run's ``config.yaml``.
+
+jsonargparse reads text as YAML again wherever any value may stand, at each of its stages: ``revision: "25921e05"``
+would end as a number. It leaves other types than ``str`` alone, so that text in quotes is a `yaml_text.Text` until the
+objects are made.
+"""
 
 import argparse
 import re
+from collections.abc import Iterable
 from datetime import timedelta
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_dumper, set_loader
@@ -14,7 +21,7 @@ from srlora_pl.util.errors import UserError
 
 
 def share_yaml() -> None:
-    """Let the parser read and write YAML as the files are read: what one quotes, the other must not retype."""
+    """Let jsonargparse read and write YAML as config files are read and written."""
     set_loader("yaml", yaml_text.value, (yaml.YAMLError,))
     set_dumper("yaml", yaml_text.write)
     register_type(yaml_text.Text, fail_already_registered=False)
@@ -22,47 +29,96 @@ def share_yaml() -> None:
 
 
 def _duration(value: timedelta) -> str:
-    """Its text; a mapping, ``trainer.max_time: {minutes: 5}``, stays one, which the parser would write as text too."""
+    """Its text; a mapping, ``trainer.max_time: {minutes: 5}``, stays one, which jsonargparse would write as text."""
     if not isinstance(value, timedelta):
         raise ValueError(f"{value!r} is no timedelta")
     return str(value)
 
 
-def as_options(settings: config.Node, overlay: config.Node | None) -> list[str]:
-    """The files' settings as two ``--config`` options: of the first method the second keeps what it also takes."""
-    nodes = [settings] if settings else []
-    if overlay:
-        nodes.append({"model": {"init_args": {"method": overlay}}})
-    return [option for node in nodes for option in ("--config", yaml_text.write(node))]
+def parse(parser: ArgumentParser, settings: config.Node, options: list[str]) -> Namespace:
+    """The config files' ``settings`` and, over them, the command line.
+
+    Raises:
+        ArgumentError: a setting is unknown or has a wrong value.
+    """
+    parsed = parser.parse_args(options, namespace=_as_namespace(settings, top=True))
+    _without_marks(parsed)
+    return parsed
 
 
-def split_revision(options: list[str]) -> tuple[list[config.Node], list[str]]:
-    """A commit of ``backbone_kwargs`` as settings, and the other options: the parser reads 25921e05 as a number."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--model.backbone_kwargs.revision", "--model.init_args.backbone_kwargs.revision", dest="commit")
-    try:
-        known, rest = parser.parse_known_args(options)
-    except argparse.ArgumentError:  # without a value, which the parser of all settings says better
-        return [], options
-    arguments = {"backbone_kwargs": {"revision": yaml_text.Text(known.commit)}}
-    return ([{"model": {"init_args": arguments}}], rest) if known.commit else ([], options)
+def _as_namespace(node: config.Node, top: bool = False) -> Namespace:
+    """The settings of objects as jsonargparse holds them; other mappings are values."""
+    return Namespace(
+        **{
+            key: _as_namespace(value) if isinstance(value, dict) and (top or _holds_settings(key, value)) else value
+            for key, value in node.items()
+        }
+    )
 
 
-def forget_quotes(settings: Namespace) -> None:
-    """Make each `yaml_text.Text` a common string where its setting has a type, so that nothing reads it again."""
+def _holds_settings(key: str, value: config.Node) -> bool:
+    return key == "init_args" or "class_path" in value
+
+
+def _without_marks(settings: Namespace) -> None:
+    """Make each `yaml_text.Text` a common string, but in free mappings, which are read again."""
     for key, value in vars(settings).items():
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, Namespace):
-                forget_quotes(each)
+                _without_marks(each)
         if not isinstance(value, dict):
             setattr(settings, key, yaml_text.plain(value))
 
 
+def split_options(options: list[str]) -> tuple[config.Node, list[str]]:
+    """The method and a commit on the command line as a config file's content, and the other options.
+
+    The method follows the rule of overlays, see `config.combine`; jsonargparse reads a commit such as 25921e05 as a
+    number.
+    """
+    method = {f"--model.{form}method{end}": "method" for form in ("", "init_args.") for end in ("", ".class_path")}
+    revision = {f"--model.{form}backbone_kwargs.revision": "revision" for form in ("", "init_args.")}
+    given, rest = _taken(options, method | revision)
+    arguments: config.Node = {}
+    if "method" in given:
+        value = yaml_text.value(given["method"])
+        arguments["method"] = value if isinstance(value, dict) else {"class_path": given["method"]}
+    if "revision" in given:
+        arguments["backbone_kwargs"] = {"revision": yaml_text.Text(given["revision"])}
+    return ({"model": {"init_args": arguments}} if arguments else {}), rest
+
+
+def drop_arguments(names: Iterable[str], options: list[str]) -> tuple[list[str], list[str]]:
+    """Which of the method's arguments ``names`` the options give, and the options without them."""
+    given, rest = _taken(
+        options,
+        {
+            f"--model.{form}method.{below}{name}": name
+            for name in names
+            for form in ("", "init_args.")
+            for below in ("", "init_args.")
+        },
+    )
+    return sorted(given), rest
+
+
+def _taken(options: list[str], names: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+    """The values of the options that ``names`` has, by their second names, and all other options."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option, name in names.items():
+        parser.add_argument(option, dest=name, default=argparse.SUPPRESS)
+    try:
+        known, rest = parser.parse_known_args(options)
+    except argparse.ArgumentError:  # without a value, which jsonargparse says of all options
+        return {}, options
+    return vars(known), rest
+
+
 def writable(parser: ArgumentParser, settings: Namespace) -> tuple[config.Node, list[str]]:
-    """What can stand in a config file, and the keys of what cannot.
+    """The settings that a config file can hold, and the keys of the others.
 
     Raises:
-        UserError: a class has an argument for which the parser gives no text at all.
+        UserError: a class has an argument for which jsonargparse gives no text at all.
     """
     try:
         text = parser.dump(settings, skip_none=False)
@@ -73,4 +129,20 @@ def writable(parser: ArgumentParser, settings: Namespace) -> tuple[config.Node, 
             f"{owners[0] if owners else 'a class of the settings'} has {what[1] if what else 'an argument'}, which no "
             "config.yaml can say: give it another value, or leave the class out"
         ) from error
-    return config.without_unwritable(yaml_text.load(text))
+    return _without_unwritable(yaml_text.load(text))
+
+
+def _without_unwritable(node: Any, key: str = "") -> tuple[Any, list[str]]:
+    """``node`` without what jsonargparse has no text for, and the dotted keys of that."""
+    left_out: list[str] = []
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    kept = {}
+    for name, value in pairs:
+        place = f"{key} {config.class_name(value)}" if isinstance(node, list) else f"{key}.{name}".lstrip(".")
+        place = key if name == "init_args" else place
+        if isinstance(value, str) and value.startswith("Unable to serialize instance"):
+            left_out.append(place)
+        else:
+            kept[name], below = _without_unwritable(value, place)
+            left_out += below
+    return (kept if isinstance(node, dict) else [*kept.values()] if isinstance(node, list) else node), left_out

@@ -20,6 +20,7 @@ from torchmetrics import Metric, MetricCollection
 from srlora_pl.data.base import DataModule
 from srlora_pl.lowrank import Method
 from srlora_pl.lowrank.importance import all_finite
+from srlora_pl.lowrank.methods import from_spec
 from srlora_pl.models.heads import FoundHead, settle
 from srlora_pl.models.peft_folder import PeftFolder
 from srlora_pl.tasks.guards import require_that_a_batch_passes
@@ -130,7 +131,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         random = not (arguments["backbone_checkpoint"] or (arguments["backbone_kwargs"] or {}).get("pretrained", True))
         self.adapt(self.net, method, heads, None if random else partial(_pretrained_state, make, prepare), new)
         if self.adapter is not None:
-            self.adapter.hand_over(self.adaptation)
+            self.adapter.load_into(self.adaptation)
             self.found_head = self.adapter.head(self.net, heads, arguments["num_classes"]) or self.found_head
         self.score_with(scores, main_score)
 
@@ -439,22 +440,7 @@ def as_method(method: Method | dict[str, Any]) -> Method:
 
     A checkpoint may come from anyone, so its ``class_path`` only picks among the methods that are imported.
     """
-    if isinstance(method, Method):
-        return method
-    path = str(method.get("class_path"))
-    known = {f"{home}.{cls.__qualname__}": cls for cls in _subclasses(Method) for home in _homes(cls)}
-    if path not in known:
-        raise UserError(f"model.method.class_path is {path!r}{did_you_mean(path, known)}: it names no method.")
-    return known[path](**method.get("init_args", {}))
-
-
-def _homes(cls: type) -> set[str]:
-    """The modules that ``cls`` can be imported from: the package's own methods also from its top."""
-    return {cls.__module__, cls.__module__.partition(".lowrank.")[0]}
-
-
-def _subclasses(cls: type[Method]) -> list[type[Method]]:
-    return [cls, *(deeper for sub in cls.__subclasses__() for deeper in _subclasses(sub))]
+    return method if isinstance(method, Method) else from_spec(method)
 
 
 def _identity(value: Any) -> Any:

@@ -13,9 +13,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from rich.progress import track
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.serialization import add_safe_globals, safe_globals
 
-from srlora_pl.lowrank import Adaptation, Method, SRLoRA
+from srlora_pl.lowrank import Adaptation, Method
+from srlora_pl.lowrank.checks import require_trained, require_unmerged
 from srlora_pl.lowrank.linear import Matrix
+from srlora_pl.lowrank.methods import imported
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.cache import cache_folder
 from srlora_pl.util.errors import UserError
@@ -69,15 +72,16 @@ class SRLoRAMixin(_Module):
         pretrained: Callable[[], Mapping[str, Tensor]] | None = None,
         new: Sequence[str] = (),
     ) -> None:
-        """Put ``method``'s pairs into ``net``, in place, and freeze all else in it.
+        """Put ``method``'s adapters into ``net``, in place, and freeze all else in it.
 
         Args:
             net: a part of this module, with its pretrained weights loaded.
             method: such as ``SRLoRA(rank=8)``.
             trainable: dotted names in ``net`` that train too, such as ``head``.
-            pretrained: gives ``net.state_dict()`` as it is now once more, from a file or a hub's cache. This module,
-                made again, must come with these weights too. Checkpoints then leave them out.
-            new: dotted names in ``net`` of what ``pretrained`` does not give, if that is more than ``trainable``.
+            pretrained: reloads the pretrained state dict of ``net``, from a file or a hub's cache. This module, made
+                again, must come with these weights too. Checkpoints then leave them out.
+            new: dotted names in ``net`` that the pretrained state dict does not hold, if these are more than
+                ``trainable``.
 
         Raises:
             UserError: see `srlora_pl.lowrank.Adaptation`.
@@ -86,11 +90,18 @@ class SRLoRAMixin(_Module):
             raise UserError(
                 f"{type(self).__name__} calls adapt() twice, it can adapt one network: put both into one nn.Module"
             )
+        add_safe_globals([type(method)])  # a checkpoint's hyperparameters may hold it, and are read before any hook
         self.adaptation = Adaptation(net, method, trainable, pretrained, new)
-        self.adaptation.once = self._in_the_first_process
+        self.adaptation.run_on_rank_zero = self._in_the_first_process
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+        """As Lightning's; hyperparameters may hold a method."""
+        with safe_globals(imported()):  # type: ignore[arg-type]
+            return super().load_from_checkpoint(*args, **kwargs)
 
     def _in_the_first_process(self, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` returns or refuses in the first process of the run, in all of them."""
+        """Call ``compute`` in the first process of the run; return its result, or raise its refusal, in all of them."""
         if internals.trainer_of(self) is None or self.trainer.world_size == 1:
             return compute()
         result: tuple[Any, UserError | None] = (None, None)
@@ -123,15 +134,11 @@ class SRLoRAMixin(_Module):
         self._refuse_what_cannot_be_right()
         if not internals.module_loads_training_data(self.trainer):  # whose own setup may not be over
             self._require_room()
-        begin = time.perf_counter()
-        self.adaptation.start(device, self._progress, cache_folder("spectra"))
-        spectra = [state.spectrum for state in self.adaptation.states.values() if state.spectrum is not None]
-        if spectra:
-            size = sum(part.nbytes for each in spectra for part in (each.U, each.sigma, each.Vh)) / 2**20
-            rank_zero_info(
-                f"Singular directions of {len(spectra)} matrices: {size:.1f} MiB, ready after "
-                f"{time.perf_counter() - begin:.1f} s."
-            )
+        begin, method = time.perf_counter(), self.adaptation.method
+        self.adaptation.start(method.sources(self._progress, cache_folder("spectra")), device)
+        if method.starts_from != "nothing":
+            seconds = time.perf_counter() - begin
+            rank_zero_info(f"Start of {len(self.adaptation.matrices)} matrices: ready after {seconds:.1f} s.")
         for callback in self._averaging():  # which were set up before the start changed the weights
             callback.setup(self.trainer, self, stage)
 
@@ -177,10 +184,11 @@ class SRLoRAMixin(_Module):
         if strategy in _STRATEGIES:
             raise UserError(f"trainer.strategy {strategy} shards the weights that a start or a switch changes, use ddp")
         averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
-        if averaging and isinstance(self.adaptation.method, SRLoRA):
+        if averaging and not self.adaptation.method.averages:
             raise UserError(
-                f"the callback {type(averaging[0]).__name__} would average pairs across a switch, where they mean "
-                "different directions: remove it or take a method without switches"
+                f"the callback {type(averaging[0]).__name__} would average parameters across the switches of "
+                f"{type(self.adaptation.method).__name__}, where they mean different directions: remove it or take a "
+                "method without switches"
             )
 
     def on_fit_start(self) -> None:
@@ -190,10 +198,10 @@ class SRLoRAMixin(_Module):
     def _require_room(self) -> None:
         # A resumed run was checked when it began, and its length may only be asked for once its state is restored.
         trainer: Any = self.trainer
-        if isinstance(self.adaptation.method, SRLoRA) and trainer.ckpt_path is None:
+        if self.adaptation.controller.needs_length and trainer.ckpt_path is None:
             steps = self._all_steps()
             if steps > 1 and not trainer.fast_dev_run:
-                self.adaptation.require_room(steps)
+                self.adaptation.controller.require_room(steps)
 
     def _all_steps(self) -> int:
         """N_all, the optimizer steps of the run that the trainer is set to."""
@@ -204,40 +212,32 @@ class SRLoRAMixin(_Module):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self.adaptation.require_trained(self.trainer.optimizers[0])
-        if isinstance(self.adaptation.method, SRLoRA):
-            self._plan(self.trainer.global_step, self._all_steps())
-            # a file written at a switch step, before the switch, is made up for here
-            self.adaptation.switch_if_due(self.trainer.global_step, self.trainer.optimizers[0])
-
-    def _plan(self, step: int, steps: int) -> None:
-        resumes = step > 0 and bool(self.adaptation.schedules)
-        try:
-            self.adaptation.plan(steps, step)
-        except UserError:
-            if resumes and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-                raise  # a resumed run that has become too short
-            # only a trial of a tuner comes here: the run itself has passed on_fit_start
-            self.adaptation.forgo_switches(steps, step)
-        if not resumes and self.adaptation.switches_to_do == 0:
-            rank_zero_info(f"No switch falls into these {steps - step} optimizer steps.")
+        step, optimizer = self.trainer.global_step, self.trainer.optimizers[0]
+        require_trained(self.adaptation.layers, optimizer)
+        if self.adaptation.controller.needs_length:
+            # Only a resumed run that has become too short is refused here: all others have passed on_fit_start.
+            strict = step > 0 and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+            if remark := self.adaptation.plan(self._all_steps(), step, strict):
+                rank_zero_info(remark)
+        # A file that was written at the step of a switch, before the switch, is made up for here.
+        self.adaptation.after_optimizer(step, optimizer)
 
     # --- in every step -------------------------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        self.adaptation.observe(gradients, internals.inverse_loss_scale(self.trainer, optimizer))
         trainer: Any = self.trainer
         step = trainer.global_step + 1
+        self.adaptation.before_optimizer(step, gradients, internals.inverse_loss_scale(trainer, optimizer))
         if trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:
             # Said before it is done, so that a file written at the end of this step has the step's whole row.
-            self.log("srlora/switches", float(self.adaptation.switches_after(step)))
+            self.log_dict({f"srlora/{name}": value for name, value in self.adaptation.controller.metrics(step).items()})
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_end(outputs, batch, batch_idx)
         trainer: Any = self.trainer
-        self.adaptation.switch_if_due(trainer.global_step, trainer.optimizers[0])
+        self.adaptation.after_optimizer(trainer.global_step, trainer.optimizers[0])
 
     def on_train_end(self) -> None:
         super().on_train_end()
@@ -245,20 +245,21 @@ class SRLoRAMixin(_Module):
             self.adaptation.require_gradients()
         except UserError as error:  # of a run so short that it may be chance, and it is over
             rank_zero_warn(str(error))
-        self.adaptation.untouched(self._trained())  # what trained now may be frozen by the time of a checkpoint
-        missed = self.adaptation.switches_missed
-        if missed:
+        self.adaptation.restorable_parameters(self._trained())  # all that trained now may be frozen at a checkpoint
+        progress = self.adaptation.controller.progress()
+        if progress.missing:
             rank_zero_info(
-                f"Training stopped at step {self.trainer.global_step}: {missed} of "
-                f"{self.adaptation.switches_to_do} switches were not reached."
+                f"Training stopped at step {self.trainer.global_step}: {progress.missing} of {progress.planned} "
+                "switches were not reached."
             )
 
     # --- checkpoint ----------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        self.adaptation.require_unmerged(before="saving a checkpoint")
-        left_out = {id(p) for p in self.adaptation.untouched(self._trained())} if not self.whole_checkpoints else set()
+        require_unmerged(self.adaptation.layers.values(), before="saving a checkpoint")
+        restorable = self.adaptation.restorable_parameters(self._trained())
+        left_out = set() if self.whole_checkpoints else {id(parameter) for parameter in restorable}
         checkpoint[_CHECKPOINT_KEY] = self.adaptation.state_dict(compact=bool(left_out))
         self._save_averages(checkpoint)
         names = [name for name, value in self.state_dict(keep_vars=True).items() if id(value) in left_out]
@@ -290,7 +291,7 @@ class SRLoRAMixin(_Module):
             raise UserError("the checkpoint holds no adaptation, it was written by another program or module")
         device = None if internals.trainer_of(self) is None else self.trainer.strategy.root_device
         self.adaptation.load_state_dict(checkpoint[_CHECKPOINT_KEY], device)
-        self.adaptation.reached(checkpoint.get("global_step", 0))  # files are written before the end of their step
+        self.adaptation.reach(checkpoint.get("global_step", 0))  # files are written before the end of their step
         if checkpoint[_CHECKPOINT_KEY]["compact"]:
             # What the file leaves out is in place by now; this keeps the strict load that follows.
             for key in (key for key in _WEIGHTS if key in checkpoint):

@@ -1,9 +1,11 @@
 """Where things are kept between runs that can always be made again."""
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -23,3 +25,16 @@ def keep(tensors: Mapping[str, Tensor], file: Path, header: dict[str, str] | Non
     """
     with replacing(file) as new:
         new.write(save(dict(tensors), header))
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """A digest of names, shapes and values: equal only for the same weights to the bit, in fp32 as in fp64."""
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        values = weight.detach().cpu()
+        single = values.float().contiguous()
+        digest.update(single.numpy().data)
+        if values.dtype == torch.float64 and (rest := values - single).any():
+            digest.update(rest.contiguous().numpy().data)
+    return digest.hexdigest()

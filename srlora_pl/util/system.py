@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 _LARGEST = 2**31 - 1  # that mallopt(3) takes
 _LIBRARIES = ("srlora_pl", "torch", "torchvision", "lightning", "timm", "transformers", "peft")
 

@@ -13,7 +13,7 @@ from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, Spectrum, SRLoRA
 from srlora_pl.lowrank.kernels import merged as merge
 from srlora_pl.util.precision import full_precision
-from tests.toys import toy_batches, toy_net, train
+from tests.helpers.toys import toy_batches, toy_net, train
 
 # rounding of one layer's products, a few dozen terms each
 ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-14}
@@ -145,7 +145,7 @@ def test_ledger(method):
         optimizer.step()
         for name, layer in adaptation.layers.items():
             ledger[name] += layer.merged_weight() - layer.weight - before[name]
-        adaptation.switch_if_due(step + 1, optimizer)
+        adaptation.after_optimizer(step + 1, optimizer)
     for name, layer in adaptation.layers.items():
         assert ledger[name].abs().max() > 1e-2
         torch.testing.assert_close(layer.merged_weight() - W0[name], ledger[name], rtol=0, atol=1e-13)
@@ -462,7 +462,7 @@ def test_a_switch_without_what_it_needs_is_refused(forgotten, says):
     if forgotten != "observe":
         step_of(net, adaptation)
     with pytest.raises(UserError, match=says):
-        adaptation.switch_if_due(1, optimizer)
+        adaptation.after_optimizer(1, optimizer)
 
 
 def test_trained_pairs_without_their_history_are_not_started_over():
@@ -509,7 +509,7 @@ def test_lbfgs_is_refused_at_the_first_step():
     adaptation.plan(8)
     step_of(net, adaptation)
     with pytest.raises(UserError, match=r"LBFGS keeps one history of all parameters"):
-        adaptation.switch_if_due(1, torch.optim.LBFGS([*net.head.parameters()]))
+        adaptation.after_optimizer(1, torch.optim.LBFGS([*net.head.parameters()]))
 
 
 @pytest.mark.parametrize("where", ["it came from", "it was loaded"])

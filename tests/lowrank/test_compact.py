@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from srlora_pl.lowrank.matrix_state import MatrixState
 from torch import nn
 
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA, Spectrum, SRLoRA
-from srlora_pl.lowrank.matrix_state import MatrixState
-from tests.toys import toy_batches, toy_net, train
+from tests.helpers.toys import toy_batches, toy_net, train
 
 STEPS = 40
 # Of matrices of 64 x 64 to 96 x 64, 10 directions are fewer numbers than the weight, and 60 are more.

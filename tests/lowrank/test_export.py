@@ -1,37 +1,14 @@
 """An adapted network as plain weights and as one LoRA on W0, held against what the network itself computes."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA, SRLoRA
+from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA
 from srlora_pl.lowrank.delta import change, overall_error, plain_copy
-from tests.toys import toy_batches, toy_net, train
-
-SRLORA = partial(SRLoRA, rank=2, alpha=5.0)
-
-
-def trained(method, steps=8, dtype=torch.float32, optimizer=torch.optim.AdamW, pretrained=None, **options):
-    """A trained adaptation, and the network as it was before."""
-    net, before = toy_net(dtype=dtype, **options), toy_net(dtype=dtype, **options)
-    adaptation = Adaptation(net, method, trainable=["head"], pretrained=pretrained)
-    adaptation.start()
-    adaptation.plan(steps)
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    train(net, adaptation, optimizer(parameters, lr=0.02), toy_batches(steps, dtype=dtype))
-    return adaptation, before
-
-
-def changes(adaptation, before):
-    """W_eff - W0 by layer, float64."""
-    return {
-        name: layer.merged_weight().double() - before.get_parameter(f"{name}.weight").detach().double()
-        for name, layer in adaptation.layers.items()
-    }
-
+from tests.helpers.errors import mentions
+from tests.helpers.toys import SRLORA, changes, toy_batches, toy_net, trained
 
 METHODS = {
     "lora": (LoRA(rank=2, alpha=5.0), 0, 1),
@@ -205,7 +182,7 @@ def test_a_rank_above_the_exact_one_keeps_the_exact_factors():
 @pytest.mark.parametrize("rank", [0, 13])
 def test_ranks_that_no_layer_can_have_are_refused(rank):
     adaptation, _ = trained(SRLORA(target_rank=4))
-    with pytest.raises(UserError, match=rf"rank {rank} does not lie between 1 and min\(out, in\) = 12 of blocks.0.qkv"):
+    with pytest.raises(UserError, match=mentions(f"rank {rank}", "12", "blocks.0.qkv")):
         change(adaptation, rank)
 
 

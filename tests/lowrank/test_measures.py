@@ -14,7 +14,7 @@ from srlora_pl.lowrank.measures import (
     size_of_change,
     switches_survived,
 )
-from tests.lowrank.test_export import SRLORA, changes, trained
+from tests.helpers.toys import SRLORA, changes, trained
 
 METHODS = {
     "lora": LoRA(rank=2, alpha=5.0),

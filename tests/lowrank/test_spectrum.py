@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, Spectrum, SRLoRA
 from srlora_pl.lowrank.starts.spectrum import SpectrumCache, fingerprint
-from tests.toys import toy_net
+from tests.helpers.errors import mentions
+from tests.helpers.toys import toy_net
 
 
 @settings(max_examples=30, deadline=None)
@@ -69,7 +70,7 @@ def test_keeps_no_more_than_the_triplets(dtype):
     ],
 )
 def test_refuses_a_weight_without_directions(weight, says):
-    with pytest.raises(UserError, match=rf"layer7.*{says}"):
+    with pytest.raises(UserError, match=mentions("layer7", says)):
         Spectrum.of(weight, 1, "layer7")
 
 
@@ -149,7 +150,7 @@ def test_a_file_that_cannot_be_trusted_counts_as_absent(harm, cache, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_only_warned_of(tmp_path):
     (tmp_path / "spectra").write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="cannot be kept in"):
+    with pytest.warns(UserWarning, match=mentions("kept")):
         SpectrumCache(tmp_path / "spectra", "0123").write(some_spectra(), {"a": 6, "b[q]": 6})
 
 

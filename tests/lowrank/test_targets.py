@@ -9,7 +9,8 @@ from torch.nn.utils import weight_norm
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA, SRLoRA
 from srlora_pl.lowrank.targets import block_and_kind
-from tests.toys import toy_net
+from tests.helpers.errors import mentions
+from tests.helpers.toys import toy_net
 
 
 def adapted(net, **options):
@@ -105,7 +106,7 @@ def test_parts_are_told_apart_only_where_they_lie_one_after_the_other(name, proj
         layers = Adaptation(net, LoRA(rank=1, target_modules=["query"])).layers
         assert [(layer.parts, layer.adapted) for layer in layers.values()] == [(3, (0,))] * fused
     else:
-        with pytest.raises(UserError, match=r"target_modules names 'query', which matches no layer of the model"):
+        with pytest.raises(UserError, match=mentions("target_modules", "'query'")):
             Adaptation(net, LoRA(rank=1, target_modules=["query"]))
 
 
@@ -139,7 +140,7 @@ def test_trainable_names_train_and_all_else_is_frozen():
     trainable = {name for name, p in net.named_parameters() if p.requires_grad}
     assert {name.rpartition(".")[2] for name in trainable} == {"lora_A", "lora_B", "weight", "bias"}
     assert {name for name in trainable if "lora" not in name} == {"head.weight", "head.bias"}
-    with pytest.raises(UserError, match=r"'haed'.*did you mean 'head'"):
+    with pytest.raises(UserError, match=mentions("'haed'", "'head'")):
         Adaptation(toy_net(), LoRA(rank=2), trainable="haed")
 
 
@@ -152,15 +153,15 @@ def test_a_head_of_blocks_trains_whole_and_gets_no_pairs():
 
 
 @pytest.mark.parametrize(
-    ("trainable", "new", "says"),
+    ("trainable", "new", "words"),
     [
-        ([], ["head"], r"head is to have pairs, but is new or trains whole, .*add 'head' to exclude_modules"),
-        (["head"], [], r"head is to have pairs, but is new or trains whole, .*add 'head' to exclude_modules"),
-        (["blocks.0.fc1.bias"], [], r"trainable names 'blocks\.0\.fc1\.bias', but blocks\.0\.fc1 is to have pairs"),
+        ([], ["head"], ["head", "'head' to exclude_modules"]),
+        (["head"], [], ["head", "'head' to exclude_modules"]),
+        (["blocks.0.fc1.bias"], [], ["'blocks.0.fc1.bias'", "blocks.0.fc1"]),
     ],
 )
-def test_nothing_is_adapted_that_is_new_or_trains_whole(trainable, new, says):
-    with pytest.raises(UserError, match=says):
+def test_nothing_is_adapted_that_is_new_or_trains_whole(trainable, new, words):
+    with pytest.raises(UserError, match=mentions(*words)):
         Adaptation(toy_net(), LoRA(rank=2, target_modules=["head", "fc1"]), trainable, new=new)
 
 
@@ -249,94 +250,94 @@ def twice():
 
 
 @pytest.mark.parametrize(
-    ("build", "options", "says"),
+    ("build", "options", "words"),
     [
-        (toy_net, {"target_modules": ["quary"]}, r"'quary'.*matches no layer.*it has .*fc1.*qkv"),
-        (toy_net, {"target_modules": ["prof"]}, r"'prof'.*did you mean 'proj'"),
-        (toy_net, {"exclude_modules": ["fc3"]}, r"exclude_modules names 'fc3'.*did you mean 'fc\d'"),
-        (toy_net, {"rank_pattern": {"prj": 2}}, r"rank_pattern names 'prj'.*did you mean 'proj'"),
-        (toy_net, {"alpha_pattern": {"prj": 2.0}}, r"alpha_pattern names 'prj'.*did you mean 'proj'"),
-        (toy_net, {"layers": "7-9"}, r"layers='7-9' leaves no linear layer"),
-        (toy_net, {"layers": "a-b"}, r"layers is 'a-b'"),
-        (toy_net, {"target_modules": ["fc("]}, r"'fc\(', which is no regular expression"),
-        (toy_net, {"rank": 13}, r"rank 13 is above min\(out, in\) = 12 of blocks\.0\.qkv"),
-        (toy_net, {"rank": 0}, r"rank is 0"),
-        (toy_net, {"alpha": 0.0}, r"alpha is 0"),
-        (toy_net, {"dropout": 1.0}, r"dropout is 1"),
-        (toy_net, {"rank": 2.5}, r"rank is 2.5, it must be a whole number"),
-        (half, {}, r"blocks\.0\.qkv is torch\.bfloat16"),
-        (special, {}, r"blocks\.0\.fc1 is a Special, not a plain nn\.Linear"),
-        (wide, {"target_modules": "qkv", "rank": 13}, r"rank 13 is above min\(out, in\) = 12 of blocks\.0\.qkv"),
-        (normed, {}, r"blocks\.1\.fc1 has hooks \(weight_norm"),
-        (twice, {}, r"the network has pairs already"),
-        (Tied, {}, r"blocks\.0\.fc1 is tied to blocks\.1\.fc1"),
-        (lambda: nn.Sequential(nn.Linear(3, 3)), {}, r"found no linear layer inside repeated blocks"),
+        (toy_net, {"target_modules": ["quary"]}, ["'quary'", "fc1", "qkv"]),
+        (toy_net, {"target_modules": ["prof"]}, ["'prof'", "'proj'"]),
+        (toy_net, {"exclude_modules": ["fc3"]}, ["exclude_modules", "'fc3'", "did you mean"]),
+        (toy_net, {"rank_pattern": {"prj": 2}}, ["rank_pattern", "'prj'", "'proj'"]),
+        (toy_net, {"alpha_pattern": {"prj": 2.0}}, ["alpha_pattern", "'prj'", "'proj'"]),
+        (toy_net, {"layers": "7-9"}, ["layers='7-9'"]),
+        (toy_net, {"layers": "a-b"}, ["layers", "'a-b'"]),
+        (toy_net, {"target_modules": ["fc("]}, ["'fc('", "expression"]),
+        (toy_net, {"rank": 13}, ["rank 13", "12", "blocks.0.qkv"]),
+        (toy_net, {"rank": 0}, ["rank", "0"]),
+        (toy_net, {"alpha": 0.0}, ["alpha", "0"]),
+        (toy_net, {"dropout": 1.0}, ["dropout", "1"]),
+        (toy_net, {"rank": 2.5}, ["rank", "2.5", "whole number"]),
+        (half, {}, ["blocks.0.qkv", "torch.bfloat16"]),
+        (special, {}, ["blocks.0.fc1", "Special", "nn.Linear"]),
+        (wide, {"target_modules": "qkv", "rank": 13}, ["rank 13", "12", "blocks.0.qkv"]),
+        (normed, {}, ["blocks.1.fc1", "weight_norm"]),
+        (twice, {}, ["pairs already"]),
+        (Tied, {}, ["blocks.0.fc1", "tied", "blocks.1.fc1"]),
+        (lambda: nn.Sequential(nn.Linear(3, 3)), {}, ["repeated", "blocks"]),
         (
             lambda: timm.create_model("resnet18"),
             {"target_modules": ["conv1"]},
-            r"conv1 is a Conv2d and only linear layers",
+            ["conv1", "Conv2d"],
         ),
         (
             lambda: transformers.GPT2Model(transformers.GPT2Config(vocab_size=9, n_embd=8, n_layer=2, n_head=1)),
             {},
-            r"h\.0\.attn\.c_attn is a Conv1D",
+            ["h.0.attn.c_attn", "Conv1D"],
         ),
         (
             lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2),
             {},
-            r"layers\.0\.self_attn\.out_proj cannot be adapted because its MultiheadAttention reads",
+            ["layers.0.self_attn.out_proj", "MultiheadAttention"],
         ),
         (
             lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2),
             {"exclude_modules": ["out_proj"]},
-            r"linear1 cannot be adapted because its TransformerEncoderLayer reads",
+            ["linear1", "TransformerEncoderLayer"],
         ),
         (
             lambda: torchvision.models.VisionTransformer(32, 16, 2, 2, 8, 16),
             {},
-            r"out_proj cannot be adapted because its MultiheadAttention reads",
+            ["out_proj", "MultiheadAttention"],
         ),
         (
             lambda: timm.create_model("beit_base_patch16_224", depth=1),
             {},
-            r"qkv cannot be adapted because its Attention",
+            ["qkv", "Attention"],
         ),
         (
             lambda: timm.create_model("eva02_tiny_patch14_224", depth=1),
             {},
-            r"qkv cannot be adapted because its EvaAttention reads",
+            ["qkv", "EvaAttention"],
         ),
         (
             lambda: timm.create_model("swinv2_tiny_window8_256", depths=(1, 1)),
             {"exclude_modules": ["cpb_mlp.*"]},
-            r"qkv cannot be adapted because its WindowAttention reads",
+            ["qkv", "WindowAttention"],
         ),
     ],
 )
-def test_what_cannot_be_adapted_is_refused_by_name(build, options, says):
-    with pytest.raises(UserError, match=says) as error:
+def test_what_cannot_be_adapted_is_refused_by_name(build, options, words):
+    with pytest.raises(UserError, match=mentions(*words)) as error:
         Adaptation(build(), LoRA(**{"rank": 2, **options}))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "words"),
     [
-        ({"fusion_ratio": 0.3}, r"fusion_ratio is 0.3 and 0.3 x rank 8 = 2.4"),
-        ({"fusion_ratio": 0.0}, r"fusion_ratio is 0.0"),
-        ({"fusion_ratio": 1.5}, r"fusion_ratio is 1.5"),
-        ({"fusion_ratio": 0.5, "rank": 1}, r"0.5 x rank 1 = 0.5"),
-        ({"fusion_ratio": 0.5, "rank_pattern": {"fc1": 3}}, r"0.5 x rank 3 = 1.5"),
-        ({"target_rank": 7}, r"target_rank is 7.*rank 8"),
-        ({"target_rank": 12.5}, r"target_rank is 12.5, it must be a whole number"),
-        ({"beta1": 1.0}, r"beta1 is 1.0"),
-        ({"beta2": 0.0}, r"beta2 is 0.0"),
-        ({"reset_scores": "none"}, r"reset_scores is 'none'.*all, recycled"),
-        ({"optimizer_state": "hot"}, r"optimizer_state is 'hot'.*warm, zero, keep"),
+        ({"fusion_ratio": 0.3}, ["fusion_ratio", "0.3", "rank 8", "2.4"]),
+        ({"fusion_ratio": 0.0}, ["fusion_ratio", "0.0"]),
+        ({"fusion_ratio": 1.5}, ["fusion_ratio", "1.5"]),
+        ({"fusion_ratio": 0.5, "rank": 1}, ["0.5", "rank 1"]),
+        ({"fusion_ratio": 0.5, "rank_pattern": {"fc1": 3}}, ["0.5", "rank 3", "1.5"]),
+        ({"target_rank": 7}, ["target_rank", "7", "rank 8"]),
+        ({"target_rank": 12.5}, ["target_rank", "12.5", "whole number"]),
+        ({"beta1": 1.0}, ["beta1", "1.0"]),
+        ({"beta2": 0.0}, ["beta2", "0.0"]),
+        ({"reset_scores": "none"}, ["reset_scores", "'none'", "all, recycled"]),
+        ({"optimizer_state": "hot"}, ["optimizer_state", "'hot'", "warm, zero, keep"]),
     ],
 )
-def test_srloras_own_values(options, says):
-    with pytest.raises(UserError, match=says):
+def test_srloras_own_values(options, words):
+    with pytest.raises(UserError, match=mentions(*words)):
         SRLoRA(**options)
 
 

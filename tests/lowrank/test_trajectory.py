@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from srlora_pl.lowrank import Adaptation, SRLoRA
-from tests.reference import ReferenceSRLoRA
-from tests.toys import toy_batches, toy_net, train
+from tests.helpers.reference import ReferenceSRLoRA
+from tests.helpers.toys import toy_batches, toy_net, train
 
 STEPS, RANK, ALPHA, TARGET, GAMMA = 60, 4, 10.0, 12, 0.5
 OPTIMIZERS = {

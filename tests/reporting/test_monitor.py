@@ -1,80 +1,26 @@
 """What a run leaves in TensorBoard's files, read back: against its checkpoint, and after it was broken and resumed."""
 
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from srlora_pl import ImageClassifier
 from srlora_pl.lowrank.measures import by_kind
 from srlora_pl.reporting import Monitor
-from tests.test_cli import SMALL_RUN, _no_trace, cli  # noqa: F401
-from tests.test_faults import in_step
-from tests.test_mixin import Toy, loader, trainer
+from tests.helpers.cli import cli
+from tests.helpers.faults import in_step
+from tests.helpers.toy_module import Toy, loader, trainer
+from tests.helpers.watched import FIT, HPARAMS, Watched, finished, prepared
 
-FIT = ["fit", "--config", "small.yaml", "--ckpt_path", "last"]
 LOGGED, VALIDATED, END = [1, 3, 5, 7, 9, 11], [3, 7, 11], 12
 KINDS = ["attn.proj", "attn.qkv[k]", "attn.qkv[q]", "attn.qkv[v]", "mlp.fc1", "mlp.fc2"]
-HPARAMS = ("_hparams_/experiment", "_hparams_/session_start_info")
-
-
-@dataclass
-class Watched:
-    """A run of SMALL_RUN with figures at every validation."""
-
-    folder: Path
-    out: str
-
-    def __post_init__(self) -> None:
-        sizes = {"scalars": 0, "histograms": 0, "images": 0, "tensors": 0}
-        self.events = EventAccumulator(str(self.folder), sizes).Reload()
-
-    def curve(self, tag: str) -> tuple[list[int], list[float]]:
-        events = self.events.Scalars(tag)
-        return [event.step for event in events], [event.value for event in events]
-
-    def last_state(self) -> ImageClassifier:
-        return ImageClassifier.load_from_checkpoint(self.folder / "checkpoints/last.ckpt")
-
-    def sessions(self) -> int:
-        """How often a session of the HParams tab begins in the files."""
-        files = sorted(self.folder.glob("events*"))
-        events = (event for file in files for event in EventFileLoader(str(file)).Load())
-        return sum(value.tag == HPARAMS[1] for event in events for value in event.summary.value)
-
-    def hparams(self, tag: str) -> HParamsPluginData:
-        return HParamsPluginData.FromString(self.events.SummaryMetadata(tag).plugin_data.content)
-
-
-def prepared(home: Path) -> Path:
-    settings = yaml.safe_load(SMALL_RUN)
-    monitor = {"class_path": "srlora_pl.reporting.Monitor", "init_args": {"figures_at_validation": True}}
-    settings["trainer"] |= {"callbacks": [monitor], "enable_model_summary": True}
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "small.yaml").write_text(yaml.safe_dump(settings))
-    return home
-
-
-def finished(home: Path) -> Watched:
-    code, out, err = cli(*FIT, home=home)
-    assert code == 0, err
-    return Watched(home / "runs/small-srlora/version_0", out)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    return finished(prepared(tmp_path_factory.mktemp("watched")))
 
 
 def test_scores_are_those_of_the_pairs(run: Watched) -> None:

@@ -13,9 +13,8 @@ from lightning.pytorch.loggers import CSVLogger
 from srlora_pl.lowrank import LoRA, SRLoRA
 from srlora_pl.reporting.progress import Progress, closing_line, duration, matrix_rows, parameter_line
 from srlora_pl.training.resume import ExactResume
-from tests.reporting.test_monitor import Watched, run  # noqa: F401
-from tests.test_cli import _no_trace  # noqa: F401
-from tests.test_mixin import Toy, loader, srlora, trainer
+from tests.helpers.toy_module import Toy, loader, srlora, trainer
+from tests.helpers.watched import Watched
 
 
 class Shown(Callback):
@@ -142,7 +141,7 @@ def test_a_method_without_a_spectrum_has_no_directions():
     assert {row[4] for row in matrix_rows(Toy(LoRA(rank=2)).adaptation)} == {"none"}
 
 
-def test_the_console_of_a_run(run: Watched):  # noqa: F811
+def test_the_console_of_a_run(run: Watched):
     assert run.out.count("attn.qkv[k]") == 1
     assert re.search(r"│ mlp.fc2\s+│\s+2 │ 32 x 128 │\s+4 │\s+12 │\s+1,280 │", run.out)
     assert "Trainable params" not in run.out

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from srlora_pl import ImageClassifier, SRLoRA
 from srlora_pl.reporting import Summary
 from srlora_pl.util import system
-from tests.tasks.conftest import CLASSES, SMALL_VIT, samples
+from tests.helpers.images import CLASSES, SMALL_VIT, samples
 
 
 class There(L.Callback):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from srlora_pl import ImageClassifier, ImageData, LoRA, TextClassifier
 from srlora_pl.tasks import base
 from srlora_pl.util.errors import UserError
-from tests.tasks.conftest import SMALL_VIT
-from tests.tasks.texts import BERT, ShuffledData, folder, samples
+from tests.helpers.encoders import BERT, ShuffledData, folder, samples
+from tests.helpers.images import SMALL_VIT
 
 
 def classifier(**options):

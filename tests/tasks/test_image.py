@@ -19,7 +19,8 @@ from srlora_pl import ImageClassifier, LoRA, PiSSA, SRLoRA
 from srlora_pl.models.timm_models import build_backbone
 from srlora_pl.tasks.base import as_method
 from srlora_pl.util.errors import UserError
-from tests.tasks.conftest import CLASSES, SMALL_VIT, samples
+from tests.helpers.errors import mentions
+from tests.helpers.images import CLASSES, SMALL_VIT, samples
 
 
 class Record(Callback):
@@ -99,33 +100,33 @@ def test_a_longer_resumed_run_gets_the_longer_schedule(classifier, trainer, load
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"lr": 0.0}, r"model.lr is 0.0: it must be positive"),
-        ({"lr": float("nan")}, r"model.lr is nan"),
-        ({"head_lr": -1.0}, r"model.head_lr is -1.0"),
-        ({"momentum": 1.0}, r"model.momentum is 1.0"),
-        ({"weight_decay": -0.1}, r"model.weight_decay is -0.1"),
-        ({"warmup_steps": -1}, r"model.warmup_steps is -1"),
-        ({"schedule": "cosin"}, r"model.schedule is 'cosin' \(did you mean 'cosine'\?\)"),
-        ({"optimizer": "adamv"}, r"model.optimizer is 'adamv' \(did you mean 'adamw'\?\)"),
-        ({"num_classes": 1}, r"model.num_classes is 1"),
-        ({"label_smoothing": 1.0}, r"model.label_smoothing is 1.0"),
-        ({"mixup": -0.1}, r"model.mixup is -0.1"),
-        ({"cutmix": -0.1}, r"model.cutmix is -0.1"),
+        ({"lr": 0.0}, ["model.lr", "0.0"]),
+        ({"lr": float("nan")}, ["model.lr", "nan"]),
+        ({"head_lr": -1.0}, ["model.head_lr", "-1.0"]),
+        ({"momentum": 1.0}, ["model.momentum", "1.0"]),
+        ({"weight_decay": -0.1}, ["model.weight_decay", "-0.1"]),
+        ({"warmup_steps": -1}, ["model.warmup_steps", "-1"]),
+        ({"schedule": "cosin"}, ["model.schedule", "'cosin'", "'cosine'"]),
+        ({"optimizer": "adamv"}, ["model.optimizer", "'adamv'", "'adamw'"]),
+        ({"num_classes": 1}, ["model.num_classes", "1"]),
+        ({"label_smoothing": 1.0}, ["model.label_smoothing", "1.0"]),
+        ({"mixup": -0.1}, ["model.mixup", "-0.1"]),
+        ({"cutmix": -0.1}, ["model.cutmix", "-0.1"]),
         (
             {"method": {"class_path": "srlora_pl.SRLora"}},
-            r"class_path is 'srlora_pl.SRLora' \(did you mean 'srlora_pl.S",
+            ["class_path", "'srlora_pl.SRLora'", "'srlora_pl.SRLoRA'"],
         ),
     ],
 )
 def test_values_out_of_range_are_refused_when_the_model_is_made(classifier, arguments, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=mentions(*words)):
         classifier(**arguments)
 
 
 def test_a_run_that_cannot_hold_its_schedule_is_refused(classifier, trainer, loader):
-    with pytest.raises(UserError, match=r"model.warmup_steps is 7 but the run has 6 optimizer steps"):
+    with pytest.raises(UserError, match=mentions("model.warmup_steps", "7", "6")):
         trainer().fit(classifier(warmup_steps=7), loader)
-    with pytest.raises(UserError, match=r"'linear' ends with the run, .* set trainer.max_steps"):
+    with pytest.raises(UserError, match=mentions("'linear'", "trainer.max_steps")):
         trainer(max_steps=-1, max_epochs=-1).fit(classifier(schedule="linear"), loader)
 
 
@@ -194,7 +195,7 @@ class Poison(Callback):
 
 def test_a_non_finite_loss_stops_at_the_next_log(classifier, trainer, loader):
     run = trainer(max_steps=20, log_every_n_steps=4, callbacks=[Poison(at=5)])
-    with pytest.raises(UserError, match=r"NaN or infinite in steps 5 to 8: .*lower model.lr"):
+    with pytest.raises(UserError, match=mentions("NaN", "steps 5 to 8", "model.lr")):
         run.fit(classifier(), loader)
     assert run.global_step == 8
 
@@ -202,7 +203,7 @@ def test_a_non_finite_loss_stops_at_the_next_log(classifier, trainer, loader):
 def test_no_poisoned_checkpoint_is_written(classifier, trainer, loader, tmp_path):
     keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
     run = trainer(max_steps=20, log_every_n_steps=50, enable_checkpointing=True, callbacks=[Poison(at=4), keep])
-    with pytest.raises(UserError, match=r"in steps 4 to 6"):
+    with pytest.raises(UserError, match=mentions("steps 4 to 6")):
         run.fit(classifier(), loader)
     assert [file.name for file in tmp_path.glob("*.ckpt")] == ["step=3.ckpt"]
     state = torch.load(tmp_path / "step=3.ckpt", weights_only=True)["state_dict"]
@@ -210,7 +211,7 @@ def test_no_poisoned_checkpoint_is_written(classifier, trainer, loader, tmp_path
 
 
 def test_a_non_finite_loss_at_the_end_is_told(classifier, trainer, loader):
-    with pytest.raises(UserError, match=r"in steps 1 to 6"):
+    with pytest.raises(UserError, match=mentions("steps 1 to 6")):
         trainer(log_every_n_steps=50, callbacks=[Poison(at=5)]).fit(classifier(), loader)
 
 
@@ -269,7 +270,7 @@ def test_more_classes_in_the_data_than_in_the_head_are_refused(classifier, train
         def train_dataloader(self) -> DataLoader:
             return loader
 
-    with pytest.raises(UserError, match=r"The data have 8 classes but model.num_classes is 7"):
+    with pytest.raises(UserError, match=mentions("8 classes", "model.num_classes", "7")):
         trainer().fit(classifier(), datamodule=Data())
 
 
@@ -310,9 +311,9 @@ def test_a_checkpoint_makes_the_model_again(classifier, trainer, loader, tmp_pat
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"num_classes": 9}, r"written with model.num_classes 7, but this run has 9: give it data of as many classes"),
-        ({"backbone": "vit_small_patch16_224"}, r"written with model.backbone 'vit_tiny_patch16_224'"),
-        ({"backbone_kwargs": SMALL_VIT | {"depth": 3}}, r"written with model.backbone_kwargs"),
+        ({"num_classes": 9}, ["model.num_classes", "7", "9"]),
+        ({"backbone": "vit_small_patch16_224"}, ["model.backbone", "'vit_tiny_patch16_224'"]),
+        ({"backbone_kwargs": SMALL_VIT | {"depth": 3}}, ["model.backbone_kwargs"]),
     ],
 )
 def test_a_checkpoint_of_another_model_is_refused(classifier, trainer, loader, tmp_path, change, words):
@@ -320,7 +321,7 @@ def test_a_checkpoint_of_another_model_is_refused(classifier, trainer, loader, t
     run.fit(classifier(), loader)
     run.save_checkpoint(tmp_path / "a.ckpt")
     for start in (trainer().fit, trainer().test):
-        with pytest.raises(UserError, match=words):
+        with pytest.raises(UserError, match=mentions(*words)):
             start(classifier(**change), loader, ckpt_path=tmp_path / "a.ckpt")
 
 
@@ -334,7 +335,7 @@ def test_methods_from_their_spec():
 
     assert type(as_method({"class_path": f"{__name__}.{Own.__qualname__}", "init_args": {"rank": 3}})) is Own
     for path in ("os.system", "torch.nn.Linear", "srlora_pl.lowrank.Nothing"):
-        with pytest.raises(UserError, match="names no method"):
+        with pytest.raises(UserError, match=mentions("no method")):
             as_method({"class_path": path, "init_args": {"command": "true"}})
 
 
@@ -352,7 +353,7 @@ def test_matmul_precision_holds_during_a_run(classifier, trainer, loader):
     seen = Record(lambda trainer, module: torch.get_float32_matmul_precision())
     trainer(callbacks=[seen], max_steps=1).fit(classifier(matmul_precision="high"), loader)
     assert (seen.seen, torch.get_float32_matmul_precision()) == (["high"], "highest")
-    with pytest.raises(UserError, match=r"model\.matmul_precision is tf32: it must be highest, high or medium"):
+    with pytest.raises(UserError, match=mentions("model.matmul_precision", "tf32", "highest")):
         classifier(matmul_precision="tf32")
 
 
@@ -361,7 +362,7 @@ def test_a_resume_with_another_learning_rate_is_refused_and_a_test_is_not(classi
     run = trainer(max_steps=2)
     run.fit(classifier(lr=0.1), loader)
     run.save_checkpoint(tmp_path / "a.ckpt")
-    with pytest.raises(UserError, match=r"written with model\.lr 0\.1, but this run has 0\.5"):
+    with pytest.raises(UserError, match=mentions("model.lr", "0.1", "0.5")):
         trainer().fit(classifier(lr=0.5), loader, ckpt_path=tmp_path / "a.ckpt")
     trainer().test(classifier(lr=0.5), loader, ckpt_path=tmp_path / "a.ckpt", verbose=False)
 

@@ -7,6 +7,7 @@ from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_wi
 
 from srlora_pl.tasks.optim import build_optimizer, optimizer_class, param_groups, schedule_factor
 from srlora_pl.util.errors import UserError
+from tests.helpers.errors import mentions
 
 
 @pytest.mark.parametrize(
@@ -69,20 +70,20 @@ def test_optimizers_by_name_and_by_path():
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("adamW", "did you mean 'adamw'"),
-        ("torch.optim.NAdm", "did you mean 'torch.optim.NAdam'"),
-        ("torch.nn.Linear", "model.optimizer is 'torch.nn.Linear'"),
-        ("nosuch.module.Adam", "model.optimizer is 'nosuch.module.Adam'"),
+        ("adamW", ["'adamw'"]),
+        ("torch.optim.NAdm", ["'torch.optim.NAdam'"]),
+        ("torch.nn.Linear", ["model.optimizer", "'torch.nn.Linear'"]),
+        ("nosuch.module.Adam", ["model.optimizer", "'nosuch.module.Adam'"]),
     ],
 )
 def test_unknown_optimizers_are_refused(name, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=mentions(*words)):
         optimizer_class(name)
 
 
 def test_an_optimizer_that_cannot_do_what_is_asked_is_refused():
     two = [{"params": [nn.Parameter(torch.zeros(1))], "lr": 0.1, "weight_decay": decay} for decay in (0.0, 0.1)]
-    with pytest.raises(UserError, match=r"'torch.optim.Rprop' has no weight decay: set model.weight_decay to 0"):
+    with pytest.raises(UserError, match=mentions("'torch.optim.Rprop'", "model.weight_decay", "0")):
         build_optimizer("torch.optim.Rprop", two, 0.1, 0.9, scaled_gradients=False)
-    with pytest.raises(UserError, match=r"'torch.optim.LBFGS' cannot be built"):
+    with pytest.raises(UserError, match=mentions("'torch.optim.LBFGS'")):
         build_optimizer("torch.optim.LBFGS", two, 0.1, 0.9, scaled_gradients=False)

@@ -16,9 +16,11 @@ from transformers import AutoTokenizer
 
 from srlora_pl import LoRA, PiSSA, SRLoRA, TextClassifier
 from srlora_pl.util.errors import UserError
-from tests.tasks.texts import BERT, DEBERTA, DEBERTA_V3_BASE, Data, ShuffledData, folder, samples
+from tests.helpers.encoders import BERT, DEBERTA, DEBERTA_V3_BASE, Data, ShuffledData, folder, samples
+from tests.helpers.errors import mentions
+from tests.helpers.paths import SHARED
 
-TOKENIZER = Path(__file__).parents[3] / "shared" / "models" / "deberta_v3_tokenizer"
+TOKENIZER = SHARED / "models" / "deberta_v3_tokenizer"
 ROWS = 22
 CLASSES = torch.arange(ROWS) % 3 * torch.arange(ROWS) % 2
 NUMBERS = torch.linspace(0, 5, ROWS)
@@ -201,7 +203,7 @@ def test_one_class_is_regression_without_a_word(classifier):
 
 def test_a_problem_other_than_the_datas_is_refused(classifier, trainer):
     data = Data(samples(ROWS, LABELS), problem="multi_label", score_names=["f1"])
-    with pytest.raises(UserError, match=r"model.problem is 'single_label', but the data are 'multi_label'"):
+    with pytest.raises(UserError, match=mentions("model.problem", "'single_label'", "'multi_label'")):
         trainer().fit(classifier(num_classes=3, problem="single_label"), datamodule=data)
 
 
@@ -235,39 +237,39 @@ def test_class_weights_by_name_follow_the_classes_of_the_data(classifier, traine
     [
         (
             {"ham": 1.0, "span": 4.0},
-            r"has the class 'span' \(did you mean 'spam'\?\), but those of the data are ham, spam",
+            ["'span'", "'spam'"],
         ),
-        ({"ham": 1.0}, r"has no weight for the class 'spam': give it one"),
+        ({"ham": 1.0}, ["'spam'", "weight"]),
     ],
 )
 def test_class_weights_of_other_classes_are_refused(classifier, trainer, weights, words):
     data = Data(samples(ROWS, CLASSES), problem="single_label", class_names=["ham", "spam"])
-    with pytest.raises(UserError, match=f"model.class_weights {words}"):
+    with pytest.raises(UserError, match=mentions("model.class_weights", *words)):
         trainer().fit(classifier(class_weights=weights), datamodule=data)
-    with pytest.raises(UserError, match=r"has the class 'ham', but those of the data are not named"):
+    with pytest.raises(UserError, match=mentions("'ham'", "named")):
         trainer().fit(classifier(class_weights=weights), datamodule=Data(samples(ROWS, CLASSES)))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"lr": 0.0}, r"model.lr is 0.0: it must be positive"),
-        ({"num_classes": 0}, r"model.num_classes is 0: it must be at least 1"),
-        ({"num_classes": 1, "problem": "single_label"}, r"model.num_classes is 1: it must be at least 2"),
-        ({"num_classes": 2, "problem": "regression"}, r"model.num_classes is 2: it must be 1 for regression"),
-        ({"problem": "ranking"}, r"model.problem is 'ranking': give one of single_label, multi_label, regression"),
-        ({"score_names": ["acuracy"]}, r"model.score_names has 'acuracy' \(did you mean 'accuracy'\?\)"),
-        ({"class_weights": [1.0]}, r"model.class_weights is \[1.0\]: it must be 2 numbers, one per class"),
-        ({"class_weights": [1.0, 0.0]}, r"model.class_weights is \[1.0, 0.0\]: it must be positive"),
-        ({"class_weights": {"a": 1.0, "b": -1.0}}, r"model.class_weights is {.*'b': -1.0}: it must be positive"),
-        ({"num_classes": 1, "class_weights": {"a": 1.0}}, r"it must be left out for regression"),
-        ({"num_classes": 1, "class_weights": [1.0]}, r"it must be left out for regression"),
-        ({"label_smoothing": 1.0}, r"model.label_smoothing is 1.0"),
-        ({"problem": "multi_label", "label_smoothing": 0.1}, r"label_smoothing is 0.1: it must be 0 for multi_label"),
+        ({"lr": 0.0}, ["model.lr", "0.0"]),
+        ({"num_classes": 0}, ["model.num_classes", "0", "1"]),
+        ({"num_classes": 1, "problem": "single_label"}, ["model.num_classes", "1", "2"]),
+        ({"num_classes": 2, "problem": "regression"}, ["model.num_classes", "2", "1"]),
+        ({"problem": "ranking"}, ["model.problem", "'ranking'", "single_label, multi_label, regression"]),
+        ({"score_names": ["acuracy"]}, ["model.score_names", "'acuracy'", "'accuracy'"]),
+        ({"class_weights": [1.0]}, ["model.class_weights", "[1.0]", "2 numbers"]),
+        ({"class_weights": [1.0, 0.0]}, ["model.class_weights", "[1.0, 0.0]"]),
+        ({"class_weights": {"a": 1.0, "b": -1.0}}, ["model.class_weights", "'b'", "-1.0"]),
+        ({"num_classes": 1, "class_weights": {"a": 1.0}}, ["model.class_weights", "regression"]),
+        ({"num_classes": 1, "class_weights": [1.0]}, ["model.class_weights", "regression"]),
+        ({"label_smoothing": 1.0}, ["model.label_smoothing", "1.0"]),
+        ({"problem": "multi_label", "label_smoothing": 0.1}, ["label_smoothing", "0.1", "0", "multi_label"]),
     ],
 )
 def test_values_out_of_range_are_refused_when_the_model_is_made(classifier, arguments, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=mentions(*words)):
         classifier(**arguments)
 
 
@@ -366,7 +368,7 @@ def test_data_of_other_classes_than_those_of_the_fit_are_refused(classifier, tra
     model, run = classifier(), trainer(max_steps=2)
     run.fit(model, datamodule=ShuffledData(rows))
     for use in (run.validate, run.test, run.predict):
-        with pytest.raises(UserError, match=r"trained on other classes: number 0 is '0' there and '1' in this data"):
+        with pytest.raises(UserError, match=mentions("number 0", "'0'", "'1'")):
             use(model, datamodule=Data(rows, class_names=["1", "0"]))
     run.test(model, datamodule=Data(rows, class_names=["0", "1"]))
     trainer(max_steps=2).fit(model, datamodule=Data(rows, class_names=["1", "0"]))  # to learn others is another matter
@@ -390,7 +392,7 @@ def test_a_checkpoint_of_other_classes_is_refused(classifier, trainer, tmp_path)
     other = Data(rows, class_names=["0", "one"])
     again = trainer()
     for use in (again.validate, again.test, again.predict):
-        with pytest.raises(UserError, match=r"trained on other classes: number 1 is '1' there and 'one' in this data"):
+        with pytest.raises(UserError, match=mentions("number 1", "'1'", "'one'")):
             use(classifier(), datamodule=other, ckpt_path=tmp_path / "a.ckpt")
     again.validate(classifier(), datamodule=Data(rows, class_names=["0", "1"]), ckpt_path=tmp_path / "a.ckpt")
 
@@ -400,12 +402,12 @@ def test_a_checkpoint_of_another_model_is_refused(classifier, trainer, tmp_path)
     run.fit(classifier(), datamodule=data)
     run.save_checkpoint(tmp_path / "a.ckpt")
     for change, words in [
-        ({"train_pooler": False}, r"written with model.train_pooler True, but this run has False"),
-        ({"problem": "multi_label"}, r"written with model.problem 'single_label', but this run has 'multi_label'"),
-        ({"backbone_kwargs": {"num_hidden_layers": 1}}, r"written with model.backbone_kwargs"),
+        ({"train_pooler": False}, ["model.train_pooler", "True", "False"]),
+        ({"problem": "multi_label"}, ["model.problem", "'single_label'", "'multi_label'"]),
+        ({"backbone_kwargs": {"num_hidden_layers": 1}}, ["model.backbone_kwargs"]),
     ]:
         for start in (trainer().fit, trainer().test):
-            with pytest.raises(UserError, match=words):
+            with pytest.raises(UserError, match=mentions(*words)):
                 start(classifier(**change), datamodule=data, ckpt_path=tmp_path / "a.ckpt")
 
 

@@ -4,17 +4,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys, user_error_as_batch
 from srlora_pl.data.images.folders import picture_files
-from srlora_pl.data.images.pictures import Pictures, Split, into_memory
+from srlora_pl.data.images.pictures import Split, into_memory
 from srlora_pl.data.images.sources import NamesOnly, find_source
 from srlora_pl.data.images.transforms import ImageTransform
 from srlora_pl.data.splits import hold_out
-from srlora_pl.util.errors import UserError
+from srlora_pl.util.errors import UserError, listed
 
 
 class ImageData(DataModule):
@@ -24,9 +25,8 @@ class ImageData(DataModule):
     absent where there is none; ``index``, int64 (b,), the position in the split.
 
     Mean, std, size and interpolation are the model's (its ``data_config``). Images of one size that fit in memory
-    are kept there as bytes and cropped and resized by the batch, on the device; others are decoded, cropped and
-    resized in the workers. The validation split is the source's own, or ``val_fraction`` of the training split,
-    stratified.
+    are kept there as bytes, and cropped and resized by the batch on the device; others are decoded, cropped and resized
+    in the workers. The validation split is the source's own, or a stratified ``val_fraction`` of the training split.
 
     Args:
         name: ``digits`` (shipped), ``mnist``, ``cifar10``, ``cifar100`` or ``stl10`` (downloaded into ``root`` when
@@ -48,7 +48,7 @@ class ImageData(DataModule):
             ``root``; ``python cli.py predict`` takes them from the checkpoint.
 
     Raises:
-        UserError: data that is missing, empty, broken or of one class; an argument out of its range.
+        UserError: the data is missing, empty, broken or of one class; an argument is out of its range.
     """
 
     def __init__(
@@ -79,12 +79,17 @@ class ImageData(DataModule):
         )
         self.class_names = list(self.source.class_names)
         self.num_classes = len(self.class_names)
+        if self.num_classes < 2:
+            raise UserError(
+                f"data.root '{root}' has no two classes, only {listed(map(repr, self.class_names)) or 'none'}; give "
+                f"images of at least two."
+            )
         self.transform: ImageTransform | None = None
         self._splits: dict[str, Split] = {}
         self._name: Callable[[int], str] = str
 
     def prepare_data(self) -> None:
-        """Download what is missing; pictures of one's own are predicted without the data of the training."""
+        """Download what is missing; the user's own pictures are predicted without the training data."""
         predicts = self.trainer is not None and self.trainer.state.fn == "predict"
         if not (predicts and self.predict_root):
             self.source.prepare()
@@ -100,7 +105,7 @@ class ImageData(DataModule):
         self.transform = ImageTransform.for_model(config, **self.options)
         if stage in ("fit", "validate"):
             self._load_train_and_val()
-            if stage == "fit" and self.has_test_labels:  # a run ends with a test, of which nothing is wrong only then
+            if stage == "fit" and self.has_test_labels:  # a run ends with a test, whose errors shall come before it
                 self._split("test")
         elif stage == "test":
             if not self.has_test_labels:
@@ -113,7 +118,7 @@ class ImageData(DataModule):
     def _load_train_and_val(self) -> None:
         train = self._split("train")
         assert train.labels is not None
-        if self.source.has("val"):
+        if "val" in self.source.splits:
             self.train_set, self.val_set = self._images(train), self._images(self._split("val"))
             return
         kept, held = hold_out(train.labels, self.val_fraction, self.seed, "image")
@@ -121,9 +126,9 @@ class ImageData(DataModule):
         self.val_set = self._images(train, held) if len(held) else None
 
     def _load_predict(self) -> None:
-        if self.predict_root is None and not self.source.has("test"):
+        if self.predict_root is None and "test" not in self.source.splits:
             raise UserError("The data has no test split to predict; set data.predict_root to images.")
-        self._splits.pop("predict", None)  # the folder, or what is in it, may be another by now
+        self._splits.pop("predict", None)  # the folder, or its content, may have changed
         split = self._split("test" if self.predict_root is None else "predict")
         self._name = split.name
         self.predict_set = self._images(Split(split.images, None))
@@ -148,76 +153,70 @@ class ImageData(DataModule):
 
     def _images(self, split: Split, rows: Tensor | None = None) -> "MemoryImages | FileImages":
         assert self.transform is not None
-        if isinstance(split.images, Tensor):
-            return MemoryImages(split.images, split.labels, rows, self.transform)
-        return FileImages(split.images, split.labels, rows, self.transform)
+        kind = MemoryImages if isinstance(split.images, Tensor) else FileImages
+        return kind(split, rows, self.transform)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Crop and resize what was not cropped in the workers, then normalise; the batch is on its device."""
+        """Crop and resize the images that the workers did not, then normalise; the batch is on its device."""
         assert self.transform is not None
         batch = dict(batch)
         image, crops = batch.pop("image"), batch.pop("crops", None)
         if batch.pop("whole"):
             image = self.transform.test(image) if crops is None else self.transform.train(image, crops)
         batch = {"image": self.transform.normalise(image), **batch}
-        # Lightning does this for 64-true before the images are floats.
+        # For 64-true Lightning converts before the images are floats.
         return self.trainer.precision_plugin.convert_input(batch) if self.trainer else batch
 
 
-class MemoryImages(KeyedDataset):
-    """Images of one size, uint8 (n, c, h, w), given out whole, in training with the crops to make of them."""
+class _Images(KeyedDataset):
+    """Some ``rows``, int64 (m,), or all images of a split."""
 
-    def __init__(self, images: Tensor, labels: Tensor | None, rows: Tensor | None, transform: ImageTransform) -> None:
-        self.images, self.labels, self.transform = images, labels, transform
-        self.rows = torch.arange(len(images)) if rows is None else rows
+    images: Any
+
+    def __init__(self, split: Split, rows: Tensor | None, transform: ImageTransform) -> None:
+        self.images, self.labels, self.transform = split.images, split.labels, transform
+        self.rows = torch.arange(len(split.images)) if rows is None else rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
+    def _batch(self, images: Tensor, whole: bool, index: Tensor) -> Batch:
+        batch: Batch = {"image": images, "whole": whole, "index": index}
+        if self.labels is not None:
+            batch["label"] = self.labels[self.rows[index]]
+        return batch
+
+
+class MemoryImages(_Images):
+    """Images of one size, uint8 (n, c, h, w), handed out whole, in training with their crops."""
+
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         index, epoch = split_keys(keys)
-        rows = self.rows[index]
-        batch = _batch(self.images[rows], True, self.labels, rows, index)
+        batch = self._batch(self.images[self.rows[index]], True, index)
         if epoch is not None:
             batch["crops"] = self.transform.crops(torch.stack([epoch, index], 1), *self.images.shape[2:])
         return batch
 
 
-class FileImages(KeyedDataset):
-    """Encoded images of any size, decoded, cropped and resized here, that is, in the workers."""
-
-    def __init__(
-        self, pictures: Pictures, labels: Tensor | None, rows: Tensor | None, transform: ImageTransform
-    ) -> None:
-        self.pictures, self.labels, self.transform = pictures, labels, transform
-        self.rows = torch.arange(len(pictures)) if rows is None else rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
+class FileImages(_Images):
+    """Encoded images of any size, decoded, cropped and resized here, in the workers."""
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         index, epoch = split_keys(keys)
-        rows = self.rows[index]
+        rows = self.rows[index].tolist()
         try:
             images = self._test(rows) if epoch is None else self._train(rows, torch.stack([epoch, index], 1))
         except UserError as error:
             return user_error_as_batch(error)
-        return _batch(images, False, self.labels, rows, index)
+        return self._batch(images, False, index)
 
-    def _test(self, rows: Tensor) -> Tensor:
-        return torch.stack([self.pictures.decode(row, self.transform.test_one) for row in rows.tolist()])
+    def _test(self, rows: list[int]) -> Tensor:
+        return torch.stack([self.images.decode(row, self.transform.test_one) for row in rows])
 
-    def _train(self, rows: Tensor, keys: Tensor) -> Tensor:
+    def _train(self, rows: list[int], keys: Tensor) -> Tensor:
         numbers = self.transform.numbers(keys).split(1)
         images = [
-            self.pictures.decode(row, partial(self.transform.train_one, numbers=own))
-            for row, own in zip(rows.tolist(), numbers, strict=True)
+            self.images.decode(row, partial(self.transform.train_one, numbers=own))
+            for row, own in zip(rows, numbers, strict=True)
         ]
         return torch.stack(images)
-
-
-def _batch(images: Tensor, whole: bool, labels: Tensor | None, rows: Tensor, index: Tensor) -> Batch:
-    batch: Batch = {"image": images, "whole": whole, "index": index}
-    if labels is not None:
-        batch["label"] = labels[rows]
-    return batch

@@ -1,6 +1,6 @@
-"""Images in folders of the user's own: to train on, a folder for each class, or to predict.
+"""The user's own folders of images: one folder per class to train on, or any folder to predict.
 
-Links to folders are followed. What lies between the images and is not used is counted by its kind.
+Links to folders are followed. Files and folders that are not used are counted by their kind.
 """
 
 import os
@@ -11,15 +11,15 @@ from pathlib import Path
 from torch import tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from srlora_pl.data.images.pictures import Files, Split
-from srlora_pl.data.splits import hints_at_split, split_of
+from srlora_pl.data.images.pictures import Files, Source, Split
+from srlora_pl.data.splits import split_of, split_word
 from srlora_pl.util.errors import UserError, did_you_mean, is_utf8, listed
 
-# Folders that systems and programs make beside pictures, for thumbnails and what was deleted.
+# Folders for thumbnails and deleted files that systems and programs make beside pictures.
 _JUNK = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information")
 
 
-class Folder:
+class Folder(Source):
     """A folder of class folders, or ``train/``, ``val/`` and ``test/`` (see `split_of`) with class folders in each.
 
     Without ``train/`` the whole tree is the training split. A ``test/`` of bare images has no labels.
@@ -27,77 +27,63 @@ class Folder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.parts = _parts(root)
-        train = self.parts["train"]
+        self.splits: dict[str, Path] = _split_folders(root)
+        train = self.splits["train"]
         self.class_names = _folders(train)
         if not self.class_names:
             raise UserError(
                 f"data.root '{root}' has no class folders with images; put the images of each class into a "
                 f"folder of its own, under '{root}' or '{root / 'train'}'."
             )
-        if len(self.class_names) < 2:
-            raise UserError(
-                f"data.root '{root}' has the one class {self.class_names[0]!r}; put the images of at least two "
-                f"classes into '{train}', each into its own folder."
-            )
         for name in self.class_names:
             if not is_utf8(name):
                 raise UserError(f"The class folder {name!r} in '{train}' is not named in UTF-8; rename it.")
 
-    def prepare(self) -> None:
-        pass
-
-    def has(self, split: str) -> bool:
-        return split in self.parts
-
     def has_labels(self, split: str) -> bool:
-        return split in self.parts and bool(_folders(self.parts[split]))
+        return split in self.splits and bool(_folders(self.splits[split]))
 
     def load(self, split: str) -> Split:
-        part = self.parts[split]
+        folder = self.splits[split]
         if split == "test" and not self.has_labels(split):
-            return picture_files(part, "data.root")
-        self._check_classes(part)
+            return picture_files(folder, "data.root")
+        self._check_classes(folder)
         left_out = self._beside_classes(split)
-        above = frozenset({os.path.realpath(part)})
-        by_class = [_images_under(part / name, left_out, above) for name in self.class_names]
+        above = frozenset({os.path.realpath(folder)})
+        by_class = [_images_under(folder / name, left_out, above) for name in self.class_names]
         empty = [name for name, paths in zip(self.class_names, by_class, strict=True) if not paths]
         if empty and (split == "train" or not any(by_class)):
             raise UserError(
-                f"The class folder '{part / empty[0]}' holds no images, which end in {listed(IMG_EXTENSIONS)}; fill or "
-                f"remove it."
+                f"The class folder '{folder / empty[0]}' holds no images, which end in {listed(IMG_EXTENSIONS)}; fill "
+                f"or remove it."
             )
         labels = [label for label, paths in enumerate(by_class) for _ in paths]
         files = Files([path for paths in by_class for path in paths])
         return Split(files, tensor(labels), files.name, left_out)
 
-    def _check_classes(self, part: Path) -> None:
-        classes = _folders(part)
+    def _check_classes(self, folder: Path) -> None:
+        train, classes = self.splits["train"], _folders(folder)
         if not classes:
-            raise UserError(f"'{part}' has no class folders; give it those of '{self.parts['train']}', or remove it.")
-        unknown = [name for name in classes if name not in self.class_names]
-        if unknown:
+            raise UserError(f"'{folder}' has no class folders; give it those of '{train}', or remove it.")
+        if unknown := [name for name in classes if name not in self.class_names]:
             raise UserError(
-                f"'{part}' has the class {unknown[0]!r}, which '{self.parts['train']}' does not have"
+                f"'{folder}' has the class {unknown[0]!r}, which '{train}' does not have"
                 f"{did_you_mean(unknown[0], self.class_names)}; rename or remove it."
             )
 
     def _beside_classes(self, split: str) -> Counter[str]:
-        """What lies beside the class folders of a split; what lies beside those of the splits counts for ``train``."""
+        """The entries beside the class folders of a split, and for ``train`` also those beside the split folders."""
         left_out: Counter[str] = Counter()
-        part = self.parts[split]
-        for _, is_folder in _entries(part, left_out):
+        folder = self.splits[split]
+        for _, is_folder in _entries(folder, left_out):
             left_out["outside the class folders"] += not is_folder
-        if split == "train" and part != self.root:
+        if split == "train" and folder != self.root:
             for name, is_folder in _entries(self.root, left_out):
-                if not is_folder:
-                    left_out["outside the class folders"] += 1
-                elif self.root / name not in self.parts.values():
-                    left_out[f"folder {name!r}"] += 1
+                if self.root / name not in self.splits.values():
+                    left_out[f"folder {name!r}" if is_folder else "outside the class folders"] += 1
         return +left_out
 
 
-def _parts(root: Path) -> dict[str, Path]:
+def _split_folders(root: Path) -> dict[str, Path]:
     """The folder of each split."""
     names = _folders(root)
     named: dict[str, list[str]] = defaultdict(list)
@@ -112,13 +98,13 @@ def _parts(root: Path) -> dict[str, Path]:
                 )
         return {split: root / found[0] for split, found in named.items() if found}
     # A class may well be called train or test, but not all of them; nor seg_train where it holds folders of its own.
-    hints = all(map(hints_at_split, names)) and any(_folders(root / name) for name in names)
+    hints = all(map(split_word, names)) and any(_folders(root / name) for name in names)
     if names and (hints or all(map(split_of, names))):
         raise UserError(
             f"data.root '{root}' has folders of splits ({listed(names)}) but no class folders to train on; put the "
             f"images of each class into a folder of its own in '{root / 'train'}'."
         )
-    for name in (name for found in named.values() for name in found):
+    for name in filter(split_of, names):
         if again := [each for each in _folders(root / name) if each in names]:
             raise UserError(
                 f"data.root '{root}' has the folder {again[0]!r}, and its folder {name!r} has one of this name too; "
@@ -128,7 +114,7 @@ def _parts(root: Path) -> dict[str, Path]:
 
 
 def picture_files(root: Path, key: str) -> Split:
-    """All images under a folder, or one file, without labels; ``key`` is what a complaint names."""
+    """All images under a folder, or one file, without labels; errors name the setting ``key``."""
     if not root.exists():
         raise UserError(f"{key} '{root}' does not exist; give a folder of images or one image file.")
     left_out: Counter[str] = Counter()
@@ -139,12 +125,12 @@ def picture_files(root: Path, key: str) -> Split:
 
 
 def _folders(root: Path) -> list[str]:
-    """Names of the folders in ``root``, sorted; none where there is no such place."""
+    """Names of the folders in ``root``, sorted; none if ``root`` does not exist."""
     return [name for name, is_folder in _entries(root, Counter()) if is_folder]
 
 
 def _images_under(root: Path, left_out: Counter[str], above: frozenset[str] = frozenset()) -> list[Path]:
-    """The images that can be read, sorted; ``above`` are the folders that a link must not lead back to."""
+    """The images below ``root``, sorted; ``above``: folders that no link may lead back to."""
     here = os.path.realpath(root)
     if here in above:
         left_out["link in a circle"] += 1
@@ -182,7 +168,7 @@ def _entries(root: Path, left_out: Counter[str]) -> list[tuple[str, bool]]:
 
 
 def _leads_to(check: Callable[[], bool]) -> bool:
-    """Whether an entry is of a kind; a link in a circle or through a closed folder is of none."""
+    """Whether an entry is of a kind; a link in a circle or through a closed folder has none."""
     try:
         return check()
     except OSError:

@@ -10,17 +10,15 @@ from typing import Any
 
 from torch import Tensor, tensor
 
-from srlora_pl.data.images.pictures import Pictures, Split
-from srlora_pl.data.splits import split_of
+from srlora_pl.data.images.pictures import Pictures, Source, Split
+from srlora_pl.data.splits import USUAL, split_of, split_word
 from srlora_pl.util.errors import UserError, did_you_mean, listed, one_line
 
 _FILES = (".parquet", ".arrow", ".jsonl")
-# Of several names for one split the first of these is taken.
-_FIRST = ("train", "val", "valid", "validation", "dev", "test")
 
 
 class Cells(Pictures):
-    """The image column of a data set of ``datasets``."""
+    """The image column of a data set of ``datasets``; ``title`` names its split in errors."""
 
     def __init__(self, table: Any, column: str, title: str) -> None:
         from datasets import Image as ImageFeature
@@ -33,39 +31,35 @@ class Cells(Pictures):
 
     def file(self, index: int) -> Path | BytesIO:
         cell = self.table.data.column(self.column)[index].as_py()  # straight from Arrow: half the time
-        return Path(cell["path"]) if cell["bytes"] is None else BytesIO(cell["bytes"])
+        return BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"])
 
     def name(self, index: int) -> str:
         return f"{index} of {self.title}"
 
     def require_all(self) -> None:
-        """Refuse a row that holds nothing, neither bytes nor a path."""
+        """Refuse a row without an image, neither bytes nor a path."""
         from pyarrow import compute
 
-        def length(part: str) -> Any:
-            part = compute.struct_field(self.table.data.column(self.column), part)
-            return compute.fill_null(compute.binary_length(part), absent)
-
-        absent = -1
-        content, path = length("bytes"), length("path")
-        nothing = compute.or_(compute.equal(content, 0), compute.less(compute.max_element_wise(content, path), 1))
-        if (row := compute.index(nothing, True).as_py()) >= 0:
-            raise UserError(f"The image {self.name(row)} is missing; fill or remove the row.")
+        cells = self.table.data.column(self.column)
+        sizes = [compute.binary_length(compute.struct_field(cells, part)) for part in ("bytes", "path")]
+        row = compute.index(compute.equal(compute.add(*(compute.fill_null(size, 0) for size in sizes)), 0), True)
+        if row.as_py() >= 0:
+            raise UserError(f"The image {self.name(row.as_py())} is missing; fill or remove the row.")
 
 
-class Hub:
+class Hub(Source):
     """A data set of ``datasets``: a local folder of its files, or a name on the hub.
 
     The label column holds a ``ClassLabel``, whole numbers or names; -1, an empty name or nothing means unlabelled.
-    The classes are those of the training split; the labels of the others are compared with them by name, whatever
-    numbers stand for the names there.
+    The classes are those of the training split. The labels of the other splits are compared with them by name,
+    whichever numbers stand for the names there.
     """
 
     def __init__(self, root: str, image_column: str, label_column: str) -> None:
         self.root, self.image_column, self.label_column = root, image_column, label_column
         self.left_out: Counter[str] = Counter()
         tables = _load(root, label_column, self.left_out)
-        self.splits = _choose(tables, self.left_out)
+        self.splits: dict[str, tuple[str, Any]] = _choose(tables, self.left_out)
         if "train" not in self.splits:
             raise UserError(f"The data set {root!r} has no split 'train', only {listed(tables)}; rename one of them.")
         train = self.splits["train"][1]
@@ -73,59 +67,43 @@ class Hub:
         names = getattr(train.features[label_column], "names", None)
         values = names or sorted(set(self._labels("train")))
         self.class_names = [str(value) for value in values]
-        if len(self.class_names) < 2:
-            raise UserError(
-                f"data.label_column {label_column!r} of {root!r} has only {len(self.class_names)} class; "
-                f"a classifier needs two or more."
-            )
-        self._has_numbers = not isinstance(values[0], str)
+        self._has_numbers = not all(isinstance(value, str) for value in values)
         self._classes = _classes(values, are_positions=bool(names))
 
     def _check_columns(self, table: Any, labels: bool = True) -> None:
-        from datasets import ClassLabel
         from datasets import Image as ImageFeature
 
+        kinds = table.features
         for key, column in (("image_column", self.image_column), ("label_column", self.label_column))[: 1 + labels]:
-            if column not in table.features:
+            if column not in kinds:
                 raise UserError(
-                    f"data.{key} is {column!r}{did_you_mean(column, table.features)}, but the columns of "
-                    f"{self.root!r} are {listed(table.features)}."
+                    f"data.{key} is {column!r}{did_you_mean(column, kinds)}, but the columns of {self.root!r} are "
+                    f"{listed(kinds)}."
                 )
-        if not isinstance(table.features[self.image_column], ImageFeature):
-            images = [name for name, kind in table.features.items() if isinstance(kind, ImageFeature)]
+        if not isinstance(kinds[self.image_column], ImageFeature):
+            images = [name for name, kind in kinds.items() if isinstance(kind, ImageFeature)]
             raise UserError(
                 f"data.image_column {self.image_column!r} of {self.root!r} holds no images; its columns of images "
                 f"are: {listed(images) or 'none'}."
             )
-        kind = table.features.get(self.label_column)
-        if (
-            labels
-            and not isinstance(kind, ClassLabel)
-            and getattr(kind, "dtype", "").rstrip("0123456789_")
-            not in ("int", "uint", "string", "large_string", "bool")
-        ):
+        kind = kinds.get(self.label_column)
+        if labels and not re.match(r"u?int|(large_)?string|bool", getattr(kind, "dtype", "")):
             raise UserError(
                 f"data.label_column {self.label_column!r} of {self.root!r} holds {kind}, not classes; name a column "
                 f"of whole numbers or names."
             )
 
-    def prepare(self) -> None:
-        pass
-
-    def has(self, split: str) -> bool:
-        return split in self.splits
-
     def has_labels(self, split: str) -> bool:
         if split not in self.splits or self.label_column not in self.splits[split][1].features:
             return False
-        return any(not _is_missing(value) for value in self.splits[split][1][self.label_column][:])
+        return not all(map(_is_missing, self.splits[split][1][self.label_column][:]))
 
     def load(self, split: str) -> Split:
         name, table = self.splits[split]
         labelled = split != "test" or self.has_labels(split)
         self._check_columns(table, labelled)
         if not len(table):
-            raise UserError(f"The split {name!r} of {self.root!r} is empty.")
+            raise UserError(f"The split {name!r} of {self.root!r} is empty; put rows in it, or remove it.")
         cells = Cells(table, self.image_column, self._title(split))
         cells.require_all()
         left_out = self.left_out if split == "train" else Counter[str]()
@@ -134,16 +112,17 @@ class Hub:
     def _title(self, split: str) -> str:
         return f"the split {self.splits[split][0]!r} of {self.root!r}"
 
+    def _bad_label(self, split: str, row: int, problem: str) -> UserError:
+        place = f"column {self.label_column!r} of row {row} of {self._title(split)}"
+        return UserError(f"The label in {place} {problem}; correct it or remove the row.")
+
     def _labels(self, split: str) -> list[Any]:
         """The label of every row: a number, or the name that it has in this split."""
         table = self.splits[split][1]
         values, names = table[self.label_column][:], getattr(table.features[self.label_column], "names", None)
-        row = next((row for row, value in enumerate(values) if _is_missing(value)), None)
-        if row is not None:
-            raise UserError(
-                f"The label in column {self.label_column!r} of row {row} of {self._title(split)} is missing "
-                f"({values[row]!r}); fill or remove the row."
-            )
+        for row, value in enumerate(values):
+            if _is_missing(value):
+                raise self._bad_label(split, row, f"is missing ({value!r})")
         named = dict(enumerate(names or ()))
         if split != "train" and self._has_numbers and not any(name in self._classes for name in named.values()):
             named = {}
@@ -156,10 +135,8 @@ class Hub:
             if label not in self._classes:
                 names = listed(map(repr, self.class_names), most=10)
                 near = did_you_mean(label, self.class_names) if isinstance(label, str) else ""
-                raise UserError(
-                    f"The label {label!r} in column {self.label_column!r} of row {row} of {self._title(split)} is none "
-                    f"of the {len(self.class_names)} training classes ({names}){near}; correct it or remove the row."
-                )
+                problem = f"is {label!r}{near}, none of the {len(self.class_names)} training classes ({names})"
+                raise self._bad_label(split, row, problem)
         return tensor([self._classes[label] for label in labels])
 
 
@@ -177,6 +154,9 @@ def _classes(values: list[Any], are_positions: bool) -> dict[Any, int]:
     return classes | dict(zip(values, classes.values(), strict=True)) | numbers
 
 
+# -- the files of a data set
+
+
 def is_table(root: Path) -> bool:
     """Whether a folder holds files of a data set and no folders of images."""
     return any(_tables_in(root))
@@ -189,13 +169,20 @@ def _tables_in(root: Path) -> Iterator[Path]:
 
 def _load(root: str, label_column: str, left_out: Counter[str]) -> dict[str, Any]:
     """The tables of a data set, by the names of their splits."""
-    # Imported here: it takes a second, and only these sources need it.
-    from datasets import load_dataset
+    from datasets import load_dataset, load_from_disk  # takes a second, and only these sources need it
 
+    folder = Path(root)
     try:
-        if Path(root).is_dir():
-            return _load_saved(Path(root)) or _load_files(Path(root), label_column, left_out)
-        return dict(load_dataset(root))
+        if not folder.is_dir():
+            return dict(load_dataset(root))
+        if (folder / "state.json").exists():  # as `save_to_disk` writes a single table
+            return {"train": load_from_disk(root)}
+        if not (folder / "dataset_dict.json").exists():
+            return _load_files(folder, label_column, left_out)
+        try:
+            return dict(load_from_disk(root))
+        except FileNotFoundError as error:
+            raise UserError(f"data.root '{root}' is not whole ({one_line(error)}); save the data set again.") from None
     except UserError:
         raise
     except Exception as error:  # whatever its many readers raise
@@ -205,62 +192,48 @@ def _load(root: str, label_column: str, left_out: Counter[str]) -> dict[str, Any
         ) from None
 
 
-def _load_saved(root: Path) -> dict[str, Any]:
-    """What ``save_to_disk`` has written: a single table is the training split; none where there is no such thing."""
-    from datasets import load_from_disk
-
-    if (root / "state.json").exists():
-        return {"train": load_from_disk(str(root))}
-    try:
-        if (root / "dataset_dict.json").exists():
-            return dict(load_from_disk(str(root)))
-    except FileNotFoundError as error:
-        raise UserError(f"data.root '{root}' is not whole ({one_line(error)}); save the data set again.") from None
-    return {}
-
-
 def _load_files(root: Path, label_column: str, left_out: Counter[str]) -> dict[str, Any]:
     from datasets import load_dataset, load_dataset_builder
 
     # The whole path, as the names of some folders, such as parquet, mean readers to the library.
-    where = {"path": str(root.absolute()), "data_files": _capitals(root)}
+    where = {"path": str(root.absolute()), "data_files": _files_in_capitals(root)}
     builder = load_dataset_builder(**where)
     files = {str(split): list(map(str, found)) for split, found in (builder.config.data_files or {}).items()}
     used = {Path(file).resolve() for found in files.values() for file in found}
     for path in _tables_in(root):
         if path.resolve() not in used:
             left_out[f"file {str(path.relative_to(root))!r}"] = 1
-    # Of several files the library takes the first one's names for the numbers of all.
-    kinds = {split: [_label_kind(file, label_column) for file in found] for split, found in files.items()}
-    if len({kind for found in kinds.values() for kind in found}) < 2:
+    # Of several files the library takes the first one's class names for the numbers of all.
+    kinds = {file: _label_kind(file, label_column) for found in files.values() for file in found}
+    if len(set(kinds.values())) < 2:
         return dict(load_dataset(**where))
-    for split, found in kinds.items():
-        for file, kind in zip(files[split], found, strict=True):
-            if kind != found[0] and "ClassLabel" in f"{kind}{found[0]}":
-                raise UserError(
-                    f"Column {label_column!r} holds {found[0]} in '{files[split][0]}' but {kind} in '{file}', both of "
-                    f"the split {split!r}; write them alike."
-                )
+    for split, found in files.items():
+        first, kind = found[0], kinds[found[0]]
+        other = next((file for file in found if kinds[file] != kind and "ClassLabel" in f"{kind}{kinds[file]}"), None)
+        if other:
+            raise UserError(
+                f"Column {label_column!r} holds {kind} in '{first}' but {kinds[other]} in '{other}', both of the split "
+                f"{split!r}; write them alike."
+            )
     return {
         split: load_dataset(where["path"], data_files={"train": found}, split="train") for split, found in files.items()
     }
 
 
-def _capitals(root: Path) -> dict[str, list[str]] | None:
-    """The files of every split, if capitals are in their names, which the library does not know; otherwise None."""
+def _files_in_capitals(root: Path) -> dict[str, list[str]] | None:
+    """The files of every split if the names have capitals, which the library does not know; otherwise None."""
     named: dict[str, list[str]] = defaultdict(list)
-    words = []
+    has_capitals = False
     for path in sorted(root.iterdir()):
-        word = next(filter(split_of, re.split(r"[\W\d_]+", path.stem)), None)
-        if word and (path.is_dir() or path.suffix in _FILES):
+        if (word := split_word(path.stem)) and (path.is_dir() or path.suffix in _FILES):
             kind = next((kind for kind in _FILES[:2] if any(path.rglob(f"*{kind}"))), "")
             named[str(split_of(word))].append(f"{path.name}/**/*{kind}" if path.is_dir() else path.name)
-            words.append(word)
-    return None if all(word == word.lower() for word in words) else dict(named)
+            has_capitals |= word != word.lower()
+    return dict(named) if has_capitals else None
 
 
 def _label_kind(file: str, column: str) -> str | None:
-    """What a file says of its labels; None for kinds of files that say nothing."""
+    """The type of a file's labels; None for kinds of files without a schema."""
     from datasets import Features
     from pyarrow import ArrowInvalid, ipc, memory_map, parquet
 
@@ -278,9 +251,9 @@ def _label_kind(file: str, column: str) -> str | None:
 
 
 def _choose(tables: dict[str, Any], left_out: Counter[str]) -> dict[str, tuple[str, Any]]:
-    """For each of our splits the name and the table that are taken for it."""
+    """The name and the table that are taken for each of our splits."""
     chosen = {}
-    for name in sorted(tables, key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST)):
+    for name in sorted(tables, key=lambda name: USUAL.index(name) if name in USUAL else len(USUAL)):
         split = split_of(name)
         if split and split not in chosen:
             chosen[split] = (name, tables[name])

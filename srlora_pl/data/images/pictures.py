@@ -1,10 +1,10 @@
-"""Encoded images, and those of a split: opened one by one, or all in memory."""
+"""Images of a split, opened one by one or all in memory, and the sources that such splits come from."""
 
 import contextlib
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from srlora_pl.data.images.transforms import check_mode, to_rgb
-from srlora_pl.util.errors import UserError
+from srlora_pl.util.errors import UserError, one_line
 
 _T = TypeVar("_T")
 
@@ -25,13 +25,13 @@ _T = TypeVar("_T")
 # then several times faster than one by one. Larger ones are not, and are decoded in the workers.
 SMALL = 128
 MEMORY_LIMIT = 2**31  # bytes of decoded pixels that a split may hold
-_HEADERS = 10_000  # images whose header is looked at before training
+_HEADERS = 10_000  # images whose header is read before training
 
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
 class Pictures:
-    """Encoded images, opened one by one. Instances go to the workers, so they can be pickled."""
+    """Encoded images, opened one by one. Instances are sent to the workers, so they can be pickled."""
 
     _formats: list[str] | None = None
 
@@ -43,7 +43,7 @@ class Pictures:
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """What a person calls it."""
+        """The image's name in errors and predictions."""
         raise NotImplementedError
 
     def open(self, index: int) -> Image.Image:
@@ -51,7 +51,7 @@ class Pictures:
         if self._formats is None:
             Image.init()
             self._formats = [name for name in Image.ID if name != "EPS"]  # a program that Ghostscript would run
-            # PIL asks one format after the other; the one of the first image is the likeliest.
+            # PIL tries one format after the other; that of the first image is the likeliest.
             with Image.open(self.file(index), formats=self._formats) as first:
                 self._formats.insert(0, first.format or "")
         return Image.open(self.file(index), formats=self._formats)
@@ -61,31 +61,26 @@ class Pictures:
         return self.look(index, lambda image: use(_upright(image)))
 
     def look(self, index: int, use: Callable[[Image.Image], _T]) -> _T:
-        """``use`` of one image as it lies in the file; as long as that is its head, no pixels are read.
+        """``use`` of one image as it lies in the file; no pixels are read unless ``use`` asks for them.
 
         Raises:
-            UserError: it cannot be read, or ``use`` refused it; the sentence has the file's name.
+            UserError: the image cannot be read, or ``use`` refused it; the sentence names the file.
         """
         try:
             with self.open(index) as image:
                 return use(image)
         except UserError as error:
             raise UserError(f"The image {self.name(index)} {error}.") from None
-        except (FileNotFoundError, PermissionError) as error:
-            name, file = self.name(index), str(error.filename)
-            what = f"The image {name}" if name == file else f"The file '{file}' of the image {name}"
-            if isinstance(error, PermissionError):
-                raise UserError(f"{what} may not be read ({error.strerror}); change its permissions.") from None
-            raise UserError(f"{what} is not there any more; put it back.") from None
         except (*_BROKEN, Image.DecompressionBombError) as error:
-            reason = "is not an image" if isinstance(error, UnidentifiedImageError) else f"is broken ({error})"
+            is_image = not isinstance(error, UnidentifiedImageError)
+            reason = f"cannot be read ({one_line(error)})" if is_image else "is not an image"
             raise UserError(
                 f"The image {self.name(index)} {reason}; replace it to go on with a run, or remove it for a new one."
             ) from None
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF data say; what cannot be read of these is passed over, broken pixels are not."""
+    """The image turned as its EXIF data say; unreadable EXIF data are passed over, broken pixels are not."""
     if not isinstance(image, JpegImageFile):  # whose EXIF data come first, so that its pixels can be read smaller yet
         image.load()
     orientation = 1
@@ -116,9 +111,9 @@ class Files(Pictures):
 
 @dataclass
 class Split:
-    """Images of one split, uint8 (n, c, h, w) or still encoded; their classes, int64 (n,); what each is called.
+    """The images of one split, uint8 (n, c, h, w) or still encoded; their classes, int64 (n,); their names.
 
-    ``left_out``: what lies beside the images and is not used, by its kind, and how often.
+    ``left_out``: how many files and folders beside the images are not used, by their kind.
     """
 
     images: Tensor | Pictures
@@ -127,11 +122,34 @@ class Split:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
+class Source:
+    """Where images come from.
+
+    Attributes:
+        class_names: known at once.
+        splits: those of ``train``, ``val`` and ``test`` that there are; no pixels are read before `load`.
+    """
+
+    class_names: list[str]
+    splits: Container[str] = ("train", "test")
+
+    def prepare(self) -> None:
+        """Download what is missing; called in one process only."""
+
+    def has_labels(self, split: str) -> bool:
+        """Whether there is such a split and it can be scored on."""
+        return split in self.splits
+
+    def load(self, split: str) -> Split:
+        """The split's images and labels."""
+        raise NotImplementedError
+
+
 def into_memory(pictures: Pictures) -> Tensor | Pictures:
     """Small pictures of one size as one uint8 (n, 3, h, w); others as they are, their modes checked.
 
     Raises:
-        UserError: a picture that cannot be read or whose mode has no 8-bit form; it names the file.
+        UserError: a picture cannot be read or its mode has no 8-bit form; the sentence names the file.
     """
     width, height = pictures.decode(0, lambda image: image.size)
     if max(width, height) <= SMALL and len(pictures) * width * height * 3 <= MEMORY_LIMIT:
@@ -144,6 +162,7 @@ def into_memory(pictures: Pictures) -> Tensor | Pictures:
 
 
 def _decode_alike(pictures: Pictures, width: int, height: int) -> Tensor | None:
+    """All pictures, uint8 (n, 3, height, width), or None if one has another size."""
     pixels = np.empty((len(pictures), 3, height, width), dtype=np.uint8)
     for index in range(len(pictures)):
         rgb = pictures.decode(index, lambda image: np.asarray(to_rgb(image))).transpose(2, 0, 1)

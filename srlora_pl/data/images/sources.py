@@ -1,14 +1,11 @@
-"""Where images come from: each source knows its classes at once and hands out its splits when asked.
-
-Names of splits are ``train``, ``val`` and ``test``. A source reads no pixels in ``__init__``.
-"""
+"""Sources of images: the shipped digits, torchvision's data sets, and the one that a config asks for."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,45 +13,19 @@ from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, STL10
 
 from srlora_pl.data.base import is_hub_name
-from srlora_pl.data.images.folders import Folder, picture_files
+from srlora_pl.data.images.folders import Folder
 from srlora_pl.data.images.hub import Hub, is_table
-from srlora_pl.data.images.pictures import Files, Pictures, Split, into_memory
+from srlora_pl.data.images.pictures import Source, Split
 from srlora_pl.util.errors import UserError, did_you_mean, listed, one_line
 
-__all__ = ["Files", "NamesOnly", "Pictures", "Source", "Split", "find_source", "into_memory", "picture_files"]
 
+class NamesOnly(Source):
+    """No data, only the classes of a trained model that predicts the user's own pictures."""
 
-class Source(Protocol):
-    """What `ImageData` needs of a source."""
-
-    class_names: list[str]
-
-    def prepare(self) -> None:
-        """Download what is missing; called in one process only."""
-
-    def has(self, split: str) -> bool:
-        """Whether there is such a split."""
-
-    def has_labels(self, split: str) -> bool:
-        """Whether there is such a split and it can be scored on."""
-
-    def load(self, split: str) -> Split:
-        """The split's images and labels."""
-
-
-class NamesOnly:
-    """No data, only the classes of a model that is to predict pictures of the user's own."""
+    splits = ()
 
     def __init__(self, class_names: list[str]) -> None:
         self.class_names = class_names
-
-    def prepare(self) -> None:
-        pass
-
-    def has(self, split: str) -> bool:
-        return False
-
-    has_labels = has
 
     def load(self, split: str) -> Split:
         raise UserError(
@@ -62,25 +33,13 @@ class NamesOnly:
         )
 
 
-# -- shipped
-
-
 _TEN_DIGITS = [str(digit) for digit in range(10)]
 
 
-class Digits:
+class Digits(Source):
     """The UCI handwritten digits, 8x8 (see ``assets/digits/README.md``), with a fixed test split of 360."""
 
-    def __init__(self) -> None:
-        self.class_names = _TEN_DIGITS
-
-    def prepare(self) -> None:
-        pass
-
-    def has(self, split: str) -> bool:
-        return split in ("train", "test")
-
-    has_labels = has
+    class_names = _TEN_DIGITS
 
     def load(self, split: str) -> Split:
         with as_file(files("srlora_pl") / "assets" / "digits" / "digits.safetensors") as path:
@@ -88,9 +47,6 @@ class Digits:
         rows = table["test"] == (split == "test")
         grey = (table["images"][rows].float() * (255 / 16)).round().to(torch.uint8)
         return Split(grey[:, None], table["labels"][rows].long())
-
-
-# -- torchvision
 
 
 @dataclass(frozen=True)
@@ -133,8 +89,8 @@ TORCHVISION = {
 NAMES = ("digits", *TORCHVISION)
 
 
-class Torchvision:
-    """One of the data sets that torchvision knows how to download."""
+class Torchvision(Source):
+    """A data set that torchvision can download."""
 
     def __init__(self, name: str, root: str) -> None:
         self.name, self.root = name, root
@@ -145,11 +101,6 @@ class Torchvision:
     def prepare(self) -> None:
         # Kept for `load`: torchvision reads whole files to check them, gigabytes for STL-10.
         self._prepared = self._build("train", download=True)
-
-    def has(self, split: str) -> bool:
-        return split in ("train", "test")
-
-    has_labels = has
 
     def load(self, split: str) -> Split:
         data = self._prepared if split == "train" else None
@@ -166,18 +117,12 @@ class Torchvision:
         try:
             return self.known.build(self.root, split, download)
         except (OSError, RuntimeError, ValueError, AssertionError, EOFError, UnpicklingError) as error:
-            what = self.known.files.format(root=self.root)
-            # The advice of the latter is to let the file run code.
-            reason = (
-                "a file holds something else than tensors" if isinstance(error, UnpicklingError) else one_line(error)
-            )
+            # PyTorch's own advice on such a file is to let it run code.
+            reason = "a file holds more than tensors" if isinstance(error, UnpicklingError) else one_line(error)
             raise UserError(
-                f"{self.name} is not whole under data.root '{self.root}' and could not be downloaded "
-                f"({reason}); put {what}, and it is unpacked there."
+                f"{self.name} is not whole under data.root '{self.root}' and could not be downloaded ({reason}); put "
+                f"{self.known.files.format(root=self.root)}, and it is unpacked there."
             ) from None
-
-
-# -- which one
 
 
 def find_source(name: str | None, root: str, image_column: str, label_column: str) -> Source:

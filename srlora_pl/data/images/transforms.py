@@ -1,11 +1,11 @@
 """Crop, resize, flip and normalise whole batches of uint8 images on any device, as PIL does one by one.
 
-A resize is linear in each axis, so crop, resize and flip of an image are two matrix products, one per axis, with
-matrices that differ from sample to sample. As in PIL the result of the first is rounded to whole grey levels
-before the second, and the order of the two follows from the sizes (`vertical_first`). Few pixels differ from PIL's, and
-by one grey level: in the midst between two, float32 may round to the other.
+A resize is linear in each axis, so the crop, resize and flip of an image are two matrix products, one per axis, with
+matrices of its own. As in PIL the first result is rounded to whole grey levels before the second product, and the order
+of the two follows from the sizes (`vertical_first`). Few pixels differ from PIL's, and by one grey level: halfway
+between two levels float32 may round to the other.
 
-Not every device has float64. So crops and the filters' weights are computed on the CPU; the device multiplies.
+Not every device has float64, so crops and filter weights are computed on the CPU, and the device only multiplies.
 """
 
 from collections.abc import Callable
@@ -65,10 +65,10 @@ class Boxes(NamedTuple):
 
 
 def random_boxes(numbers: Tensor, height: int, width: int, scale: tuple[float, float], hflip: bool) -> Boxes:
-    """The crops of torchvision's RandomResizedCrop and a coin for the flip.
+    """The crops of torchvision's RandomResizedCrop, with random flips.
 
-    ``numbers``: uniform in [0, 1), float64 (b, `DRAWS`). Ten tries of (area, aspect ratio) are made at once, and
-    the first that fits the image counts; when none fits it is the central crop of the nearest allowed ratio.
+    ``numbers``: uniform in [0, 1), float64 (b, `DRAWS`). Ten tries of (area, aspect ratio) are made at once, and the
+    first that fits the image counts. If none fits, the crop is the central one of the nearest allowed ratio.
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * numbers[:, :_TRIES])
     low, high = log(_RATIO[0]), log(_RATIO[1])
@@ -76,7 +76,7 @@ def random_boxes(numbers: Tensor, height: int, width: int, scale: tuple[float, f
     w, h = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
     fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
 
-    # The fallback stands behind the tries, so that it is the first that fits when they do not.
+    # The fallback follows the tries, so that it is the first that fits if they do not.
     fallback_h, fallback_w = _central(height, width)
     fits = torch.cat([fits, torch.ones_like(fits[:, :1])], 1)
     h = torch.cat([h, torch.full_like(h[:, :1], fallback_h)], 1)
@@ -103,7 +103,7 @@ def _central(height: int, width: int) -> tuple[int, int]:
 
 
 def axis_weights(start: Tensor, length: Tensor, full: int, size: int, kind: str, flip: Tensor | None = None) -> Tensor:
-    """What each output pixel of one axis takes from each input pixel, as PIL's antialiased resize computes it.
+    """The weight of each input pixel in each output pixel along one axis, as in PIL's antialiased resize.
 
     ``start``, ``length``: the crop of each sample, int64 (b,); ``full``: input pixels; ``size``: output pixels.
     Returns float32 (b, size, full).
@@ -119,10 +119,10 @@ def axis_weights(start: Tensor, length: Tensor, full: int, size: int, kind: str,
 
 @lru_cache
 def _taps(full: int, size: int, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What each of ``size`` output pixels takes from crops of 1 to ``full`` pixels; computed once, kept on ``device``.
+    """The weights of `axis_weights` for crops of 1 to ``full`` pixels, computed once and cached on ``device``.
 
     Returns the first pixel within the filter's reach, int64 (full, size), and the weights of this and the following
-    ones, float32 (full, size, taps): PIL's own, which are computed in float64 and rounded to 22 binary places.
+    pixels, float32 (full, size, taps), computed in float64 and rounded to 22 binary places as PIL does.
     """
     filter_ = _FILTERS[kind]
     length = np.arange(1, full + 1)[:, None]
@@ -141,8 +141,8 @@ def _taps(full: int, size: int, kind: str, device: torch.device) -> tuple[Tensor
 def vertical_first(height: Any, width: Any, size: tuple[int, int]) -> Any:
     """Whether a crop (ints, or int tensors of many) is resized by columns before rows: Pillow 13's rule.
 
-    Older ones always begin with the rows; `ImageTransform` spells both passes out, so its pixels are the same
-    with any Pillow.
+    Older versions always begin with the rows. `ImageTransform` does both passes itself, so its pixels are the same with
+    any Pillow.
     """
     shrink = height - size[0]
     return (shrink > 0) & (shrink > 2 * (width - size[1]))
@@ -162,8 +162,8 @@ def resize(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 def _exact_levels(pixels: Tensor, weights: Tensor) -> Tensor:
     """``pixels`` (b, n, full) resized with ``weights`` (b, size, full): grey levels (b, n, size), exactly PIL's.
 
-    Otherwise the rounding errors of both passes could add up to two levels; so only the second, larger one has any.
-    A weight has 22 binary places and a pixel 8, and float32 holds 24 in all: each half of the weight's is exact.
+    An exact first pass keeps the rounding errors of both from adding up to two levels. A weight has 22 binary places, a
+    pixel 8, and float32 holds 24 in all, so the products with each half of a weight are exact.
     """
     upper = weights.mul(2**11).round_().mul_(2**-11)
     level = torch.bmm(pixels, upper.mT).add_(0.5)
@@ -201,7 +201,7 @@ class ImageTransform:
 
     @classmethod
     def for_model(cls, config: dict[str, Any], **options: Any) -> "ImageTransform":
-        """The transform that a model's data config (timm's ``resolve_model_data_config``) asks for."""
+        """The transform for a model's data config (as timm's ``resolve_model_data_config`` gives it)."""
         if config["interpolation"] not in _FILTERS:
             raise UserError(
                 f"The model's data config asks for interpolation {config['interpolation']!r}, but images are "
@@ -211,7 +211,7 @@ class ImageTransform:
         mean, std = tuple(config["mean"]), tuple(config["std"])
         return cls((height, width), mean, std, config["interpolation"], **options)
 
-    # -- whole batches, in full precision whatever the model's products are computed in
+    # -- whole batches, in full precision whatever the model's precision
 
     @full_precision()
     def train(self, images: Tensor, crops: Tensor) -> Tensor:
@@ -251,14 +251,14 @@ class ImageTransform:
         levels = levels.sub_(mean) if levels.shape[1] == 3 else levels - mean
         return levels.div_(std)
 
-    # -- what is random, on the CPU
+    # -- random crops, on the CPU
 
     def crops(self, keys: Tensor, height: int, width: int) -> Tensor:
         """`Boxes` of the samples ``keys``, whose images have one size, as one tensor: int64 (5, b)."""
         return torch.stack(self.boxes(self.numbers(keys), height, width))
 
     def numbers(self, keys: Tensor) -> Tensor:
-        """What is random in the augmentation of the samples ``keys``: a function of (run seed, epoch, index).
+        """The random numbers for the augmentation of the samples ``keys``: a function of (run seed, epoch, index).
 
         ``keys``: (epoch, index), int64 (b, 2). Returns float64 (b, `DRAWS`), uniform in [0, 1).
         """
@@ -278,7 +278,7 @@ class ImageTransform:
         return _to_tensor(small.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else small)
 
     def test_one(self, image: Image.Image) -> Tensor:
-        """One picture of any size as evaluation sees it: uint8 (3, H, W)."""
+        """One picture of any size, prepared for evaluation: uint8 (3, H, W)."""
         big = self._test_size
         whole = self._cut(image, (0, 0, *image.size), big)
         top, left = (big[0] - self.size[0]) // 2, (big[1] - self.size[1]) // 2
@@ -287,8 +287,8 @@ class ImageTransform:
     def _cut(self, image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
         """Crop to ``box`` (left, top, right, bottom) and resize to ``size`` (height, width).
 
-        A large JPEG is decoded at a half, a quarter or an eighth of its size, as long as the crop keeps at
-        least twice the pixels per side that it is resized to: several times faster, and hardly to be seen.
+        A large JPEG is decoded at a half, a quarter or an eighth of its size, as long as the crop keeps at least twice
+        the pixels per side that it is resized to: several times faster, with hardly visible differences.
         """
         width, height = image.size
         spare = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / 2
@@ -307,7 +307,7 @@ def check_mode(image: Image.Image) -> None:
     """Refuse pixels that have no fixed range, such as floating-point ones.
 
     Raises:
-        UserError: the rest of a sentence that begins with the file's name.
+        UserError: its message is the end of a sentence that begins with the file's name.
     """
     if image.mode in ("I", "F", "LAB"):
         raise UserError(f"has image mode {image.mode!r}, which has no 8-bit form; convert it to RGB")
@@ -323,7 +323,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @lru_cache
 def _levels(channels: tuple[float, ...], device: torch.device) -> Tensor:
-    """A mean or std in grey levels, (3, 1, 1), kept on the device: to send it anew would halt the host each step."""
+    """A mean or std in grey levels, (3, 1, 1), cached on the device: a copy in each step would stall the host."""
     return torch.tensor(channels, device=device)[:, None, None] * 255
 
 

@@ -1,4 +1,4 @@
-"""Texts for classification and regression: what GLUE and the user's own files share."""
+"""The base of the DataModules of text, GLUE and the user's own files: tokens, padding, batches by length."""
 
 import math
 from collections.abc import Sequence
@@ -33,24 +33,24 @@ class Texts:
 
 
 class TextDataModule(DataModule):
-    """Base of the DataModules of text: tokenised once, batched by length, the order exact.
+    """Base of the DataModules of text: tokenised once, batched by length, in an exact order.
 
     Batches are dicts of ``input_ids``, ``attention_mask`` and, where the tokenizer makes them, ``token_type_ids``,
     int64 (b, L); ``label``, int64 (b,), or float32 (b,) for numbers and (b, classes) for several classes at once,
     absent where there is none; ``index``, int64 (b,), the position in the split.
 
-    The tokenizer is that of the model (its ``backbone_name``, loaded with its ``tokenizer_options`` if it has any). A
-    training batch holds texts of similar length and is padded to its longest, rounded up to a multiple of 8; the order
-    of the batches is random. A subclass gives `splits` and `read`, and sets the four attributes below in ``__init__``.
+    The tokenizer is the model's (its ``backbone_name``, loaded with its ``tokenizer_options`` if any). A training batch
+    holds texts of similar length and is padded to its longest, rounded up to a multiple of 8; the order of the batches
+    is random. A subclass gives `splits` and `read`, and sets the four attributes below in ``__init__``.
 
     Args:
         batch_size: samples in a batch, per device.
         val_fraction: share of the training data held out for validation, in [0, 1).
         seed: of that split only.
         num_workers: processes that make batches; 0 makes them in the main process.
-        max_length: tokens that are kept of a text or pair of texts.
+        max_length: the most tokens of a text or pair of texts; the rest is cut.
         pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length; done
-            anyway for a network that sees its padding, as FNet.
+            anyway for a network that sees its padding, such as FNet.
         cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
     """
 
@@ -74,14 +74,14 @@ class TextDataModule(DataModule):
             raise UserError(f"data.max_length is {max_length}, but it must be 1 or more.")
         self.max_length, self.pad_to_max_length = max_length, pad_to_max_length
         self.cache = cache_folder("tokens") if cache_dir is None else Path(cache_dir).expanduser()
-        self._tokenizer: tuple[str, dict[str, Any], Any] = ("", {}, None)  # behind what it was loaded by
+        self._tokenizer: tuple[str, dict[str, Any], Any] = ("", {}, None)  # its name, its options and itself
         self._read: dict[str, tuple[Tokens, Tensor | None]] = {}
-        self._said: set[str] = set()  # splits whose cut texts were counted aloud
+        self._said: set[str] = set()  # splits whose cut texts were reported
 
     def splits(self, use: str) -> list[str]:
         """Names of the splits for ``train``, ``val``, ``test`` or ``predict``; several are scored apart.
 
-        With no name for ``val`` it is held out of the training split.
+        Without a name for ``val``, validation samples are held out of the training split.
         """
         raise NotImplementedError
 
@@ -107,14 +107,14 @@ class TextDataModule(DataModule):
 
     def _needed(self, stage: str) -> list[str]:
         if stage == "fit":
-            # A run ends with a test, of which nothing should be found wrong only then.
+            # A run ends with a test, whose errors shall come before training.
             return [*dict.fromkeys(self.splits("train") + self.splits("val") + self.splits("test"))]
         if stage == "validate":
             return self.splits("val") or self.splits("train")
         return self.splits(stage)
 
     def load(self, stage: str) -> None:
-        """Tokenise the splits of ``stage`` and say what was cut."""
+        """Tokenise the splits of ``stage`` and report how many texts were cut."""
         self._require_room()
         self._say_padding()
         if stage in ("fit", "validate"):
@@ -139,7 +139,7 @@ class TextDataModule(DataModule):
             )
 
     def _require_known(self, split: str) -> None:
-        """A number without an embedding would end the run with an error of the device, at whatever batch it is in."""
+        """Refuse a token without an embedding, which would end the run with an error of the device in some batch."""
         tokens, module = self._tokens(split)[0], self.trainer and self.trainer.lightning_module
         for name, ids, attribute in (
             ("token", tokens.input_ids, "vocab_size"),
@@ -190,7 +190,7 @@ class TextDataModule(DataModule):
         return self._read[split]
 
     def _load_tokenizer(self) -> Any:
-        """The tokenizer of the model at hand; what another model's has read is forgotten."""
+        """The tokenizer of the current model; tokens of another model's tokenizer are dropped."""
         name, options = self._of_model("backbone_name", None), self._of_model("tokenizer_options", {})
         if name is None:
             raise UserError(
@@ -210,7 +210,7 @@ class TextDataModule(DataModule):
 
     @property
     def padding_token(self) -> int | None:
-        """The number of the token behind shorter texts: the tokenizer's, else the network's, else the end of a text.
+        """The number of the padding token: the tokenizer's, else the network's, else the token for the end of a text.
 
         Tokens that the network does not know are passed over.
         """
@@ -247,7 +247,7 @@ class TextDataModule(DataModule):
         if self._pads_to_max_length:
             return order
         assert isinstance(self.train_set, TokenSet)
-        # The devices of one step cut their batches from one piece, so that none waits for another's longer texts.
+        # The devices of a step cut their batches from one piece, so that none waits for another's longer texts.
         size = self.batch_size * (self.trainer.world_size if self.trainer else 1)
         generator = torch.Generator().manual_seed(derive(run_seed(), _BUCKETS, epoch))
         return in_buckets(order, self.train_set.padded_lengths, size, generator)
@@ -260,8 +260,8 @@ class TextDataModule(DataModule):
 def in_buckets(order: Tensor, lengths: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """``order`` rearranged so that each ``size`` in a row have similar ``lengths``.
 
-    Samples of equal length keep their order among themselves, so a random order gives random batches. The pieces
-    come in random order, but for the short one, cut from a random place, which is last.
+    Samples of equal length keep their order, so a random order gives random batches. The pieces come in random order,
+    but for the short one, which is cut from a random place and comes last.
     """
     order = order[lengths[order].argsort(stable=True)]
     whole, rest = divmod(len(order), size)
@@ -273,8 +273,8 @@ def in_buckets(order: Tensor, lengths: Tensor, size: int, generator: torch.Gener
 class TokenSet(KeyedDataset):
     """Tokenised texts, padded by the batch.
 
-    ``rows``: which samples of ``tokens``, int64 (n,); ``by_length``: hand them out longest first (so that a batch
-    too large for the memory shows at once), each with its own position among ``rows`` as ``index``.
+    ``rows``: the samples of ``tokens`` in the set, int64 (n,); ``by_length``: hand them out longest first (so that a
+    batch too large for the memory fails at once), each with its position among ``rows`` as ``index``.
     """
 
     def __init__(

@@ -5,7 +5,7 @@ from pathlib import Path
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from srlora_pl.data.splits import split_of
+from srlora_pl.data.splits import USUAL, split_of
 from srlora_pl.data.texts.datamodule import TextDataModule, Texts
 from srlora_pl.data.texts.labels import (
     Problem,
@@ -23,31 +23,30 @@ from srlora_pl.data.texts.labels import (
 from srlora_pl.data.texts.tables import SUFFIXES, Table, read_table
 from srlora_pl.util.errors import UserError, did_you_mean, listed
 
-_USUAL = ("train", "val", "valid", "validation", "dev", "test")  # names of a split's file that are taken first
 _SCORES = {"single_label": ["accuracy"], "multi_label": ["f1", "accuracy"], "regression": ["pearson", "spearman"]}
 
 
 class TextData(TextDataModule):
     """Texts and labels from your own CSV, TSV, JSON-lines or parquet files.
 
-    A label is one class, several classes or a number, as ``problem`` says; the classes are those of the training
-    file, or all that its ``ClassLabel`` names where the `datasets` library wrote it. Batches and the order are as in
+    A label is one class, several classes or a number, as ``problem`` says. The classes are those of the training file,
+    or all that its ``ClassLabel`` names if the `datasets` library wrote it. Batches and the order are as in
     `TextDataModule`.
 
     Args:
-        root: a file to train on; or a folder with ``train.csv`` (or ``.tsv``, ``.jsonl``, ``.parquet``) and, if
-            there are such, ``val`` and ``test`` files. A test file without labels is only predicted.
+        root: a file to train on; or a folder with ``train.csv`` (or ``.tsv``, ``.jsonl``, ``.parquet``) and perhaps
+            ``val`` and ``test`` files. A test file without labels is only predicted.
         text_column: name of the column with the text, or a list of two names for pairs of texts.
         label_column: name of the column with the label.
         problem: ``single_label`` for one class a sample, ``multi_label`` for any number of classes, ``regression``
             for numbers.
         separator: of the fields of a CSV or TSV; by default the comma or the tab.
-        label_separator: of the classes of a sample where ``multi_label`` files hold them as text and not as a list.
+        label_separator: between the classes of a sample, if a ``multi_label`` file holds them as text, not as a list.
         batch_size: samples in a batch, per device.
         val_fraction: share of the training data held out for validation where there is no ``val`` file, in [0, 1).
         seed: of that split only.
         num_workers: processes that make batches; 0 makes them in the main process.
-        max_length: tokens that are kept of a text or pair of texts.
+        max_length: the most tokens of a text or pair of texts; the rest is cut.
         pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length.
         predict_root: a file to predict, labels not needed; None predicts the test file.
         cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
@@ -55,10 +54,10 @@ class TextData(TextDataModule):
             without the files at ``root``; ``python cli.py predict`` takes them from the checkpoint.
 
     Raises:
-        UserError: a file, column, text or label that is missing or wrong; an argument out of its range.
+        UserError: a file, column, text or label is missing or wrong; an argument is out of its range.
     """
 
-    names_numbers = False  # the classes are those of a ClassLabel, which older checkpoints call by their numbers
+    names_numbers = False  # whether the classes are those of a ClassLabel, which older checkpoints call by number
 
     def __init__(
         self,
@@ -80,10 +79,8 @@ class TextData(TextDataModule):
     ) -> None:
         super().__init__(batch_size, val_fraction, seed, num_workers, max_length, pad_to_max_length, cache_dir)
         self.text_columns = [text_column] if isinstance(text_column, str) else list(text_column)
-        if len(set(self.text_columns) - {label_column}) != len(self.text_columns) or len(self.text_columns) not in (
-            1,
-            2,
-        ):
+        distinct = len(set(self.text_columns) - {label_column})
+        if distinct != len(self.text_columns) or distinct not in (1, 2):
             raise UserError(
                 f"data.text_column is {text_column!r}; name one column, or a list of two, other than the label's."
             )
@@ -103,7 +100,10 @@ class TextData(TextDataModule):
         self._tables = {split: self._table(split, file) for split, file in files.items()}
         self.class_names = self._classes() if class_names is None else list(class_names)
         if (problem == "regression") == bool(self.class_names):
-            raise UserError(f"data.problem is {problem!r}, but the model was trained on {_what(self.class_names)}.")
+            trained = f"{len(self.class_names)} classes" if self.class_names else "numbers"
+            raise UserError(
+                f"data.problem is {problem!r}, but the model was trained on {trained}; set it as in training."
+            )
         self.num_classes = len(self.class_names) or 1
         self._labels = {
             split: self._encode(table)
@@ -167,15 +167,8 @@ class TextData(TextDataModule):
         return Texts(columns[0], columns[1] if len(columns) > 1 else None, self._labels.get(split))
 
 
-def _what(class_names: list[str]) -> str:
-    return f"{len(class_names)} classes" if class_names else "numbers"
-
-
 def find_files(root: Path) -> tuple[dict[str, Path], list[Path]]:
-    """The files of the splits ``train``, ``val`` and ``test`` that ``root``, a file or a folder, stands for.
-
-    And what else is in the folder.
-    """
+    """The files of ``train``, ``val`` and ``test`` under ``root`` (a file is ``train``), and all else in the folder."""
     if not root.is_dir():
         return {"train": root}, []
     there = sorted(path for path in root.iterdir() if not path.name.startswith("."))
@@ -183,13 +176,13 @@ def find_files(root: Path) -> tuple[dict[str, Path], list[Path]]:
     files = {}
     for split in ("train", "val", "test"):
         alike = [path for path in tables if split_of(path.stem) == split]
-        found = [path for path in alike if path.stem in _USUAL and path.suffix in SUFFIXES] or alike
+        found = [path for path in alike if path.stem in USUAL and path.suffix in SUFFIXES] or alike
         if len(found) > 1:
             raise UserError(f"data.root '{root}' has both {found[0].name} and {found[1].name}; keep one of them.")
         if found:
             files[split] = found[0]
     if "train" not in files:
-        shown = listed((path.name for path in there), most=10) or "nothing"
+        shown = listed((path.name for path in there), most=10) or "no files"
         raise UserError(
             f"data.root '{root}' has no train{' or train'.join(SUFFIXES)}, only {shown}; name a file, or add one."
         )

@@ -17,84 +17,76 @@ from srlora_pl.util.errors import UserError, did_you_mean, one_line
 
 @dataclass(frozen=True)
 class GLUETask:
-    """How one task's files are laid out, and how it is scored.
+    """The layout of one task's files, and its scores.
 
-    ``folder``: of its TSV files; ``texts`` and ``label``: their columns; ``header``: the columns of train and dev
-    where the files do not name them; ``words``: the labels as the files and submissions write them, in the order of
-    the hub's numbers, none for numbers; ``names``: what they mean; ``scores``: the main one first; ``dev`` and
-    ``test``: the files' names; ``submissions``: of the files that GLUE's server takes, one for each of ``test``;
-    ``skip_broken``: the official file has broken lines, which everybody leaves out.
+    ``folder``: of its TSV files; ``texts`` and ``label``: their columns; ``names``: of the classes, in the order of the
+    hub's numbers, none for a regression; ``words``: the classes as the files and submissions write them; ``scores``:
+    the main one first; ``header``: the columns of train and dev where the files do not name them; ``parts``: endings of
+    the names of several dev and test files; ``skip_broken``: the official files have broken lines, which everybody
+    leaves out.
     """
 
     folder: str
     texts: tuple[str, ...]
-    label: str
-    words: tuple[str, ...]
     names: tuple[str, ...]
-    submissions: tuple[str, ...]
+    words: tuple[str, ...] = ("0", "1")
+    label: str = "label"
     scores: tuple[str, ...] = ("accuracy",)
     header: tuple[str, ...] | None = None
-    dev: tuple[str, ...] = ("dev",)
-    test: tuple[str, ...] = ("test",)
+    parts: tuple[str, ...] = ("",)
     skip_broken: bool = False
 
+    @property
+    def dev(self) -> tuple[str, ...]:
+        """Names of the dev files, without their ending."""
+        return tuple(f"dev{part}" for part in self.parts)
 
-_NLI = ("entailment", "not_entailment")
-_MNLI = ("entailment", "neutral", "contradiction")
+    @property
+    def test(self) -> tuple[str, ...]:
+        """Names of the test files, without their ending."""
+        return tuple(f"test{part}" for part in self.parts)
+
+    @property
+    def submissions(self) -> tuple[str, ...]:
+        """Names of the files that GLUE's server takes, one for each of `test`."""
+        short = {"": "", "_matched": "-m", "_mismatched": "-mm"}
+        return tuple(f"{self.folder}{short[part]}.tsv" for part in self.parts)
+
+
 _PAIR = ("sentence1", "sentence2")
+_NLI, _MNLI = ("entailment", "not_entailment"), ("entailment", "neutral", "contradiction")
+_F1 = ("f1", "accuracy")
 
 TASKS = {
     "cola": GLUETask(
         "CoLA",
         ("sentence",),
-        "label",
-        ("0", "1"),
         ("unacceptable", "acceptable"),
-        ("CoLA.tsv",),
         scores=("matthews",),
         header=("source", "label", "mark", "sentence"),
     ),
-    "sst2": GLUETask("SST-2", ("sentence",), "label", ("0", "1"), ("negative", "positive"), ("SST-2.tsv",)),
-    "mrpc": GLUETask(
-        "MRPC",
-        ("#1 String", "#2 String"),
-        "Quality",
-        ("0", "1"),
-        ("not_equivalent", "equivalent"),
-        ("MRPC.tsv",),
-        scores=("f1", "accuracy"),
-    ),
-    "stsb": GLUETask("STS-B", _PAIR, "score", (), (), ("STS-B.tsv",), scores=("pearson", "spearman")),
-    "qnli": GLUETask("QNLI", ("question", "sentence"), "label", _NLI, _NLI, ("QNLI.tsv",)),
-    "rte": GLUETask("RTE", _PAIR, "label", _NLI, _NLI, ("RTE.tsv",)),
-    "mnli": GLUETask(
-        "MNLI",
-        _PAIR,
-        "gold_label",
-        _MNLI,
-        _MNLI,
-        ("MNLI-m.tsv", "MNLI-mm.tsv"),
-        dev=("dev_matched", "dev_mismatched"),
-        test=("test_matched", "test_mismatched"),
-    ),
+    "sst2": GLUETask("SST-2", ("sentence",), ("negative", "positive")),
+    "mrpc": GLUETask("MRPC", ("#1 String", "#2 String"), ("not_equivalent", "equivalent"), label="Quality", scores=_F1),
+    "stsb": GLUETask("STS-B", _PAIR, (), (), "score", scores=("pearson", "spearman")),
+    "qnli": GLUETask("QNLI", ("question", "sentence"), _NLI, _NLI),
+    "rte": GLUETask("RTE", _PAIR, _NLI, _NLI),
+    "mnli": GLUETask("MNLI", _PAIR, _MNLI, _MNLI, "gold_label", parts=("_matched", "_mismatched")),
     "qqp": GLUETask(
         "QQP",
         ("question1", "question2"),
-        "is_duplicate",
-        ("0", "1"),
         ("not_duplicate", "duplicate"),
-        ("QQP.tsv",),
-        scores=("f1", "accuracy"),
+        label="is_duplicate",
+        scores=_F1,
         skip_broken=True,
     ),
-    "wnli": GLUETask("WNLI", _PAIR, "label", ("0", "1"), ("not_entailment", "entailment"), ("WNLI.tsv",)),
+    "wnli": GLUETask("WNLI", _PAIR, ("not_entailment", "entailment")),
 }
 
 
 class GLUEData(TextDataModule):
     """A task of GLUE. The labels of its test split are hidden, so ``val`` and ``test`` are both the dev split.
 
-    With ``val_fraction`` above 0 the validation split is held out of train, and dev is left for ``test``. ``predict``
+    With ``val_fraction`` above 0 the validation split is held out of train, and ``test`` alone takes dev. ``predict``
     takes the hidden test split. MNLI has two of each, matched and mismatched. Batches and the order are as in
     `TextDataModule`.
 
@@ -105,12 +97,12 @@ class GLUEData(TextDataModule):
         val_fraction: share of the training data held out for validation, in [0, 1); 0 validates on dev.
         seed: of that split only.
         num_workers: processes that make batches; 0 makes them in the main process.
-        max_length: tokens that are kept of a text or pair of texts.
+        max_length: the most tokens of a text or pair of texts; the rest is cut.
         pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length.
         cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
 
     Raises:
-        UserError: an unknown task; files that are missing or not GLUE's; an argument out of its range.
+        UserError: the task is unknown; files are missing or not GLUE's; an argument is out of its range.
     """
 
     def __init__(
@@ -151,7 +143,7 @@ class GLUEData(TextDataModule):
     def _read_tsv(self, folder: Path, split: str) -> Texts:
         task, hidden = self.task, split in self.task.test
         columns = dict.fromkeys(task.texts if hidden else (*task.texts, task.label), "that GLUE's file has")
-        file = _tsv_file(folder, split, task)
+        file = _tsv_file(folder, split)
         header, skip_broken = None if hidden else task.header, task.skip_broken and not hidden
         table = read_table(file, columns, header=header, skip_broken=skip_broken, may_be_quoted=False)
         if table.broken:
@@ -171,7 +163,7 @@ class GLUEData(TextDataModule):
         return Texts(texts[0], texts[1] if len(texts) > 1 else None, labels)
 
     def _hub_labels(self, table: Any, split: str) -> Tensor:
-        """By their names: a copy of the data set may number them in another order."""
+        """The labels by name: a copy of the data set may number them in another order."""
         names = getattr(table.features["label"], "names", None) or list(self.task.names)
         place = Path(self.root, self.task_name, split)
         labels = Table(place, {"label": list(table["label"])}, range(1, len(table) + 1), {"label": names})
@@ -185,12 +177,8 @@ class GLUEData(TextDataModule):
 def _local_folder(root: str, task: GLUETask) -> Path | None:
     """The task's folder under a local ``root``; None for a name on the hub."""
     path = Path(root).expanduser()
-    if not path.is_dir():
-        if is_hub_name(root):
-            return None
-        raise UserError(
-            f"data.root '{root}' does not exist; give the folder that holds {_files_of(task)}, or a hub name."
-        )
+    if not path.is_dir() and is_hub_name(root):
+        return None
     if not (path / task.folder).is_dir():
         raise UserError(f"data.root '{root}' has no folder {task.folder}; put {_files_of(task)} there.")
     return path / task.folder
@@ -200,13 +188,11 @@ def _files_of(task: GLUETask) -> str:
     return ", ".join(f"{task.folder}/{split}.tsv" for split in ("train", *task.dev, *task.test))
 
 
-def _tsv_file(folder: Path, split: str, task: GLUETask) -> Path:
+def _tsv_file(folder: Path, split: str) -> Path:
     file, subset = folder / f"{split}.tsv", folder / f"{split}_subset.tsv"
     if not file.is_file() and subset.is_file():
         rank_zero_info(f"There is no '{file}', so the run takes the part of it in '{subset.name}'.")
         return subset
-    if not file.is_file():
-        raise UserError(f"The file '{file}' does not exist; {task.folder} needs {_files_of(task)} in data.root.")
     return file
 
 

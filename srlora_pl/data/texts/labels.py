@@ -3,7 +3,8 @@
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 from unicodedata import normalize
@@ -17,6 +18,9 @@ from srlora_pl.util.errors import UserError, did_you_mean, listed
 Problem = Literal["single_label", "multi_label", "regression"]
 
 
+# -- names of classes
+
+
 def class_text(value: Any) -> str:
     """A class as people write it: ``2`` also where a table holds the number 2.0."""
     if isinstance(value, float) and value.is_integer():
@@ -27,8 +31,7 @@ def class_text(value: Any) -> str:
 def class_names(values: Iterable[Any]) -> list[str]:
     """The distinct classes among ``values``, each as it is written: ``1`` and ``01`` are two.
 
-    Their order depends on nothing but the names: if all are whole numbers in plain digits it is that of the numbers,
-    otherwise the alphabet's.
+    Their order depends on the names alone: by number if all are whole numbers in plain digits, otherwise by alphabet.
     """
     names = sorted({class_text(value) for value in values})
     if all(re.fullmatch(r"-?[0-9]{1,4000}", name) for name in names):
@@ -45,17 +48,16 @@ def look_alikes(names: Iterable[str]) -> list[list[str]]:
 
 
 def _plain(name: str) -> Decimal | str:
-    try:
-        number = Decimal(name)
-    except InvalidOperation:
-        number = Decimal("NaN")
-    return number if number.is_finite() else normalize("NFKC", name).casefold()
+    with suppress(InvalidOperation):
+        if (number := Decimal(name)).is_finite():
+            return number
+    return normalize("NFKC", name).casefold()
 
 
 def name_numbers(table: Table, column: str) -> None:
-    """Put the names of a ``ClassLabel`` of the `datasets` library in place of its numbers, None for -1 (no label).
+    """Replace the numbers of a ``ClassLabel`` by their names, and -1 (no label) by None.
 
-    Its numbers mean nothing by themselves: two files may hold the same names in another order.
+    The numbers mean nothing by themselves: two files may list the same names in another order.
     """
     names = table.class_labels.get(column)
     if names is None:
@@ -65,10 +67,7 @@ def name_numbers(table: Table, column: str) -> None:
         if is_missing(value) or value == -1:
             return None
         if value not in range(len(names)):
-            raise UserError(
-                f"The label {value!r} in column {column!r} of {table.where(row)} is none of the numbers from 0 to "
-                f"{len(names) - 1} that the file has names for; write the file again."
-            )
+            raise _bad(table, column, row, f"is {value!r}, but the file names the numbers 0 to {len(names) - 1}")
         return names[int(value)]
 
     table.columns[column] = [
@@ -77,21 +76,65 @@ def name_numbers(table: Table, column: str) -> None:
     ]
 
 
+# -- labels as tensors
+
+
 def encode_classes(table: Table, column: str, classes: Sequence[str]) -> Tensor:
     """Positions among ``classes``, int64 (n,)."""
     known = {name: index for index, name in enumerate(classes)}
-    labels = [class_text(value) for value in present(table, column)]
-    return torch.tensor([_look_up(known, label, table.where, column, row) for row, label in enumerate(labels)])
+    labels = map(class_text, present(table, column))
+    return torch.tensor([_position(table, column, row, label, known) for row, label in enumerate(labels)])
 
 
 def encode_sets(table: Table, column: str, classes: Sequence[str], separator: str) -> Tensor:
-    """One row of zeros and ones for every sample, float32 (n, classes)."""
+    """A row of zeros and ones for every sample, float32 (n, classes)."""
     known = {name: index for index, name in enumerate(classes)}
     labels = torch.zeros(len(table), len(classes))
     for row, names in enumerate(label_sets(table, column, separator)):
         for name in names:
-            labels[row, _look_up(known, name, table.where, column, row)] = 1
+            labels[row, _position(table, column, row, name, known)] = 1
     return labels
+
+
+def _position(table: Table, column: str, row: int, label: str, known: Mapping[str, int]) -> int:
+    if label not in known:
+        near, classes = did_you_mean(label, known), listed(known, most=10)
+        raise _bad(table, column, row, f"is {label!r}{near}, none of the {len(known)} classes ({classes})")
+    return known[label]
+
+
+def encode_numbers(table: Table, column: str) -> Tensor:
+    """Finite numbers, float32 (n,)."""
+    return torch.tensor([_number(table, column, row, value) for row, value in enumerate(present(table, column))])
+
+
+def _number(table: Table, column: str, row: int, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        shown = f"{str(value)[:37]}..." if len(str(value)) > 40 else repr(value)
+        raise _bad(table, column, row, f"is {shown}, not a finite number of 32 bits")
+    return number
+
+
+# -- labels that are missing or no labels
+
+
+def present(table: Table, column: str) -> list[Any]:
+    """The labels as written, one in every row."""
+    values = table.columns[column]
+    for row, value in enumerate(values):
+        if _is_empty(value):
+            raise _missing(table, column, row)
+        if isinstance(value, list):
+            if len(value) > 1 and all(_is_share(str(part)) for part in value):
+                raise _vector(table, column, row, value)
+            mend = "set data.problem to multi_label, or write one label"
+            raise _bad(table, column, row, f"is the list {value!r}", mend)
+        _require_name(table, column, row, value)
+    return values
 
 
 def label_sets(table: Table, column: str, separator: str) -> list[list[str]]:
@@ -99,18 +142,13 @@ def label_sets(table: Table, column: str, separator: str) -> list[list[str]]:
     sets = []
     for row, value in enumerate(table.columns[column]):
         if is_missing(value):
-            raise _no_label(table.where(row), column)
-        text = class_text(value)
-        if not isinstance(value, list) and text.startswith("[") and text.endswith("]"):
-            raise UserError(
-                f"The label in column {column!r} is {text!r}, a list written as text, in {table.where(row)}; write its "
-                f"classes with {separator!r} between, or a JSON-lines file with lists."
-            )
-        parts = value if isinstance(value, list) else [value] if _names_nothing(value) else text.split(separator)
+            raise _missing(table, column, row)
+        if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
+            mend = f"write its classes with {separator!r} between, or a JSON-lines file with lists"
+            raise _bad(table, column, row, f"is {value!r}, a list written as text", mend)
+        parts = value if isinstance(value, list) else value.split(separator) if isinstance(value, str) else [value]
         for part in parts:
-            if is_missing(part) or _names_nothing(part):
-                raise _no_class(part, table.where(row), column)
-            table.require_characters("label", part, column, row)
+            _require_name(table, column, row, part)
         sets.append([name for name in map(class_text, parts) if name])
     return sets
 
@@ -127,7 +165,16 @@ def refuse_vectors(table: Table, column: str, sets: Sequence[Sequence[str]]) -> 
         alike = len(rows[0]) > 1 and len({len(row) for row in rows}) == 1
         found = next(twice, 0 if alike else None)
         if found is not None:
-            raise _vector(rows[found], table.where(found), column)
+            raise _vector(table, column, found, rows[found])
+
+
+def is_labelled(table: Table, column: str) -> bool:
+    """Whether the column is there and holds any label; hidden ones are left empty or -1."""
+    return not all(_is_empty(value) or class_text(value) == "-1" for value in table.columns.get(column, ()))
+
+
+def _is_empty(value: Any) -> bool:
+    return is_missing(value) or class_text(value).lower() in ("", "nan")
 
 
 def _is_share(text: str) -> bool:
@@ -138,82 +185,20 @@ def _is_share(text: str) -> bool:
         return False
 
 
-def encode_numbers(table: Table, column: str) -> Tensor:
-    """Finite numbers, float32 (n,)."""
-    return torch.tensor([_number(value, table.where, column, row) for row, value in enumerate(present(table, column))])
+def _require_name(table: Table, column: str, row: int, value: Any) -> None:
+    if is_missing(value) or isinstance(value, list | dict | bytes):
+        raise _bad(table, column, row, f"holds {value!r}, which names no class")
 
 
-def is_labelled(table: Table, column: str) -> bool:
-    """Whether the column is there and holds any label; hidden ones are left empty or -1."""
-    return not all(_is_empty(value) or class_text(value) == "-1" for value in table.columns.get(column, ()))
+def _missing(table: Table, column: str, row: int) -> UserError:
+    return _bad(table, column, row, "is missing (empty, NaN, or -1 of a ClassLabel)", "fill or remove the row")
 
 
-def present(table: Table, column: str) -> list[Any]:
-    """The labels as written, one in every row."""
-    values = table.columns[column]
-    for row, value in enumerate(values):
-        if _is_empty(value):
-            raise _no_label(table.where(row), column)
-        if isinstance(value, list):
-            if len(value) > 1 and all(_is_share(str(part)) for part in value):
-                raise _vector(value, table.where(row), column)
-            raise UserError(
-                f"The label in column {column!r} is a list in {table.where(row)}; set data.problem to multi_label, or "
-                f"write one label."
-            )
-        if _names_nothing(value):
-            raise _no_class(value, table.where(row), column)
-        table.require_characters("label", value, column, row)
-    return values
+def _vector(table: Table, column: str, row: int, numbers: Sequence[Any]) -> UserError:
+    shown = listed(numbers, most=10)
+    mend = "write the names of the classes that the sample has"
+    return _bad(table, column, row, f"is {shown}, a number for every class", mend)
 
 
-def _is_empty(value: Any) -> bool:
-    return is_missing(value) or class_text(value).lower() in ("", "nan")
-
-
-def _names_nothing(value: Any) -> bool:
-    return isinstance(value, list | dict | bytes)
-
-
-def _no_label(where: str, column: str) -> UserError:
-    return UserError(
-        f"The label in column {column!r} is missing (empty, NaN, or -1 of a ClassLabel) in {where}; fill or remove the "
-        f"row."
-    )
-
-
-def _no_class(value: Any, where: str, column: str) -> UserError:
-    return UserError(
-        f"The label in column {column!r} holds {value!r}, which names no class, in {where}; correct it or remove the "
-        f"row."
-    )
-
-
-def _vector(numbers: Sequence[Any], where: str, column: str) -> UserError:
-    return UserError(
-        f"The label in column {column!r} is {listed(numbers, most=10)} in {where}, a number for every class and "
-        f"not the names of classes; write the names of those that the sample has."
-    )
-
-
-def _look_up(known: dict[str, int], label: str, where: Callable[[int], str], column: str, row: int) -> int:
-    if label not in known:
-        raise UserError(
-            f"The label {label!r} in column {column!r} of {where(row)} is none of the {len(known)} classes "
-            f"({listed(known, most=10)}){did_you_mean(label, known)}; correct it or remove the row."
-        )
-    return known[label]
-
-
-def _number(value: Any, where: Callable[[int], str], column: str, row: int) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not abs(number) <= torch.finfo(torch.float32).max:
-        shown = f"{str(value)[:37]}..." if len(str(value)) > 40 else repr(value)
-        raise UserError(
-            f"The label {shown} in column {column!r} of {where(row)} is not a finite number (of 32 bits); correct it, "
-            f"or remove the row."
-        )
-    return number
+def _bad(table: Table, column: str, row: int, problem: str, mend: str = "correct it or remove the row") -> UserError:
+    return UserError(f"The label in column {column!r} of {table.where(row)} {problem}; {mend}.")

@@ -1,4 +1,4 @@
-"""From texts to token numbers, once: the tokenizer of a backbone, and what it made, kept on disk."""
+"""The tokenizer of a backbone, and the tokens of texts, which are cached on disk."""
 
 import hashlib
 import os
@@ -56,10 +56,10 @@ class Tokens:
 def load_tokenizer(name: str, options: Mapping[str, Any] | None = None) -> Any:
     """The fast tokenizer of a hub name or a local folder; the hub is asked for what is not on this machine.
 
-    ``options``: for transformers, such as ``revision``.
+    ``options``: of transformers, such as ``revision``.
 
     Raises:
-        UserError: there is none, or only a slow one, or one without a vocabulary.
+        UserError: there is no tokenizer, only a slow one, or one without a vocabulary.
     """
     from transformers import AutoTokenizer  # takes seconds, and images need none
 
@@ -79,7 +79,7 @@ def load_tokenizer(name: str, options: Mapping[str, Any] | None = None) -> Any:
             f"model.backbone {name!r} has no fast tokenizer (only {type(tokenizer).__name__}); add a tokenizer.json, "
             f"or choose another backbone."
         )
-    # Where the files are missing transformers makes one that knows no words.
+    # Without the vocabulary's files transformers makes a tokenizer that knows no words.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         files = " or ".join(sorted(set(tokenizer.vocab_files_names.values())))
         raise UserError(f"model.backbone {name!r} has a tokenizer without words; put its {files} there.")
@@ -89,9 +89,9 @@ def load_tokenizer(name: str, options: Mapping[str, Any] | None = None) -> Any:
 def tokenize(
     tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, max_length: int, cache: Path
 ) -> Tokens:
-    """Tokens of n texts, or of n pairs of texts, of which the longer one is shortened to fit ``max_length``.
+    """Tokens of n texts, or of n pairs of texts; of a pair the longer text is cut to fit ``max_length``.
 
-    Kept in the folder ``cache`` under a name that depends on all of the texts, the tokenizer and ``max_length``.
+    Cached in the folder ``cache`` under a name that depends on all of the texts, the tokenizer and ``max_length``.
 
     Raises:
         UserError: ``max_length`` is more than the tokenizer's model takes, or leaves no room for text.
@@ -112,7 +112,7 @@ def tokenize(
 
 
 def _tokenize(tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, max_length: int) -> Tokens:
-    # Asked for explicitly, because the library warns in every worker that is forked after a default.
+    # Set explicitly, because under its default the library warns in every worker that is forked later.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     ids: list[Tensor] = []
     types: list[Tensor] = []
@@ -144,7 +144,7 @@ def _flat(lists: Iterable[list[int]], dtype: torch.dtype) -> Tensor:
 def _key(tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, max_length: int) -> str:
     """A digest of everything that the tokens depend on."""
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # settings of the last call, which the next one replaces
+    backend.no_truncation()  # settings of the last call, which the next call replaces
     backend.no_padding()
     digest = hashlib.sha256(f"{_FORMAT} {max_length} {tokenizer.truncation_side}".encode())
     digest.update(f" {tokenizer.model_input_names} {len(first)} {second is not None}\n".encode())
@@ -158,11 +158,11 @@ def _key(tokenizer: Any, first: Sequence[str], second: Sequence[str] | None, max
 
 
 def _load(file: Path, samples: int) -> Tokens | None:
-    """The tokens in ``file``; None if it is missing, cut short or not what it should be."""
+    """The tokens in ``file``; None if it is missing, cut short or holds something else."""
     try:
         parts = load_file(file)
         tokens = Tokens(parts["input_ids"], parts["offsets"], parts.get("token_type_ids"), int(parts["truncated"]))
-    except Exception:  # safetensors and the file system share no base class; whatever it is, tokenise again
+    except Exception:  # safetensors and the file system share no base class; in any case the texts are tokenised again
         return None
     types = tokens.token_type_ids
     total = len(tokens.input_ids)

@@ -1,13 +1,39 @@
 """One small class a method: what a config names under ``model.method``."""
 
-from torch.serialization import add_safe_globals
-
-from srlora_pl.lowrank.methods.base import Method
+from srlora_pl.lowrank.method import Method
 from srlora_pl.lowrank.methods.lora import LoRA
 from srlora_pl.lowrank.methods.pissa import PiSSA
 from srlora_pl.lowrank.methods.srlora import SRLoRA
+from srlora_pl.util.errors import UserError, did_you_mean
 
-# A module's hyperparameters may hold its method, and checkpoints are read without running what they name.
-add_safe_globals([LoRA, PiSSA, SRLoRA])
+__all__ = ["LoRA", "PiSSA", "SRLoRA"]
+REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA]
 
-__all__ = ["LoRA", "Method", "PiSSA", "SRLoRA"]
+
+def from_spec(spec: dict[str, object]) -> Method:
+    """The method that `Method.spec` describes.
+
+    A spec may come from anyone's file, so its ``class_path`` only picks among the methods that are imported.
+
+    Raises:
+        UserError: it names none of them.
+    """
+    known = {f"{home}.{kind.__qualname__}": kind for kind in imported() for home in _homes(kind)}
+    path = str(spec.get("class_path"))
+    if path not in known:
+        raise UserError(f"model.method.class_path is {path!r}{did_you_mean(path, known)}: it names no method.")
+    return known[path](**spec.get("init_args", {}))  # type: ignore[arg-type]
+
+
+def _homes(kind: type) -> set[str]:
+    """The modules that ``kind`` can be imported from: the package's own methods also from its top."""
+    return {kind.__module__, kind.__module__.partition(".lowrank.")[0]}
+
+
+def imported() -> list[type[Method]]:
+    """All methods that are imported, the user's too."""
+    return _subclasses(Method)
+
+
+def _subclasses(kind: type[Method]) -> list[type[Method]]:
+    return [kind, *(deeper for sub in kind.__subclasses__() for deeper in _subclasses(sub))]

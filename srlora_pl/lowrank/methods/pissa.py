@@ -1,24 +1,29 @@
 """PiSSA (Meng et al. 2024, arXiv 2404.02948)."""
 
-from srlora_pl.lowrank import recompose
+from pathlib import Path
+
 from srlora_pl.lowrank.linear import Matrix
-from srlora_pl.lowrank.methods.base import Method
-from srlora_pl.lowrank.starts.spectrum import Spectrum
+from srlora_pl.lowrank.method import AdaptedNetwork, Method, ShowProgress, Sources
+from srlora_pl.lowrank.starts.spectrum import Spectrum, spectra
 from srlora_pl.util.errors import UserError
 
 
 class PiSSA(Method):
     """The pairs start on the r leading singular directions of the weight, which loses them (Eq. 2)."""
 
-    needs_spectrum = True
+    starts_from = "spectrum"
+    moves_weights = True
 
-    def directions(self, matrix: Matrix) -> int:
-        return matrix.rank
+    def sources(self, progress: ShowProgress = iter, cache: Path | None = None) -> Sources:
+        return spectra(progress, cache)
 
-    def start(self, matrix: Matrix, spectrum: Spectrum) -> None:
-        if len(spectrum) < matrix.rank:
+    def start(self, adaptation: AdaptedNetwork, matrix: Matrix, source: Spectrum) -> None:
+        if len(source) < matrix.rank:
             raise UserError(
-                f"rank {matrix.rank} is above the {len(spectrum)} singular directions that the weight of {matrix.name} "
+                f"rank {matrix.rank} is above the {len(source)} singular directions that the weight of {matrix.name} "
                 "has, lower rank or give this layer its own in rank_pattern"
             )
-        recompose.start(matrix, spectrum)
+        B, A = source.pairs(0, matrix.rank, matrix.scaling, like=matrix.weight)
+        adaptation.add(matrix, B, A, -matrix.scaling)
+        matrix.B.copy_(B)
+        matrix.A.copy_(A)

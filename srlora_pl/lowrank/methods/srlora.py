@@ -3,7 +3,9 @@
 from typing import Any, Literal
 
 from srlora_pl.lowrank.linear import Matrix
+from srlora_pl.lowrank.method import AdaptedNetwork
 from srlora_pl.lowrank.methods.pissa import PiSSA
+from srlora_pl.lowrank.methods.switching import Switching
 from srlora_pl.util.errors import UserError
 
 
@@ -24,6 +26,8 @@ class SRLoRA(PiSSA):
     Raises:
         UserError: a value outside its range.
     """
+
+    averages = False  # across a switch a pair means different directions
 
     def __init__(
         self,
@@ -68,3 +72,6 @@ class SRLoRA(PiSSA):
 
     def directions(self, matrix: Matrix) -> int:
         return min(self.target_rank, *matrix.shape)
+
+    def controller(self, adaptation: AdaptedNetwork) -> Switching:
+        return Switching(self, adaptation)

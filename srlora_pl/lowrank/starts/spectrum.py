@@ -1,6 +1,5 @@
 """The exact, truncated singular value decomposition of a pretrained weight (Eq. 1)."""
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -11,9 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from srlora_pl.util.cache import keep
+from srlora_pl.lowrank.method import AdaptedNetwork, ShowProgress, Sources
+from srlora_pl.util.cache import fingerprint, keep
 from srlora_pl.util.errors import UserError
-from srlora_pl.util.precision import float64_device
+from srlora_pl.util.precision import float64_device, full_precision
 
 # Below this share of the largest singular value a direction is rounding noise of the stored weight.
 _RANK_TOLERANCE = 1e-6
@@ -67,12 +67,6 @@ class Spectrum:
         parts = self.U[:, :count], self.sigma[:count], self.Vh[:count]
         return Spectrum(*(part.clone(memory_format=torch.contiguous_format) for part in parts))
 
-    def beginning_with(self, other: "Spectrum") -> "Spectrum":
-        """These triplets, with the first ones replaced by all of ``other``'s."""
-        n = len(other)
-        U, Vh = torch.cat([other.U, self.U[:, n:]], 1), torch.cat([other.Vh, self.Vh[n:]])
-        return Spectrum(U, torch.cat([other.sigma, self.sigma[n:]]), Vh)
-
     def pairs(self, first: int, count: int, scaling: float, like: Tensor) -> tuple[Tensor, Tensor]:
         """B (out, count) and A (count, in) along directions ``first`` to ``first + count`` (Eq. 2, Eq. 11).
 
@@ -94,17 +88,31 @@ def _gram_svd(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return (W @ V) / sigma.clamp(min=torch.finfo(W.dtype).tiny), sigma, V.T
 
 
-def fingerprint(weights: dict[str, Tensor]) -> str:
-    """A digest of names, shapes and values: equal only for the same weights to the bit, in fp32 as in fp64."""
-    digest = hashlib.sha256()
-    for name, weight in weights.items():
-        digest.update(f"{name} {tuple(weight.shape)}\n".encode())
-        values = weight.detach().cpu()
-        single = values.float().contiguous()
-        digest.update(single.numpy().data)
-        if values.dtype == torch.float64 and (rest := values - single).any():
-            digest.update(rest.contiguous().numpy().data)
-    return digest.hexdigest()
+def spectra(progress: ShowProgress = iter, cache: Path | None = None) -> Sources:
+    """The source of `Adaptation.start` for methods that start from spectra: the first triplets of every matrix.
+
+    Args:
+        progress: wraps the list of matrices to show how far the computation is.
+        cache: a folder that keeps the spectra for the next start on these weights.
+    """
+
+    def find(adaptation: AdaptedNetwork) -> dict[str, Spectrum]:
+        matrices = adaptation.matrices
+        directions = {matrix.name: adaptation.method.directions(matrix) for matrix in matrices}
+        dtype = str(matrices[0].weight.dtype).removeprefix("torch.")
+        file = None if cache is None else SpectrumCache(cache, f"{adaptation.weights.fingerprint}-{dtype}")
+        if file is not None and (found := file.read(directions)) is not None:
+            return found
+        with full_precision():
+            found = {}
+            for matrix in progress(matrices):
+                W0 = adaptation.weights.pretrained_weight(matrix)
+                found[matrix.name] = Spectrum.of(W0, directions[matrix.name], matrix.name)
+        if file is not None:
+            file.write(found, directions)
+        return found
+
+    return find
 
 
 class SpectrumCache:

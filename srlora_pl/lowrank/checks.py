@@ -1,0 +1,107 @@
+"""Refusals of a training loop that would go wrong in silence."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from srlora_pl.lowrank.linear import Adapter
+from srlora_pl.lowrank.target_settings import is_below
+from srlora_pl.util.errors import UserError, did_you_mean
+
+_PATIENCE = 20  # steps within which every adapter must have had a gradient
+
+
+def require_names(net: nn.Module, trainable: Iterable[str]) -> None:
+    """Refuse an entry of ``trainable`` that matches no parameter of ``net``."""
+    names = [name for name, _ in net.named_parameters()]
+    for entry in trainable:
+        if not any(is_below(name, [entry]) for name in names):
+            near = did_you_mean(entry, {name.rpartition(".")[0] for name in names})
+            raise UserError(f"trainable names {entry!r}, which matches no parameter of the model{near}")
+
+
+def require_unmerged(layers: Iterable[Adapter], before: str) -> None:
+    """Refuse adapters that are merged into the weights ``before`` something that needs both."""
+    if any(layer.merged for layer in layers):
+        raise UserError(f"the adapters are merged into the weights, call unmerge() before {before}")
+
+
+def require_full_precision(weights: Iterable[torch.Tensor]) -> None:
+    """Refuse to start or switch in half precision."""
+    coarse = [weight.dtype for weight in weights if weight.dtype.itemsize < 4]
+    if coarse:
+        raise UserError(f"the weights are {coarse[0]}, which a start or a switch would round, keep them in float32")
+
+
+def require_untrained(layers: Mapping[str, Adapter]) -> None:
+    """Refuse to put trained adapters, and a weight without them, for a pretrained weight."""
+    if any(bool(parameter.any()) for layer in layers.values() for parameter in layer.adapter_parameters()):
+        raise UserError(
+            "the adapters hold values before their start, from a state that was loaded: load that of the adaptation "
+            "too, and first (adaptation.load_state_dict), or a whole checkpoint of Lightning"
+        )
+
+
+def require_trained(layers: Mapping[str, Adapter], optimizer: Optimizer) -> None:
+    """Refuse an ``optimizer`` that does not train the adapters, as one made before they were there."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not trained:
+        return  # Lightning's stand-in for no optimizer
+    for name, layer in layers.items():
+        if not {id(p) for p in layer.adapter_parameters() if p.requires_grad} <= trained:
+            raise UserError(
+                f"the optimizer does not train the adapters of {name}: make it after the adaptation, from all "
+                "parameters with requires_grad"
+            )
+
+
+def require_same_method(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Refuse a state of another method, or of the same one with other values; both as `Method.spec` gives them."""
+    if ours["class_path"] != theirs["class_path"]:
+        raise UserError(
+            f"the checkpoint was made with {theirs['class_path']} and model.method is {ours['class_path']}, "
+            "use the checkpoint's method"
+        )
+    differing = [
+        f"{key} {theirs['init_args'].get(key)!r} (now {value!r})"
+        for key, value in ours["init_args"].items()
+        if theirs["init_args"].get(key) != value
+    ]
+    if differing:
+        raise UserError(f"the checkpoint was made with method.{', '.join(differing)}, use the checkpoint's values")
+
+
+class GradientWatch:
+    """Finds adapters that never get a gradient, because the forward pass goes around them.
+
+    It asks after a few steps, as a step may leave out layers on purpose (LayerDrop).
+    """
+
+    def __init__(self, layers: Mapping[str, Adapter]) -> None:
+        self.layers, self._silent, self._watched = layers, list(layers), 0
+
+    def observe(self) -> None:
+        """Look at the gradients of one step."""
+        if not self._silent:
+            return
+        self._silent = [name for name in self._silent if not self._has_gradient(self.layers[name])]
+        self._watched += 1
+        if self._watched == _PATIENCE:
+            self.require_gradients()
+
+    @staticmethod
+    def _has_gradient(layer: Adapter) -> bool:
+        return any(parameter.grad is not None for parameter in layer.adapter_parameters())
+
+    def require_gradients(self) -> None:
+        """Refuse adapters without a gradient in all the steps so far."""
+        if self._watched and self._silent:
+            more = f" and {len(self._silent) - 3} more" if len(self._silent) > 3 else ""
+            raise UserError(
+                f"no gradient has reached {', '.join(self._silent[:3])}{more} in {self._watched} steps, so the "
+                "adapters there do not train: where the forward pass never calls these layers, add them to "
+                "method.exclude_modules; where it checkpoints them, do so with use_reentrant=False"
+            )

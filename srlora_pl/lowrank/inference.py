@@ -1,0 +1,61 @@
+"""A network under adaptation as others see it: merged, without its adapters, counted."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from srlora_pl.lowrank.delta import merged_copy
+from srlora_pl.lowrank.linear import Adapter
+from srlora_pl.lowrank.weights import FrozenWeights
+
+
+class Inference:
+    """The part of `Adaptation` that changes nothing for good."""
+
+    net: nn.Module
+    layers: dict[str, Adapter]
+    weights: FrozenWeights
+
+    def merge(self) -> None:
+        """Add all updates to the weights, for inference."""
+        for layer in self.layers.values():
+            layer.merge()
+
+    def unmerge(self) -> None:
+        """Undo `merge`, to the bit."""
+        for layer in self.layers.values():
+            layer.unmerge()
+
+    def merged_copy(self) -> nn.Module:
+        """A copy of the network with plain linears, see `srlora_pl.lowrank.delta.merged_copy`."""
+        return merged_copy(self.net, self.layers)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the net computes with the pretrained weights W0 (equal to rounding) and without adapters.
+
+        Parts that train beside the adapters, such as a head, stay as trained, and so do statistics that a forward pass
+        updates (BatchNorm).
+        """
+        if any(layer.disabled for layer in self.layers.values()):
+            yield
+            return
+        with self.weights.replaced_by_pretrained():
+            for layer in self.layers.values():
+                layer.disabled = True
+            try:
+                yield
+            finally:
+                for layer in self.layers.values():
+                    layer.disabled = False
+
+    def pretrained_weights(self) -> dict[str, Tensor]:
+        """W0 of every adapted linear; equal to rounding where only W and the ledgers are left to tell it."""
+        return self.weights.pretrained()
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many of the network's parameters train."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.net.parameters()]
+        trained, everything = sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+        print(f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%})")

@@ -1,0 +1,41 @@
+"""The hooks of an optimizer that make a plain training loop adapt."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from srlora_pl.util.errors import UserError
+
+
+class Steps(Protocol):
+    """The part of an `Adaptation` that goes along with every step."""
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps that are over."""
+
+    def before_optimizer(
+        self, step: int, gradients: Sequence[Tensor] | None = None, inverse_scale: Tensor | None = None
+    ) -> None: ...
+
+    def after_optimizer(self, step: int, optimizer: Optimizer | None = None) -> bool: ...
+
+
+def attach(steps: Steps, optimizer: Optimizer) -> None:
+    """Have every ``optimizer.step()`` call `before_optimizer` and `after_optimizer`; see `Adaptation.attach`."""
+
+    def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(argument is not None for argument in (*args[1:], kwargs.get("closure"))):  # args[0] is the optimizer
+            raise UserError("attach() takes no optimizer.step(closure): call backward() before, and step() without one")
+        # A GradScaler leaves unscaling to an optimizer that is fused.
+        scale = getattr(optimizer, "grad_scale", None)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        steps.before_optimizer(steps.step + 1, gradients, None if scale is None else scale.reciprocal())
+
+    def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        steps.after_optimizer(steps.step + 1, optimizer)
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)

@@ -1,0 +1,208 @@
+"""The two roles of a method: its settings (`Method`), and all that it changes while training (`Controller`)."""
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear, Matrix
+from srlora_pl.lowrank.target_settings import TargetSettings
+from srlora_pl.lowrank.targets import select
+from srlora_pl.lowrank.weights import FrozenWeights
+
+
+class AdaptedNetwork(Protocol):
+    """The part of an `Adaptation` that its method may use."""
+
+    net: nn.Module
+    method: "Method"
+    layers: dict[str, Adapter]
+    matrices: list[Matrix]
+    steps_before: int
+    run_on_rank_zero: Callable[[Callable[[], Any]], Any]
+    weights: FrozenWeights
+
+    def add(self, matrix: Matrix, B: Tensor, A: Tensor, alpha: float) -> None:
+        """W += alpha B A."""
+
+
+ShowProgress = Callable[[list[Matrix]], Iterable[Matrix]]
+Sources = Callable[[AdaptedNetwork], Mapping[str, Any]]
+
+
+class Progress(NamedTuple):
+    """How far the events of a run, such as switches, are: so many done of so many planned."""
+
+    done: int = 0
+    planned: int = 0
+    next_step: int | None = None
+
+    @property
+    def missing(self) -> int:
+        return self.planned - self.done
+
+
+class Controller:
+    """All that a method changes while training besides the optimizer's steps, and its state; here nothing.
+
+    One for each adapted network. Steps are counted from 1 in each run.
+    """
+
+    needs_length: ClassVar[bool] = False  # of the run, for `plan`
+
+    def __init__(self, adaptation: AdaptedNetwork) -> None:
+        self.adaptation = adaptation
+
+    def awaits_sources(self) -> bool:
+        """Whether `take` is still to come, on a network that has started too."""
+        return False
+
+    def take(self, sources: Mapping[str, Any]) -> None:
+        """Keep the sources of the start, by matrix; on a resumed run too, whose values stay."""
+
+    def require_room(self, steps: int) -> None:
+        """Refuse a run of so many optimizer steps.
+
+        Raises:
+            UserError: they are too few.
+        """
+
+    def plan(self, first_step: int, last_step: int, strict: bool) -> str:
+        """Spread the events over the optimizer steps after ``first_step`` up to ``last_step``.
+
+        Args:
+            strict: a run that is too short is refused; otherwise it has no events.
+
+        Returns:
+            A remark for the user, or nothing.
+        """
+        return ""
+
+    def before_optimizer(self, step: int, gradients: Sequence[Tensor], inverse_scale: Tensor | None) -> None:
+        """Read the gradients of step ``step`` or change them; without waiting for the device.
+
+        Args:
+            gradients: all that the optimizer will use.
+            inverse_scale: scalar that undoes the loss scale, where the gradients still carry it.
+        """
+
+    def after_optimizer(self, step: int, optimizer: Optimizer | None) -> bool:
+        """Do the events that are due once step ``step`` is over; True if there were any. Twice is the same as once."""
+        return False
+
+    def progress(self) -> Progress:
+        return Progress()
+
+    def metrics(self, step: int) -> Mapping[str, float]:
+        """Numbers for the logger, as they will be once step ``step`` is over."""
+        return {"switches": 0.0}
+
+    def directions(self, matrix: Matrix) -> int:
+        """How many singular directions the pairs of ``matrix`` may use."""
+        return self.adaptation.method.directions(matrix)
+
+    def histories(self) -> Mapping[str, Tensor]:
+        """By matrix: the steps after which each direction was drawn and fused (-1: it is active), (n, 2), int64."""
+        return {}
+
+    def scores(self) -> Mapping[str, Tensor]:
+        """By matrix: the importance of its pairs, (r,), on the device."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, in plain containers with text as keys; no tensor of it changes later."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
+
+
+class Method(TargetSettings):
+    """The settings of a method: what a config names under ``model.method``. Holds nothing of any network.
+
+    Attributes:
+        layer: the class that replaces the chosen linears.
+        starts_from: the source of the start, by matrix: nothing, the `Spectrum` of the pretrained weight, or the
+            gradient (out, in) of the loss with respect to it. Until such a start all adapter parameters are 0.
+        moves_weights: changes frozen weights, so that none may be in half precision.
+        averages: a parameter means the same throughout, so that weights may be averaged.
+        additive: W_eff - W0 is the sum of low-rank updates, so that it can be written as one LoRA.
+        continues_lora: a LoRA that was trained elsewhere can be the start.
+    """
+
+    layer: ClassVar[type[AdaptedLinear]] = LowRankLinear
+    starts_from: ClassVar[Literal["nothing", "spectrum", "gradient"]] = "nothing"
+    moves_weights: ClassVar[bool] = False
+    averages: ClassVar[bool] = True
+    additive: ClassVar[bool] = True
+    continues_lora: ClassVar[bool] = False
+
+    def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
+        """Put the adapters into ``net``, in place; returns them by dotted name. Here: replace linears by ``layer``.
+
+        Args:
+            taken: dotted names of parts that are new or train whole, which no adapter belongs into.
+        """
+        layers: dict[str, Adapter] = {}
+        for target in select(net, self, taken):
+            parent, _, child = target.name.rpartition(".")
+            layers[target.name] = self.layer(
+                target.module,
+                self.rank_of(target.name),
+                self.scaling_of(target.name),
+                parts=3 if target.fused else 1,
+                adapted=tuple(sorted(target.parts)) if target.fused else (0,),
+                dropout=self.dropout,
+                **self.layer_options(target.name),
+            )
+            setattr(net.get_submodule(parent), child, layers[target.name])
+        return layers
+
+    def layer_options(self, name: str) -> dict[str, Any]:
+        """Arguments of ``layer`` for the layer ``name``, beside rank, scaling, parts and dropout."""
+        return {}
+
+    def frozen_adapter(self) -> Sequence[str]:
+        """Names of adapter parameters that do not train."""
+        return ()
+
+    def initialize(self, matrix: Matrix) -> None:
+        """Set the values right after injection; they must leave the network's output as it was."""
+
+    def directions(self, matrix: Matrix) -> int:
+        """How many singular directions of this matrix the method may ever use."""
+        return matrix.rank if self.starts_from == "spectrum" else 0
+
+    def sources(self, progress: ShowProgress = iter, cache: Path | None = None) -> Sources | None:
+        """The sources of a start to which none are given; None: it needs none, or only the user can give them.
+
+        Args:
+            progress: wraps the list of matrices to show how far a long computation is.
+            cache: a folder that may keep the sources for the next start on these weights.
+        """
+        return None
+
+    def start(self, adaptation: AdaptedNetwork, matrix: Matrix, source: Any) -> None:
+        """Set the values of the start, once per network and before training."""
+
+    def controller(self, adaptation: AdaptedNetwork) -> Controller:
+        return Controller(adaptation)
+
+    def spec(self) -> dict[str, Any]:
+        """``{"class_path", "init_args"}`` in plain containers: what a config holds and a checkpoint keeps."""
+        names = [
+            name
+            for cls in type(self).__mro__
+            if "__init__" in vars(cls) and cls is not object
+            for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items()
+            if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
+        ]
+        home = type(self).__module__
+        path = "srlora_pl" if home.startswith("srlora_pl.lowrank.") else home
+        return {
+            "class_path": f"{path}.{type(self).__qualname__}",
+            "init_args": {name: getattr(self, name) for name in dict.fromkeys(names)},
+        }

@@ -1,0 +1,63 @@
+"""One loop for any method, in one process and in two."""
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from srlora_pl.lowrank import Adaptation
+from tests.helpers.toys import toy_batches, toy_net
+
+
+def batches(count: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    return toy_batches(count, dtype=dtype)
+
+
+def loss_of(net, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(net(batch[0]), batch[1])
+
+
+def _train(kind: type, steps: int, rank: int, share: slice, wrap, once) -> dict[str, Tensor]:
+    torch.manual_seed(3)
+    net = toy_net(dtype=torch.float64)
+    adaptation = Adaptation(net, kind(rank=rank, alpha=8.0), ["head"])
+    if once is not None:
+        adaptation.run_on_rank_zero = once
+    adaptation.start()
+    adaptation.plan(steps)
+    wrapped = wrap(net)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    for step, (x, y) in enumerate(batches(steps, torch.float64), start=1):
+        optimizer.zero_grad()
+        loss_of(wrapped, (x[share], y[share])).backward()
+        adaptation.before_optimizer(step)
+        optimizer.step()
+        adaptation.after_optimizer(step, optimizer)
+    return copy.deepcopy(net.state_dict())
+
+
+def trained_in_one_process(kind: type, steps: int, rank: int) -> dict[str, Tensor]:
+    return _train(kind, steps, rank, slice(None), lambda net: net, None)
+
+
+def parallel(process: int, kinds: list[type], steps: int, rank: int, folder: str) -> None:
+    """One of two processes; writes the state of each kind's network into ``folder``."""
+    torch.set_num_threads(1)
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", rank=process, world_size=2, store=store)
+
+    def once(compute):
+        found = [compute() if process == 0 else None]
+        torch.distributed.broadcast_object_list(found)
+        return found[0]
+
+    for kind in kinds:
+        share = slice(process * 4, process * 4 + 4)
+        state = _train(kind, steps, rank, share, DistributedDataParallel, once)
+        torch.save(state, Path(folder, f"{kind.__name__}-{process}.pt"))
+    torch.distributed.destroy_process_group()

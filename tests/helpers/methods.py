@@ -1,0 +1,67 @@
+"""Methods that are made in tests, as anybody may make one: the contract holds for them too."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from srlora_pl.lowrank import AdaptedLinear, Adapter, Method, Spectrum
+from srlora_pl.lowrank.methods.pissa import PiSSA
+
+
+class CoreLinear(AdaptedLinear):
+    """``lora_A`` and ``lora_B`` are frozen, ``core`` (r, r) between them trains."""
+
+    adapter_names = ("lora_A", "lora_B", "core")
+
+    def build(self, p, out, in_):
+        self.lora_A = nn.Parameter(self.weight.new_zeros(*p, self.rank, in_))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(*p, out, self.rank))
+        self.core = nn.Parameter(self.weight.new_zeros(*p, self.rank, self.rank))
+
+    def factors(self):
+        return self.lora_B @ self.core, self.lora_A
+
+
+class Core(PiSSA):
+    """A core between frozen singular directions, as LoRA-XS has it (arXiv 2405.17604); the weight stays."""
+
+    layer = CoreLinear
+    moves_weights = False
+
+    def frozen_adapter(self):
+        return ("lora_A", "lora_B")
+
+    def start(self, adaptation, matrix, source: Spectrum):
+        matrix.B.copy_(source.U[:, : matrix.rank])
+        matrix.A.copy_(source.sigma[: matrix.rank, None] * source.Vh[: matrix.rank])
+
+
+class Bottleneck(Adapter):
+    """Adds ``up(tanh(down(y)))`` to the output y of a module."""
+
+    adapter_names = ("down", "up")
+
+    def __init__(self, size: int, rank: int) -> None:
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(rank, size) / size**0.5)
+        self.up = nn.Parameter(torch.zeros(size, rank))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y if self.disabled else y + torch.tanh(y @ self.down.T) @ self.up.T
+
+
+class Bottlenecks(Method):
+    """A `Bottleneck` behind every ``fc2``; it replaces no linear."""
+
+    additive = False
+
+    def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
+        layers: dict[str, Adapter] = {}
+        for name, linear in list(net.named_modules()):
+            if name.endswith("fc2"):
+                adapter = Bottleneck(linear.out_features, self.rank).to(linear.weight)
+                net.get_submodule(name.rpartition(".")[0]).add_module("bottleneck", adapter)
+                linear.register_forward_hook(lambda _, inputs, y, adapter=adapter: adapter(y))
+                layers[f"{name.rpartition('.')[0]}.bottleneck"] = adapter
+        return layers

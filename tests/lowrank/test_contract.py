@@ -1,0 +1,331 @@
+"""The contract that every registered method keeps, without a test of its own; two methods made in tests keep it too."""
+
+import copy
+import io
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing
+from torch import nn
+from torch.func import functional_call
+
+from srlora_pl import UserError
+from srlora_pl.lowrank import Adaptation, LowRankLinear
+from srlora_pl.lowrank.delta import change
+from srlora_pl.lowrank.methods import REGISTRY
+from srlora_pl.models import peft_folder
+from tests.helpers.contract_program import batches, loss_of, parallel, trained_in_one_process
+from tests.helpers.methods import Bottlenecks, Core
+from tests.helpers.toys import ToyNet, toy_net
+
+METHODS = [*REGISTRY, Core, Bottlenecks]
+STEPS, RANK = 12, 4
+pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "ignore:.*no whole number of switches")
+# How many numbers of one matrix (out, in) train, where it is not r (out + in); and in all, of methods without matrices.
+SIZES = {Core: lambda r, out, in_: r * r}
+WITHOUT_MATRICES = {Bottlenecks: 2 * (RANK * 12 * 2)}
+
+
+@pytest.fixture(params=METHODS, ids=lambda kind: kind.__name__)
+def kind(request):
+    return request.param
+
+
+class Loop:
+    """A training loop in float64, with the pretrained weights at hand, that can stop and go on."""
+
+    def __init__(self, kind, optimizer=torch.optim.AdamW, net=toy_net, dtype=torch.float64, **settings):
+        self.net = net(dtype=dtype)
+        self.W0 = copy.deepcopy(self.net.state_dict())
+        torch.manual_seed(3)
+        method = kind(**{"rank": RANK, "alpha": 8.0, **settings})
+        self.adaptation = Adaptation(self.net, method, ["head"], pretrained=lambda: self.W0)
+        self.optimizer = optimizer([p for p in self.net.parameters() if p.requires_grad], lr=0.01)
+        self.adaptation.start()
+        self.adaptation.plan(STEPS)
+        self.events: list[int] = []
+
+    def train(self, first: int = 1, last: int = STEPS) -> "Loop":
+        dtype = next(self.net.parameters()).dtype
+        for step, batch in enumerate(batches(STEPS, dtype)[first - 1 : last], start=first):
+            self.optimizer.zero_grad()
+            loss_of(self.net, batch).backward()
+            self.adaptation.before_optimizer(step)
+            self.optimizer.step()
+            if self.adaptation.after_optimizer(step, self.optimizer):
+                self.events.append(step)
+        return self
+
+    def file(self) -> io.BytesIO:
+        left_out = {id(p) for p in self.adaptation.restorable_parameters()}
+        net = {name: p.detach() for name, p in self.net.state_dict(keep_vars=True).items() if id(p) not in left_out}
+        file = io.BytesIO()
+        torch.save((net, self.adaptation.state_dict(compact=True), self.optimizer.state_dict()), file)
+        file.seek(0)
+        return file
+
+    def load(self, file: io.BytesIO) -> "Loop":
+        net, adaptation, optimizer = torch.load(file, weights_only=True)
+        self.adaptation.load_state_dict(adaptation)
+        assert self.net.load_state_dict(net, strict=False).unexpected_keys == []
+        self.optimizer.load_state_dict(optimizer)
+        return self
+
+
+def same(one: nn.Module, other: nn.Module) -> None:
+    for (name, value), theirs in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, theirs), name
+
+
+def tensors(state) -> list[torch.Tensor]:
+    return [leaf.clone() for leaf in torch.utils._pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)]
+
+
+@pytest.fixture(scope="module")
+def _trained():
+    """A run of each method, to the end; tests leave it as it is."""
+    runs: dict[type, Loop] = {}
+    return lambda kind: runs.setdefault(kind, Loop(kind).train()) if kind not in runs else runs[kind]
+
+
+@pytest.fixture
+def run(kind, _trained):
+    return _trained(kind)
+
+
+def test_injection_and_start_leave_the_output(kind):
+    net, x = toy_net(dtype=torch.float64), batches(1, torch.float64)[0][0]
+    before = net(x)
+    adaptation = Adaptation(net, kind(rank=RANK, alpha=8.0))
+    assert torch.equal(net(x), before)
+    adaptation.start()
+    torch.testing.assert_close(net(x), before, rtol=0, atol=1e-13)
+
+
+def test_only_declared_tensors_move(run):
+    adapters = {id(p) for layer in run.adaptation.layers.values() for p in layer.adapter_parameters()}
+    weights = {id(matrix.layer.weight) for matrix in run.adaptation.matrices}
+    moved = set()
+    for name, parameter in run.net.named_parameters():
+        declared = id(parameter) in adapters or (id(parameter) in weights and run.adaptation.method.moves_weights)
+        if name in run.W0 and not torch.equal(parameter, run.W0[name]):
+            moved.add(name)
+            assert declared or name.startswith("head")
+    assert {"head.weight", "head.bias"} <= moved
+    started = adapter_parameters(Loop(type(run.adaptation.method)))
+    for parameter, before in zip(adapter_parameters(run), started, strict=True):
+        assert torch.equal(parameter, before) != parameter.requires_grad
+
+
+def adapter_parameters(run: Loop) -> list[torch.Tensor]:
+    return [p for layer in run.adaptation.layers.values() for p in layer.adapter_parameters()]
+
+
+def test_the_weight_is_its_pretrained_self_and_the_ledger(run):
+    for matrix, ledger in run.adaptation.ledgers.items():
+        W0 = matrix.of_weight(run.W0[f"{matrix.layer_name}.weight"])
+        if ledger.updates is not None:
+            assert torch.equal(ledger.replay(W0, W0.device), matrix.weight)
+            B, A = ledger.stacked()
+            torch.testing.assert_close(W0 + B @ A, matrix.weight, rtol=0, atol=1e-13)
+        if not run.adaptation.method.moves_weights:
+            assert torch.equal(matrix.weight, W0)
+    pretrained = run.adaptation.pretrained_weights()
+    assert all(torch.equal(weight, run.W0[f"{name}.weight"]) for name, weight in pretrained.items())
+
+
+def test_gradients_are_those_of_finite_differences(run):
+    """Along one random direction in each tensor that trains."""
+    batch, generator = batches(1, torch.float64)[0], torch.Generator().manual_seed(5)
+    trained = {name: p for name, p in run.net.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss_of(run.net, batch), list(trained.values()))
+    for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
+        along = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        along *= 1e-5 / along.norm()
+
+        def loss(sign, name=name, parameter=parameter, along=along):
+            return loss_of(lambda x: functional_call(run.net, {name: parameter + sign * along}, (x,)), batch)
+
+        with torch.no_grad():
+            difference = (loss(1) - loss(-1)) / 2
+        assert float(difference) == pytest.approx(float((gradient * along).sum()), rel=1e-6, abs=1e-14), name
+
+
+def test_as_many_parameters_train_as_the_formula_says(kind, run):
+    size = SIZES.get(kind, lambda r, out, in_: r * (out + in_))
+    expected = WITHOUT_MATRICES.get(kind, sum(size(m.rank, *m.shape) for m in run.adaptation.matrices))
+    beside = sum(p.numel() for p in run.net.head.parameters())
+    assert sum(p.numel() for p in run.net.parameters() if p.requires_grad) == expected + beside
+
+
+def test_merging_keeps_the_output_and_is_undone_to_the_bit(run):
+    x = batches(1, torch.float64)[0][0]
+    before, state = run.net(x), copy.deepcopy(run.net.state_dict())
+    if not run.adaptation.matrices:
+        with pytest.raises(UserError, match="cannot be merged"):
+            run.adaptation.merge()
+        with pytest.raises(UserError, match="cannot be merged"):
+            run.adaptation.merged_copy()
+        return
+    copied = run.adaptation.merged_copy()
+    assert list(copied.state_dict()) == list(run.W0)
+    torch.testing.assert_close(copied.double()(x), before, rtol=0, atol=1e-5)
+    run.adaptation.merge()
+    try:
+        torch.testing.assert_close(run.net(x), before, rtol=0, atol=1e-13)
+    finally:
+        run.adaptation.unmerge()
+    assert all(torch.equal(value, state[name]) for name, value in run.net.state_dict().items())
+
+
+def test_disabled_is_the_pretrained_network(run):
+    x = batches(1, torch.float64)[0][0]
+    pretrained = toy_net(dtype=torch.float64)
+    pretrained.head.load_state_dict(run.net.head.state_dict())
+    after = run.net(x)
+    with run.adaptation.disabled():
+        assert torch.equal(run.net(x), pretrained(x))
+    assert torch.equal(run.net(x), after)
+
+
+def test_the_change_is_one_lora_for_peft(kind, tmp_path):
+    peft = pytest.importorskip("peft")
+    run = Loop(kind, net=SplitNet.made).train()
+    if not run.adaptation.method.additive:
+        with pytest.raises(UserError, match=kind.__name__):
+            change(run.adaptation)
+        return
+    peft_folder.write(tmp_path, change(run.adaptation), {}, "base", None)
+    net = SplitNet.made(dtype=torch.float64)
+    net.head.load_state_dict(run.net.head.state_dict())
+    loaded = peft.PeftModel.from_pretrained(net, str(tmp_path))
+    x = batches(1, torch.float64)[0][0]
+    torch.testing.assert_close(loaded(x), run.net(x), rtol=0, atol=1e-5)
+
+
+def test_a_run_that_stops_anywhere_goes_on_to_the_bit(kind):
+    """After every step, with a state that leaves out what is pretrained; a start may come before the load or not."""
+    whole = Loop(kind).train()
+    for stop in range(STEPS):
+        file = Loop(kind).train(last=stop).file()
+        resumed = Loop(kind).load(file).train(first=stop + 1)
+        same(resumed.net, whole.net)
+        assert resumed.events == [step for step in whole.events if step > stop]
+        states = (tensors(each.adaptation.state_dict()) for each in (resumed, whole))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*states, strict=True))
+
+
+def test_a_folder_of_its_own_holds_it_all(run, tmp_path):
+    run.adaptation.save(tmp_path)
+    loaded = Adaptation.load(toy_net(dtype=torch.float64), tmp_path)
+    same(loaded.net, run.net)
+    assert loaded.method.spec() == run.adaptation.method.spec()
+    assert {n for n, p in loaded.net.named_parameters() if p.requires_grad} == {
+        n for n, p in run.net.named_parameters() if p.requires_grad
+    }
+
+
+def test_after_the_optimizer_twice_is_once(kind):
+    once, twice = Loop(kind), Loop(kind)
+    for step in range(1, STEPS + 1):
+        once.train(step, step)
+        twice.train(step, step)
+        assert not twice.adaptation.after_optimizer(step, twice.optimizer)
+    same(once.net, twice.net)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_an_overflow_leaves_the_state_alone(kind, poison):
+    run = Loop(kind).train(last=5)
+    before = tensors(run.adaptation.state_dict())
+    run.optimizer.zero_grad()
+    loss_of(run.net, batches(1, torch.float64)[0]).backward()
+    next(p for p in run.net.parameters() if p.requires_grad).grad.view(-1)[0] = poison
+    run.adaptation.before_optimizer(6)
+    for ours, theirs in zip(tensors(run.adaptation.state_dict()), before, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_attached_to_an_optimizer_it_needs_no_more(kind, run):
+    attached = Loop(kind)
+    attached.adaptation.attach(attached.optimizer, STEPS)
+    for batch in batches(STEPS, torch.float64):
+        attached.optimizer.zero_grad()
+        loss_of(attached.net, batch).backward()
+        attached.optimizer.step()
+    same(attached.net, run.net)
+
+
+class SplitNet(ToyNet):
+    """`ToyNet` with three linears in place of the fused one."""
+
+    @classmethod
+    def made(cls, dtype: torch.dtype) -> nn.Module:
+        net = toy_net(dtype=dtype)
+        for block in net.blocks:
+            block.qkv = Three(block.qkv)
+        return net
+
+
+class Three(nn.Module):
+    def __init__(self, fused: nn.Linear) -> None:
+        super().__init__()
+        parts = zip(("q_proj", "k_proj", "v_proj"), fused.weight.chunk(3), fused.bias.chunk(3), strict=True)
+        for name, weight, bias in parts:
+            linear = nn.Linear(weight.shape[1], len(weight)).to(weight.dtype)
+            linear.load_state_dict({"weight": weight, "bias": bias})
+            self.add_module(name, linear)
+
+    def forward(self, x):
+        return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
+
+
+def test_a_fused_linear_equals_three(kind, run):
+    three, x = Loop(kind, net=SplitNet.made).train(), batches(1, torch.float64)[0][0]
+    torch.testing.assert_close(three.net(x), run.net(x), rtol=0, atol=1e-10)
+    assert three.events == run.events
+
+
+@pytest.mark.parametrize("kind", [kind for kind in METHODS if kind.layer is LowRankLinear and kind.additive])
+def test_until_its_first_event_it_trains_as_peft_does(kind):
+    peft = pytest.importorskip("peft")
+    ours = Loop(kind, torch.optim.SGD, net=SplitNet.made)
+    net = SplitNet.made(torch.float64)
+    targets = [matrix.layer_name for matrix in ours.adaptation.matrices]
+    config = peft.LoraConfig(r=RANK, lora_alpha=8, target_modules=targets, modules_to_save=["head"])
+    theirs = peft.get_peft_model(net, config).double()
+    for matrix in ours.adaptation.matrices:
+        layer = theirs.base_model.model.get_submodule(matrix.layer_name)
+        layer.base_layer.weight.data.copy_(matrix.weight)
+        layer.lora_A["default"].weight.data.copy_(matrix.A)
+        layer.lora_B["default"].weight.data.copy_(matrix.B)
+    steps = (ours.adaptation.controller.progress().next_step or STEPS) - 1
+    assert steps > 1
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.01)
+    for batch in batches(STEPS, torch.float64)[:steps]:
+        optimizer.zero_grad()
+        loss_of(theirs, batch).backward()
+        optimizer.step()
+    ours.train(last=steps)
+    x = batches(1, torch.float64)[0][0]
+    torch.testing.assert_close(theirs(x), ours.net(x), rtol=0, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory):
+    """What two processes, each with half of every batch, make of each method."""
+    folder: Path = tmp_path_factory.mktemp("parallel")
+    context = torch.multiprocessing.spawn(parallel, (METHODS, STEPS, RANK, str(folder)), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    while not context.join(timeout=5):
+        assert time.monotonic() < deadline, "two processes did not end within two minutes"
+    return lambda kind, rank: torch.load(folder / f"{kind.__name__}-{rank}.pt", weights_only=True)
+
+
+def test_two_processes_equal_one(kind, in_two):
+    one = trained_in_one_process(kind, STEPS, RANK)
+    for name, value in one.items():
+        assert torch.equal(in_two(kind, 0)[name], in_two(kind, 1)[name]), name
+        torch.testing.assert_close(in_two(kind, 0)[name], value, rtol=0, atol=1e-9, msg=name)

@@ -1,0 +1,1 @@
+"""Nets under the core: trajectories and checkpoints that every later version must reproduce."""

@@ -1,0 +1,213 @@
+"""Every shipped config is parsed against the real signatures, alone and under every overlay; nothing is trained."""
+
+import re
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+
+from srlora_pl import GLUEData, SRLoRA
+from srlora_pl.data.base import EpochBatches
+from srlora_pl.lowrank.schedule import Schedule
+from srlora_pl.run import config
+from srlora_pl.run.run import Run
+from tests.helpers.paths import ROOT
+
+TASKS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+OVERLAYS = {"lora": "LoRA", "pissa": "PiSSA", "srlora": "SRLoRA"}
+SHARED = ("rank", "alpha", "target_modules")
+NOT_IN_THE_PAPER = "# not in the paper"
+
+
+class GLUE(NamedTuple):
+    """What the paper gives for a task, and what follows for the rows of the official train split (Eq. 13, 14)."""
+
+    epochs: int
+    batch: int
+    lr: float
+    target_rank: int
+    rows: int
+    steps: int
+    planned: int
+    done: int
+    interval: float
+    reached: int
+
+
+GLUE_TASKS = {
+    "sst2": GLUE(20, 16, 3e-5, 512, 67_349, 84_200, 126, 125, 668.3, 508),
+    "mrpc": GLUE(20, 32, 2e-4, 256, 3_668, 2_300, 62, 61, 37.1, 252),
+    "cola": GLUE(20, 16, 1e-4, 256, 8_551, 10_700, 62, 61, 172.6, 252),
+    "qnli": GLUE(10, 32, 1e-4, 128, 104_743, 32_740, 30, 29, 1091.3, 124),
+    "rte": GLUE(50, 16, 1e-4, 16, 2_490, 7_800, 2, 1, 3900.0, 12),
+    "stsb": GLUE(20, 8, 1e-4, 32, 5_749, 14_380, 6, 5, 2396.7, 28),
+}
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("reading a config needs no network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+
+
+class Parsed(Run):
+    """A run that stops once its settings are known."""
+
+    def instantiate_classes(self) -> None:
+        pass
+
+
+@cache
+def parse(*names: str, options: tuple[str, ...] = ()) -> Any:
+    """The settings of a fit on these configs; cached, so not to be changed."""
+    files = [str(ROOT / "configs" / name) for name in names]
+    return Parsed("fit", files, [config.read(file) for file in files], list(options)).config
+
+
+def test_there_is_an_overlay_for_each_method() -> None:
+    assert {path.stem for path in (ROOT / "configs/methods").glob("*.yaml")} == set(OVERLAYS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_config_parses_and_names_srlora(name: str) -> None:
+    method = parse(name).model.init_args.method
+    assert method.class_path == "srlora_pl.SRLoRA"
+    given = config.read(str(ROOT / "configs" / name))["model"]["init_args"]["method"]["init_args"]
+    assert {key: method.init_args[key] for key in given} == given
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("name", TASKS)
+def test_overlay_changes_the_method_and_keeps_the_rest(
+    name: str, overlay: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parse.cache_clear()  # a cached answer would print nothing
+    alone, under = parse(name).clone(), parse(name, f"methods/{overlay}.yaml").clone()
+    before, after = alone.model.init_args.pop("method"), under.model.init_args.pop("method")
+    assert after.class_path == f"srlora_pl.{OVERLAYS[overlay]}"
+    assert [after.init_args[key] for key in SHARED] == [before.init_args[key] for key in SHARED]
+    assert alone == under
+    assert "note:" not in capsys.readouterr().err
+    if overlay == "srlora":
+        assert after == before
+    else:
+        assert "target_rank" not in after.init_args
+
+
+@pytest.mark.parametrize("first", OVERLAYS)
+@pytest.mark.parametrize("name", TASKS)
+def test_the_last_of_two_overlays_gives_the_method(name: str, first: str) -> None:
+    assert parse(name, f"methods/{first}.yaml", "methods/srlora.yaml") == parse(name)
+    lora = parse(name, "methods/lora.yaml")
+    assert parse(name, f"methods/{first}.yaml", "methods/lora.yaml") == lora
+
+
+def test_a_method_on_the_command_line_is_an_overlay(capsys: pytest.CaptureFixture[str]) -> None:
+    parse.cache_clear()
+    lora = parse("quickstart.yaml", "methods/lora.yaml")
+    assert parse("quickstart.yaml", options=("--model.method", "srlora_pl.LoRA")) == lora
+    assert "note:" not in capsys.readouterr().err
+    typed = ("--model.method.target_rank", "64")
+    assert parse("quickstart.yaml", "methods/lora.yaml", options=typed) == lora
+    assert "note: srlora_pl.LoRA takes no target_rank: dropped\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dataset", ["cifar100", "stl10", "mnist"])
+def test_vision_configs_hold_the_papers_settings(dataset: str) -> None:
+    settings = parse(f"vit_{dataset}_srlora.yaml")
+    model, trainer = settings.model.init_args, settings.trainer
+    assert model.backbone == "vit_base_patch16_224.orig_in21k"
+    assert (model.optimizer, model.schedule, model.warmup_steps) == ("sgd", "cosine", 500)
+    assert (model.method.init_args.rank, model.method.init_args.alpha) == (8, 8.0)
+    assert trainer.precision == "16-mixed"
+    assert (trainer.max_steps, trainer.val_check_interval, trainer.check_val_every_n_epoch) == (5000, 500, None)
+    assert settings.data.init_args.name == dataset
+
+
+def marked_lines(name: str) -> tuple[set[str], set[str]]:
+    """The keys of a config whose lines are marked as not in the paper, and all others with a value."""
+    lines = (ROOT / "configs" / name).read_text().splitlines()
+    values = [line for line in lines if re.match(r"\s*\w+: *\S", line)]
+    marked = {line.split(":")[0].strip() for line in values if line.endswith(NOT_IN_THE_PAPER)}
+    return marked, {line.split(":")[0].strip() for line in values if not line.endswith(NOT_IN_THE_PAPER)}
+
+
+@pytest.mark.parametrize("task", GLUE_TASKS)
+def test_glue_configs_hold_the_papers_settings(task: str) -> None:
+    settings, paper = parse(f"deberta_{task}_srlora.yaml"), GLUE_TASKS[task]
+    model, data, trainer = settings.model.init_args, settings.data.init_args, settings.trainer
+    assert (model.backbone, model.backbone_kwargs) == ("microsoft/deberta-v3-base", None)
+    assert (model.optimizer, model.lr, model.weight_decay) == ("adamw", paper.lr, 0.0)
+    assert (model.head_lr, model.warmup_steps, model.label_smoothing) == (None, 500, 0.0)
+    method = model.method.init_args
+    assert (method.rank, method.alpha, method.dropout, method.target_modules) == (8, 8.0, 0.0, "all-linear")
+    assert (method.target_rank, method.fusion_ratio) == (paper.target_rank, 0.5)
+    assert (method.beta1, method.beta2) == (0.85, 0.85)
+    assert (data.task, data.batch_size, data.max_length, data.val_fraction) == (task, paper.batch, 128, 0.0)
+    assert (trainer.max_epochs, trainer.max_steps, trainer.precision) == (paper.epochs, -1, "32-true")
+    assert (trainer.val_check_interval, trainer.check_val_every_n_epoch) == (500, None)
+
+
+class Rows:
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@pytest.mark.parametrize("task", GLUE_TASKS)
+def test_glue_configs_switch_as_often_as_planned(task: str) -> None:
+    settings, expected = parse(f"deberta_{task}_srlora.yaml"), GLUE_TASKS[task]
+    data = GLUEData(**settings.data.init_args)
+    data.train_set = Rows(expected.rows)  # type: ignore[assignment]
+    assert settings.trainer.accumulate_grad_batches == 1
+    steps = len(EpochBatches(data)) * settings.trainer.max_epochs
+    assert steps == expected.steps
+    method = SRLoRA(**settings.model.init_args.method.init_args)
+    recycled = method.recycled_rank(method.rank)
+    schedule = Schedule(0, steps, (method.target_rank - method.rank) // recycled)
+    assert (schedule.planned, schedule.due(steps)) == (expected.planned, expected.done)
+    assert steps / schedule.planned == pytest.approx(expected.interval, abs=0.051)
+    assert method.rank + schedule.due(steps) * recycled == expected.reached
+
+
+@pytest.mark.parametrize("task", GLUE_TASKS)
+def test_what_the_paper_does_not_say_about_glue_is_marked(task: str) -> None:
+    marked, others = marked_lines(f"deberta_{task}_srlora.yaml")
+    assert marked == {"seed_everything", "train_pooler", "fast_attention", "schedule", "matmul_precision"}
+    papers = "backbone rank alpha target_modules target_rank fusion_ratio beta1 beta2 optimizer lr weight_decay"
+    papers += " warmup_steps task batch_size val_fraction max_length precision max_epochs val_check_interval"
+    assert others - {"class_path", "root", "check_val_every_n_epoch", "log_every_n_steps"} == set(papers.split())
+
+
+@pytest.mark.parametrize("dataset", ["cifar100", "stl10", "mnist"])
+def test_what_the_paper_does_not_say_is_marked(dataset: str) -> None:
+    marked, _ = marked_lines(f"vit_{dataset}_srlora.yaml")
+    ours = "target_rank fusion_ratio beta1 beta2 lr momentum batch_size val_fraction hflip crop_scale test_crop_pct"
+    ours += " matmul_precision"
+    assert set(ours.split()) <= marked
+    papers = "backbone rank alpha optimizer schedule warmup_steps precision max_steps val_check_interval"
+    assert not set(papers.split()) & marked
+
+
+@pytest.mark.parametrize("name", [*TASKS, *(f"methods/{name}.yaml" for name in OVERLAYS)])
+def test_header_says_what_to_run(name: str) -> None:
+    header = "".join(re.findall(r"^#.*\n", (ROOT / "configs" / name).read_text(), re.M))
+    assert "# Needs:" in header
+    assert f"--config configs/{name}" in header
+    assert re.search(r"# Or", header)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_commands_of_the_header_parse(name: str) -> None:
+    header = (ROOT / "configs" / name).read_text().replace(" \\\n#", " ")
+    commands = re.findall(r"python cli\.py fit (.*)", header)
+    assert len(commands) == 2
+    for command in commands:
+        words = command.split()
+        files = [words[i + 1].removeprefix("configs/") for i, word in enumerate(words) if word == "--config"]
+        rest = [word for i, word in enumerate(words) if word != "--config" and words[i - 1] != "--config"]
+        assert parse(*files, options=tuple(rest)) is not None
