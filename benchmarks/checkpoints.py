@@ -63,7 +63,7 @@ def measure(model: str, folder: Path, target_rank: int, accelerator: str) -> dic
         plugins=[AtomicCheckpointIO()],
     )
     trainer.fit(module, DataLoader([batch] * max(switches, 2), batch_size=None))
-    result: dict[str, Any] = {"switches": module.adaptation.switches_done}
+    result: dict[str, Any] = {"switches": module.adaptation.controller.progress().done}
     for kind in ("compact", "full"):
         module.whole_checkpoints = kind == "full"
         file = folder / f"{kind}.ckpt"

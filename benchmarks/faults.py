@@ -34,7 +34,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks.report import report
 from srlora_pl import cli
-from srlora_pl.lowrank.adaptation import Adaptation
+from srlora_pl.lowrank.methods.switching import Switching
 from srlora_pl.run.run import Run
 from srlora_pl.training import checkpoints
 from srlora_pl.util.system import device_name
@@ -156,7 +156,7 @@ class Slowly:
 
 def watched() -> None:
     """Put marks around checkpoints and switches, of which a user's callback does not know."""
-    replacing, switch, trainer = checkpoints.replacing, Adaptation._switch, Run.instantiate_trainer
+    replacing, switch, trainer = checkpoints.replacing, Switching._switch, Run.instantiate_trainer
 
     @contextlib.contextmanager
     def slowly(path: Path) -> Iterator[Any]:
@@ -166,7 +166,7 @@ def watched() -> None:
             say("checkpoint", 0.02)  # written, but not yet in its place
         say("checkpoint", 0.02)
 
-    def switched(self: Adaptation, matrices: list[Any], *rest: Any) -> None:
+    def switched(self: Switching, matrices: list[Any], *rest: Any) -> None:
         say("switch", 0.005)
         switch(self, matrices, *rest)
         say("switch", 0.01)
@@ -176,7 +176,7 @@ def watched() -> None:
         built.callbacks.append(Places())
         return built
 
-    checkpoints.replacing, Adaptation._switch, Run.instantiate_trainer = slowly, switched, with_places  # type: ignore
+    checkpoints.replacing, Switching._switch, Run.instantiate_trainer = slowly, switched, with_places  # type: ignore
 
 
 # -- the parent

@@ -23,7 +23,7 @@ def step(module: TextClassifier, optimizer: torch.optim.Optimizer, batch: dict[s
     batch = {name: value.to(device) for name, value in batch.items()}
     begin = time.perf_counter()
     module.training_loss(batch).backward()
-    module.adaptation.observe()
+    module.adaptation.before_optimizer(1)
     optimizer.step()
     optimizer.zero_grad()
     if device.type == "cuda":

@@ -17,6 +17,7 @@ from torch import nn
 
 from benchmarks.report import report
 from srlora_pl.lowrank import Adaptation, SRLoRA
+from srlora_pl.lowrank.starts.spectrum import spectra
 from srlora_pl.util.system import device_name
 
 
@@ -44,9 +45,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         for name in ("cold", "cached"):
             adaptation = adapted(copy.deepcopy(net))
-            result[name] = seconds(lambda ours=adaptation: ours.start(cache=Path(cache)))  # type: ignore[misc]
-    spectra = [state.spectrum for state in adaptation.states.values()]
-    kept = sum(part.nbytes for each in spectra if each for part in (each.U, each.sigma, each.Vh))
+            result[name] = seconds(lambda ours=adaptation: ours.start(spectra(cache=Path(cache))))  # type: ignore[misc]
+    found = adaptation.controller.spectra.values()
+    kept = sum(part.nbytes for each in found for part in (each.U, each.sigma, each.Vh))
     if not arguments.without_peft:
         config = LoraConfig(
             r=8, lora_alpha=8, init_lora_weights="pissa", target_modules=r"blocks\.\d+\..*(qkv|proj|fc1|fc2)"

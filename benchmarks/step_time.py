@@ -8,8 +8,7 @@ A step is forward, backward, scores, optimizer and the share of a switch that fa
 variants train copies of one network with random weights, interleaved in one process; a ratio is the median over the
 rounds of seconds over seconds of the same round. The floor trains the head alone but sends gradients through the whole
 backbone. With ``--length`` and a GLUE task the texts have their real lengths: ours in length buckets, the others padded
-to 128 or, with ``--same-padding``, all padded to 128. On a CPU in half precision, images have our backward pass of
-attention in our variants or, with ``--same-attention``, in all.
+to 128 or, with ``--same-padding``, all padded to 128.
 """
 
 import argparse
@@ -32,7 +31,6 @@ from benchmarks.report import report
 from benchmarks.texts import glue_batches
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
 from srlora_pl.models.deberta import use_fast_attention
-from srlora_pl.tasks.attention import faster_attention
 from srlora_pl.util.system import device_name
 
 # Optimizer steps between two switches in the paper's runs: 5,000 steps and 30 switches; CoLA's 10,700 and 62.
@@ -55,7 +53,6 @@ class Variant:
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
         else:
             self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
-        self.whole_products = name in OURS
         self.seconds: list[float] = []
         self.switch_seconds = 0.0
 
@@ -93,9 +90,7 @@ class Variant:
         if self.kind == "text":
             logits = self.net(**inputs).logits
         else:
-            device = batch["label"].device
-            with faster_attention(self.net, device) if self.whole_products else nullcontext():
-                logits = self.net(inputs["image"])
+            logits = self.net(inputs["image"])
         return nn.functional.cross_entropy(logits.float(), batch["label"])
 
     def step(self, batch: Batch, autocast: Callable[[], Any]) -> None:
@@ -103,7 +98,7 @@ class Variant:
             loss = self.loss(batch)
         loss.backward()
         if self.adaptation is not None:
-            self.adaptation.observe()
+            self.adaptation.before_optimizer(1)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -116,7 +111,7 @@ class Variant:
         assert self.adaptation is not None
         seconds: list[float] = []
         for _ in range(3):
-            due = self.adaptation.switches_done + 1
+            due = self.adaptation.controller.progress().done + 1
             with _timed(seconds, device):
                 assert self.adaptation.after_optimizer(round(due * INTERVAL[self.kind]) + 1, self.optimizer)
         self.switch_seconds = statistics.median(seconds)
@@ -138,8 +133,8 @@ class Variant:
         gradients = sum(p.grad.nbytes for p in self.net.parameters() if p.grad is not None)
         self.optimizer.zero_grad()
         states = [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
-        if self.adaptation is not None and self.adaptation.importance is not None:
-            states += [self.adaptation.importance.smoothed, self.adaptation.importance.uncertainty]
+        if self.adaptation is not None:
+            states += [v for v in self.adaptation.controller.state_dict().values() if isinstance(v, Tensor)]
         fixed = sum(t.nbytes for t in [*self.net.parameters(), *self.net.buffers(), *states])
         return fixed + gradients + sum(kept.values())
 
@@ -219,9 +214,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     optimizer = arguments.optimizer or ("sgd" if kind == "image" else "adamw")
     variants = [Variant(name, net, kind, device, optimizer) for name in arguments.variants]
     del net
-    if arguments.same_attention:
-        for variant in variants:
-            variant.whole_products = True
     if arguments.compile:
         for variant in variants:
             compile_blocks(variant.net)
@@ -259,7 +251,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", default="128", help="tokens, or a GLUE task for its real lengths")
     parser.add_argument("--same-padding", action="store_true", help="ours pads to 128 too")
-    parser.add_argument("--same-attention", action="store_true", help="the others too take our attention for images")
     parser.add_argument("--glue", default="nyu-mll/glue")
     parser.add_argument("--tokenizer", default="microsoft/deberta-v3-base")
     parser.add_argument("--precision", choices=["32", "bf16", "16"], default="32")

@@ -12,7 +12,7 @@ import sys
 import traceback
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from srlora_pl.run import config
 from srlora_pl.util.errors import START_AGAIN, WORKER_DIED, Interrupted, UserError, causes, did_you_mean, is_utf8
@@ -77,18 +77,16 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     )
     commands = whole.add_subparsers(metavar="SUBCOMMAND", title="subcommands", parser_class=_Parser)
 
-    def command(name: str, text: str, epilog: str = "", add_help: bool = True) -> Any:
+    def command(name: str, text: str, epilog: str = "", add_help: bool = True) -> _Parser:
         about = f"{text[0].upper()}{text[1:]}."
-        parser = commands.add_parser(
+        return commands.add_parser(
             name, help=text, description=about, epilog=epilog, allow_abbrev=False, add_help=add_help
         )
-        return parser.add_argument
 
     for name, text in RUNS.items():
-        add = command(name, text, add_help=False)
-        add("-c", "--config", action="append", default=[])
+        command(name, text, add_help=False).add_argument("-c", "--config", action="append", default=[])
 
-    add = command("export", "write a checkpoint's model as plain weights, or as a LoRA that PEFT loads")
+    add = command("export", "write a checkpoint's model as plain weights, or as a LoRA that PEFT loads").add_argument
     add("--ckpt_path", required=True, help="the checkpoint of a run")
     add("--format", required=True, metavar="merged|peft", help="weights in timm's or transformers' layout, or a LoRA")
     add("--output", required=True, help="the folder to write, new or empty")
@@ -97,9 +95,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("-c", "--config", help="names the model's class and its pretrained weights; by default the run's own")
 
     every = "--KEY VALUE: any setting but the seed and the method, for all runs, such as --data.root glue/"
-    add = command("compare", "train several methods with several seeds, and tell whether they differ", every)
-    add("-c", "--config", action="append", default=[], help="the task; several files are laid on top of each other")
-    add("--table", metavar="3|4", help="instead of --config: the tasks and methods of the paper's table")
+    compare = command("compare", "train several methods with several seeds, and tell whether they differ", every)
+    task, add = compare.add_mutually_exclusive_group(required=True).add_argument, compare.add_argument
+    task("-c", "--config", action="append", default=[], help="the task; several files are laid on top of each other")
+    task("--table", choices=("3", "4"), help="the tasks and methods of the paper's table")
     add("--output", required=True, help="the folder of runs and results; runs in it are gone on with, not repeated")
     add("--methods", metavar="M,M,...", help="names in configs/methods/, or overlays; by default lora,pissa,srlora")
     add("--seeds", type=int, default=5, help="runs of each method, by default 5, from the config's seed on")
@@ -108,7 +107,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("--dry-run", action="store_true", help="list the runs, estimate the time, and stop")
 
     written = "Each figure is written as PNG and SVG, and the data behind it as CSV."
-    add = command("figures", "draw a run's training loss, and which singular directions were active when", written)
+    text = "draw a run's training loss, and which singular directions were active when"
+    add = command("figures", text, written).add_argument
     add("--run", required=True, action="append", help="a run's folder; the losses of several are drawn into one figure")
     add("--layer", type=int, help="the layer whose directions are drawn, from 0; by default the middle one")
     add("--output", help="where to write, by default figures/ in the run's folder")

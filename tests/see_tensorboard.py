@@ -12,10 +12,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.waiting import wait_until
 
 TABS = ("timeseries", "scalars", "histograms", "images", "text", "hparams")
 EXPECTED = ("train/loss", "val/loss", "srlora/directions", "age/initial", "time/step", "memory/peak")
@@ -27,17 +28,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def answer(address: str, patience: float = 60) -> Any:
-    """The JSON at ``address``, once the server is up."""
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            with urllib.request.urlopen(address, timeout=10) as response:
-                return json.load(response)
-        except OSError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
+def answer(address: str) -> Any:
+    """The JSON at ``address``; none while no server is up."""
+    try:
+        with urllib.request.urlopen(address, timeout=10) as response:
+            return json.load(response)
+    except OSError:
+        return None
 
 
 def photograph(browser: str, address: str, picture: Path, seconds: int) -> None:
@@ -63,8 +60,8 @@ def main() -> None:
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(arguments.runs), "--port", str(port)]
     server = subprocess.Popen([*command, "--load_fast=false"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not (runs := answer(f"{address}/data/runs")):
-            time.sleep(1)
+        wait_until(lambda: answer(f"{address}/data/runs"), f"runs of TensorBoard at {address}")
+        runs = answer(f"{address}/data/runs")
         tags = answer(f"{address}/data/plugin/scalars/tags")
         print(f"{len(runs)} runs: {', '.join(runs)}")
         for run in runs:
@@ -76,7 +73,7 @@ def main() -> None:
             print(f"{picture}: {picture.stat().st_size:,} bytes")
     finally:
         server.terminate()
-        server.wait()
+        server.wait(timeout=60)
     sys.exit(any(set(EXPECTED) - set(tags.get(run, {})) for run in runs))
 
 

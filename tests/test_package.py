@@ -1,6 +1,5 @@
 """What the package promises before anything runs."""
 
-import subprocess
 import sys
 
 import pytest
@@ -11,11 +10,12 @@ from hypothesis import strategies as st
 import srlora_pl
 from srlora_pl.util.randomness import derive, uniform
 from tests.helpers.errors import mentions
+from tests.helpers.waiting import run
 
 
 def test_the_maths_loads_no_lightning():
     code = "import sys, srlora_pl.lowrank; print(*{'lightning', 'transformers', 'timm'} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = run([sys.executable, "-c", code], check=True)
     assert out.stdout.strip() == ""
 
 

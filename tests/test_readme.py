@@ -38,20 +38,20 @@ def test_the_own_model_example_trains(tmp_path):
         default_root_dir=tmp_path,
     )
     trainer.fit(model, DataLoader(data, batch_size=4))
-    assert model.adaptation.switches_done == 1
+    assert model.adaptation.controller.progress().done == 1
     assert not torch.equal(model.net.head.weight, head)
 
 
 def test_the_plain_loop_example_trains_and_switches():
     names: dict[str, Any] = {}
-    exec(example("adaptation.observe()"), names)
-    assert names["adaptation"].switches_done == 1
+    exec(example("adaptation.merge()"), names)
+    assert names["adaptation"].controller.progress().done == 1
     assert all(layer.merged for layer in names["adaptation"].layers.values())
 
 
 def test_the_plain_loop_example_goes_on_as_if_it_had_not_been_stopped(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    training = example("adaptation.observe()").partition("adaptation.merge()")[0]
+    training = example("adaptation.merge()").partition("adaptation.merge()")[0]
     made, loop = training.split("for step in range(1, 21):")
     save, load = example("loop.pt").split("\n\n")
 
@@ -66,8 +66,8 @@ def test_the_plain_loop_example_goes_on_as_if_it_had_not_been_stopped(tmp_path, 
 
     whole = run(made, range(1, 21))
     run(made, range(1, 8), save)
-    resumed = run(made.partition("adaptation.start()")[0], load, range(8, 21))
-    assert resumed["adaptation"].switches_done == 1
+    resumed = run(made.partition("adaptation.attach(")[0], load, range(8, 21))
+    assert resumed["adaptation"].controller.progress().done == 1
     for (name, value), other in zip(
         whole["net"].state_dict().items(), resumed["net"].state_dict().values(), strict=True
     ):
@@ -75,7 +75,7 @@ def test_the_plain_loop_example_goes_on_as_if_it_had_not_been_stopped(tmp_path, 
 
 
 def test_the_loop_example_needs_no_lightning():
-    assert "lightning" not in example("adaptation.observe()")
+    assert "lightning" not in example("adaptation.merge()")
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"configs/[\w/]+\.yaml", README))))

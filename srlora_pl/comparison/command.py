@@ -81,10 +81,6 @@ def plans_of(given: Namespace, options: tuple[str, ...]) -> list[Plan]:
     Raises:
         UserError: see `compare`.
     """
-    if bool(given.config) == bool(given.table):
-        raise UserError("compare needs --config FILE or --table 3|4, and not both")
-    if given.table and given.table not in TABLES:
-        raise UserError(f"--table is {given.table}, but compare knows the paper's tables {' and '.join(TABLES)}")
     names, methods = TABLES[given.table] if given.table else ((), ("lora", "pissa", "srlora"))
     chosen = _methods(given.methods.split(",") if given.methods else methods)
     if given.seeds < 1:
@@ -95,8 +91,8 @@ def plans_of(given: Namespace, options: tuple[str, ...]) -> list[Plan]:
     plans = []
     for name, files in tasks.items():
         settings, _ = config.combine([config.read(file) for file in files])
-        first = settings.get("seed_everything", 0)
-        first = 0 if isinstance(first, bool) or not isinstance(first, int) else first
+        first = settings.get("seed_everything")
+        first = first if type(first) is int else 0  # true and null are no seeds
         seeds = tuple(range(first, first + given.seeds))
         plans.append(Plan(files, chosen, grid, seeds, options, output / name))
     return plans

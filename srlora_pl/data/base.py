@@ -1,16 +1,13 @@
-"""What every DataModule of this package shares: an order that any run can resume exactly, and its checks.
+"""The base of the package's DataModules: an order that any run can resume exactly, and checks.
 
-One number decides everything: how many training micro-batches the run has processed. The order of an epoch is
-a function of (run seed, epoch), a sample's augmentation one of (run seed, epoch, index), so a resumed run only
-has to start its sampler at ``divmod(processed, batches per epoch)``.
+The position of a run is one number, the training micro-batches it has processed. The order of an epoch is a function of
+(run seed, epoch), and a sample's augmentation of (run seed, epoch, index), so a resumed run only has to start its
+sampler at ``divmod(processed, batches per epoch)``.
 """
 
 import re
-import signal
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import count
-from multiprocessing.connection import wait
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -18,21 +15,28 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 
+from srlora_pl.data.loader import (
+    EpochBatches,
+    Key,
+    Loader,
+    Loaders,
+    Share,
+    loader,
+    raise_user_error,
+    rank_and_world,
+)
+from srlora_pl.data.protocols import Batch, model_of
 from srlora_pl.training import lightning_internals as internals
-from srlora_pl.util.errors import WORKER_DIED, UserError, listed
+from srlora_pl.util.errors import UserError, listed
 from srlora_pl.util.randomness import derive, run_seed
 
 # Streams keep the uses of one seed apart; large numbers, so that no step or epoch is mistaken for one.
 _ORDER = int.from_bytes(b"order")
 _SPLIT = int.from_bytes(b"split")
 
-_SHOWN = 10  # classes, and kinds of what is left out, that a run's first line names
-
-# A key is what a sampler asks a data set for: (index, epoch) in training, the index alone elsewhere.
-Key = tuple[int, int] | int
-Batch = dict[str, Any]
+_SHOWN = 10  # classes, and kinds of files or rows left out, that a run's first line names
 
 
 class KeyedDataset(Dataset):
@@ -53,20 +57,21 @@ class KeyedDataset(Dataset):
         raise NotImplementedError
 
     def extremes(self) -> tuple[int, int]:
-        """Two samples between which, in what a network finds hard, all others lie, as far as that can be told."""
+        """The easiest and the hardest sample for a network, such as the shortest and the longest, if that is known."""
         return 0, len(self) - 1
 
 
-# What is scored or predicted: one data set, several that are scored apart, or none.
+# The data to score or predict: one set, several that are scored apart, or none.
 Sets = KeyedDataset | list[KeyedDataset] | None
 
 
 class DataModule(L.LightningDataModule):
     """Base of the package's DataModules: a held-out split, exact order, resume, and checks of its arguments.
 
-    A subclass sets `num_classes` and `class_names` in ``__init__``, fills `train_set`, `val_set`, `test_set` and
-    `predict_set` in `load`, counts in `left_out` what it leaves out, and may give its own order of an epoch in
-    `train_order`. On several devices an evaluation batch with the key ``spare`` must not be scored (see `Share`).
+    Its members for tasks and reports are those of `srlora_pl.data.protocols.DataForTask`. A subclass sets `num_classes`
+    and `class_names` in ``__init__``, fills `train_set`, `val_set`, `test_set` and `predict_set` in `load`, counts in
+    `left_out` the files or rows it leaves out, and may order an epoch itself in `train_order`. On several devices an
+    evaluation batch with the key ``spare`` must not be scored (see `Share`).
 
     Args:
         batch_size: samples in a batch, per device.
@@ -80,6 +85,8 @@ class DataModule(L.LightningDataModule):
 
     num_classes: int
     class_names: list[str]
+    names_numbers = False
+    split_names: Mapping[str, Sequence[str]] = {"val": ("val",), "test": ("test",)}
 
     def __init__(self, batch_size: int, val_fraction: float, seed: int, num_workers: int) -> None:
         super().__init__()
@@ -110,7 +117,7 @@ class DataModule(L.LightningDataModule):
             self._resumed = None  # of an earlier fit; a checkpoint to resume from is loaded after this hook
         self._check_head()
         self.load(stage)
-        devices = _rank_and_world(self)[1]
+        devices = rank_and_world(self)[1]
         if stage == "fit" and devices * self.batch_size > len(self._train()):
             raise UserError(
                 f"data.batch_size is {self.batch_size}{f' on {devices} devices' * (devices > 1)}, but the training "
@@ -130,7 +137,7 @@ class DataModule(L.LightningDataModule):
             rank_zero_only(print)(self.description())
 
     def description(self) -> str:
-        """One line on what is loaded: samples, the classes in the order of the outputs, and what is left out.
+        """One line on the loaded data: samples, the classes in the order of the outputs, and files or rows left out.
 
         The classes are counted in the first of the splits that are loaded.
         """
@@ -150,14 +157,14 @@ class DataModule(L.LightningDataModule):
             parts.append(f"labels from {labels.min().item():g} to {labels.max().item():g}")
         if self.left_out:
             most = Counter(self.left_out).most_common()
-            shown = [f"{count:,} {what}" for what, count in most[:_SHOWN]]
+            shown = [f"{count:,} {kind}" for kind, count in most[:_SHOWN]]
             if others := sum(count for _, count in most[_SHOWN:]):
                 shown.append(f"{others:,} others")
             parts.append(f"left out: {listed(shown)}")
         return f"data: {'; '.join(parts)}"
 
     def _check_head(self) -> None:
-        head = getattr(self.trainer and self.trainer.lightning_module, "num_classes", None)
+        head = model_of(self.trainer).num_classes
         if head is not None and head != self.num_classes:
             raise UserError(
                 f"The model's head has {head} classes, but the data has {self.num_classes}; "
@@ -170,31 +177,31 @@ class DataModule(L.LightningDataModule):
         return self.train_set
 
     def trial_batch(self) -> Batch:
-        """A batch of two training samples, one where there is no other, that moves no loader and no random state.
+        """A batch of two training samples (one if there is no other); moves no loader and no random state.
 
         Raises:
             UserError: one of them cannot be read.
         """
         keys: list[Key] = [(index, 0) for index in sorted(set(self._train().extremes()))]
-        return _raise_user_error(self._train().__getitems__(keys))
+        return raise_user_error(self._train().__getitems__(keys))
 
     # -- loaders
 
-    def train_dataloader(self) -> "Loader":
+    def train_dataloader(self) -> Loader:
         """Batches in the order of this run, from where it stands."""
-        return self._loader(self._train(), batch_sampler=EpochBatches(self))
+        return loader(self._train(), self.num_workers, batch_sampler=EpochBatches(self))
 
-    def val_dataloader(self) -> "Loaders":
+    def val_dataloader(self) -> Loaders:
         """The held-out split; no loader at all when nothing is held out."""
         return self._evaluation(self.val_set)
 
-    def test_dataloader(self) -> "Loaders":
+    def test_dataloader(self) -> Loaders:
         return self._evaluation(self.test_set)
 
-    def predict_dataloader(self) -> "Loaders":
+    def predict_dataloader(self) -> Loaders:
         return self._evaluation(self.predict_set)
 
-    def _evaluation(self, sets: "Sets") -> "Loaders":
+    def _evaluation(self, sets: Sets) -> Loaders:
         """One loader, one for each of several data sets, or none."""
         if sets is None:
             return []
@@ -202,23 +209,9 @@ class DataModule(L.LightningDataModule):
             return [self._in_turn(each) for each in sets]
         return self._in_turn(sets)
 
-    def _in_turn(self, dataset: KeyedDataset) -> "Loader":
-        share = Share(dataset, self.batch_size, *_rank_and_world(self))
-        return self._loader(dataset, sampler=share, batch_size=self.batch_size)
-
-    def _loader(self, dataset: KeyedDataset, **batching: Any) -> "Loader":
-        return Loader(
-            dataset,
-            collate_fn=_as_is,
-            num_workers=self.num_workers,
-            worker_init_fn=_outlive_a_signal,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            # Without a generator of its own a new iterator draws from the global stream, and a resumed run
-            # makes one iterator more than an uninterrupted one.
-            generator=torch.Generator(),
-            **batching,
-        )
+    def _in_turn(self, dataset: KeyedDataset) -> Loader:
+        share = Share(dataset, self.batch_size, *rank_and_world(self))
+        return loader(dataset, self.num_workers, sampler=share, batch_size=self.batch_size)
 
     # -- order and position
 
@@ -226,6 +219,20 @@ class DataModule(L.LightningDataModule):
         """The order of an epoch: a permutation of the training split, int64 (n,), f(run seed, epoch)."""
         generator = torch.Generator().manual_seed(derive(run_seed(), _ORDER, epoch))
         return torch.randperm(len(self._train()), generator=generator)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation split, once the data of a fit are loaded."""
+        return self.val_set is not None
+
+    @property
+    def has_test_labels(self) -> bool:
+        """Whether there is a test split to score on."""
+        return False
+
+    def sample_name(self, index: int) -> str:
+        """The name of a predicted sample: its position in the split."""
+        return str(index)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -253,25 +260,25 @@ class DataModule(L.LightningDataModule):
     # -- checkpoint
 
     def _fingerprint(self) -> dict[str, int | float]:
-        """Everything besides the count that the order depends on."""
+        """Everything that the order depends on, besides the count."""
         return {
             "seed_everything": run_seed(),
             "data.batch_size": self.batch_size,
             "data.val_fraction": self.val_fraction,
             "data.seed": self.seed,
             "training samples": len(self._train()),
-            "number of processes": _rank_and_world(self)[1],
+            "number of processes": rank_and_world(self)[1],
             "batches per epoch": self.batches_per_epoch,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The count of processed micro-batches and what it is counted in; and the classes, for who has no data."""
+        """The count of processed micro-batches, everything that the order depends on, and the names of the classes."""
         if self.train_set is None:
             return {}
         return {"processed": self.processed, **self._fingerprint(), "class_names": list(self.class_names)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the position of a checkpoint.
+        """Take over the position of a checkpoint.
 
         Raises:
             UserError: the run's data order differs from the checkpoint's, so that the position means nothing.
@@ -288,112 +295,6 @@ class DataModule(L.LightningDataModule):
         self._resumed = state_dict["processed"]
 
 
-class EpochBatches:
-    """The batch sampler of training: the rest of an epoch from where the run stands, as (index, epoch) keys.
-
-    A batch of W devices is cut from one order, so that W devices see together what one would see with a batch W
-    times as large. An order that does not divide by W is filled up from its own start.
-    """
-
-    def __init__(self, data: DataModule) -> None:
-        self.data = data
-        self.position = (0, 0)
-
-    def take_position(self) -> None:
-        """Read where the run stands; not in ``__iter__``, which a loader with workers calls twice."""
-        self.position = self.data.start_position()
-
-    def __len__(self) -> int:
-        world = _rank_and_world(self.data)[1]
-        return -(-len(self.data._train()) // (world * self.data.batch_size))
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        epoch, start = self.position
-        # overfit_batches promises the same batches in every epoch.
-        shuffle = 0 if getattr(self.data.trainer, "overfit_batches", 0) else epoch
-        rank, world = _rank_and_world(self.data)
-        order = self.data.train_order(shuffle)
-        order = torch.cat([order, order[: -len(order) % world]])[rank::world]
-        batches = order.split(self.data.batch_size)[start : self.data.batches_per_epoch]
-        return ([(index, epoch) for index in batch.tolist()] for batch in batches)
-
-
-class Share(DistributedSampler):
-    """What one of W devices scores of a data set, in order: every W-th sample, so that each is scored once.
-
-    Lightning makes no such sampler, and leaves this one alone. A device without a sample for the last batch takes a
-    spare one there, which must not count: the devices wait for each other, so they need equally many batches.
-    """
-
-    def __init__(self, dataset: KeyedDataset, batch_size: int, rank: int, world: int) -> None:
-        super().__init__(dataset, world, rank, shuffle=False)
-        own = range(rank, len(dataset), world)
-        self.batches_that_count = -(-len(own) // batch_size)
-        spare = -(-len(dataset) // (world * batch_size)) - self.batches_that_count  # 0 or 1
-        self.indices = [*own, *[0] * spare]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def mark(self, number: int, batch: Batch) -> Batch:
-        """Batch ``number`` of this device, with ``spare`` in it if it is one."""
-        return batch if number < self.batches_that_count else {**batch, "spare": True}
-
-
-class Loader(DataLoader):
-    """A DataLoader that Lightning takes for resumable, and whose workers' user errors arrive as they were raised."""
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        if isinstance(self.batch_sampler, EpochBatches):
-            self.batch_sampler.take_position()
-        batches = map(_raise_user_error, _watch_workers(super().__iter__()))
-        return map(self.sampler.mark, count(), batches) if isinstance(self.sampler, Share) else batches
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the position is the DataModule's."""
-        return {}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        pass
-
-
-Loaders = Loader | list[Loader]
-
-
-def _watch_workers(batches: Any) -> Iterator[Any]:
-    """The batches of a DataLoader's iterator; what a worker's death in the middle of one raises has many names."""
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except (RuntimeError, OSError, EOFError) as error:
-            # The pipe of a dying process closes a little before the process is gone.
-            workers = getattr(batches, "_workers", ())
-            if workers and wait([worker.sentinel for worker in workers], timeout=1):
-                raise UserError(WORKER_DIED) from error
-            raise
-        yield batch
-
-
-def user_error_as_batch(error: UserError) -> Batch:
-    """What a data set returns for a batch it cannot give.
-
-    An exception raised in a worker reaches the user with the worker's traceback pasted into its message; sent as
-    a batch it keeps its one sentence.
-    """
-    return {"user_error": str(error)}
-
-
-def _raise_user_error(batch: Batch) -> Batch:
-    if "user_error" in batch:
-        raise UserError(batch["user_error"])
-    return batch
-
-
 def _with_counts(names: Sequence[str], labels: Tensor | None) -> str:
     """The first classes, each with its count in ``labels``: int64 (n,), or of several a sample (n, classes)."""
     shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN]]
@@ -402,24 +303,6 @@ def _with_counts(names: Sequence[str], labels: Tensor | None) -> str:
         shown = [f"{name} ({int(count):,})" for name, count in zip(shown, counts, strict=False)]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(shown) + more
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _outlive_a_signal(worker: int) -> None:
-    """A signal to a whole process group is for the main process, which needs its workers to end in good order.
-
-    The second one kills, as the main process ends workers that do not end by themselves.
-    """
-    names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")  # not all of them on Windows
-    for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
-        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
-
-
-def _rank_and_world(data: DataModule) -> tuple[int, int]:
-    return (data.trainer.global_rank, data.trainer.world_size) if data.trainer else (0, 1)
 
 
 def split_keys(keys: Sequence[Key]) -> tuple[Tensor, Tensor | None]:

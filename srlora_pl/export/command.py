@@ -18,16 +18,15 @@ from torch import Tensor, nn
 
 from srlora_pl.lowrank.delta import Factors, change, overall_error
 from srlora_pl.models import peft_folder
-from srlora_pl.models.family import Library, library_of
+from srlora_pl.models.family import ModelFamily, example_outputs
 from srlora_pl.run import config
 from srlora_pl.tasks.base import Task
-from srlora_pl.tasks.image import ImageClassifier
 from srlora_pl.training import checkpoints
 from srlora_pl.util.errors import UserError
 
 FORMATS = ("merged", "peft")
 WEIGHTS = ("model.safetensors", peft_folder.WEIGHTS)
-# Where a checkpoint's pretrained weights are may change when folders move; all else it says itself.
+# The arguments of a task that say where its pretrained weights are, and change when folders move.
 _PLACES = ("backbone", "backbone_checkpoint", "adapter")
 
 
@@ -41,8 +40,8 @@ class Report:
         dense_size: of the merged weights, in bytes.
         difference: the largest absolute difference between outputs of the trained model and of the files.
         largest: the largest absolute output of the trained model.
-        factors: the PEFT adapter's, by layer.
-        notes: what else is worth saying.
+        factors: of the PEFT adapter, by layer.
+        notes: further sentences for the user.
     """
 
     folder: Path
@@ -91,7 +90,7 @@ def export_model(
     """Write the trained ``task`` to ``folder``, load it from there with the library it is for, and compare outputs.
 
     Args:
-        task: an `ImageClassifier` or a `TextClassifier`; stays as it is.
+        task: an `ImageClassifier` or a `TextClassifier`; it is not changed.
         folder: new or empty, unless ``force``.
         format: ``merged``, plain weights in timm's or transformers' own layout; or ``peft``, a LoRA on the pretrained
             weights.
@@ -108,47 +107,62 @@ def export_model(
         raise UserError(f"--format {format} is unknown, it is one of {', '.join(FORMATS)}")
     if rank is not None and format != "peft":
         raise UserError(f"--rank {rank} belongs to --format peft, leave it out for merged weights")
-    target, library = require_free(folder, force), library_of(task)
-    class_names = class_names if len(class_names) == library.task.num_classes else ()
+    target = require_free(folder, force)
+    if not isinstance(task, Task):
+        raise UserError(
+            f"{type(task).__name__} is neither an ImageClassifier nor a TextClassifier, so its files have no known "
+            "layout: take model.adaptation.merged_copy()"
+        )
+    class_names = class_names if len(class_names) == task.hparams.get("num_classes") else ()
     plain = task.adaptation.merged_copy()
     _require_finite(plain.state_dict())
     with _whole_or_nothing(target) as new:
         if format == "merged":
-            report = _write_merged(library, plain, new, class_names)
+            report = _write_merged(task, plain, new, class_names)
         else:
-            report = _write_adapter(library, plain, new, rank, class_names)
+            report = _write_adapter(task, plain, new, rank, class_names)
     return replace(report, folder=target)
 
 
-def _write_merged(library: Library, plain: nn.Module, new: Path, class_names: Sequence[str]) -> Report:
-    notes = library.write(plain, new, list(class_names))
-    trained = library.outputs(library.task.net)
+def _write_merged(task: Task, plain: nn.Module, new: Path, class_names: Sequence[str]) -> Report:
+    family = task.family
+    notes = family.save(plain, new, class_names, task.card())
+    trained = example_outputs(family, task.net, task.net)
+    loaded = example_outputs(family, family.load(new), task.net)
     size = _size(plain.state_dict())
-    return Report(new, size, size, *_compare(library.outputs(library.read(new)), trained, trained), notes=notes)
+    return Report(new, size, size, *_compare(loaded, trained, trained), notes=notes)
 
 
-def _write_adapter(
-    library: Library, plain: nn.Module, new: Path, rank: int | None, class_names: Sequence[str]
-) -> Report:
-    task, base = library.task, library.base()
-    start = task.adapter
+def _write_adapter(task: Task, plain: nn.Module, new: Path, rank: int | None, class_names: Sequence[str]) -> Report:
+    family, start = task.family, task.adapter
+    base, heads = _pretrained(family), family.heads(task.net)
     factors = change(task.adaptation, rank, start.merged_into(task.adaptation) if start else None)
-    names = [*library.heads, *(start.modules_beside(library.heads) if start else ())]
+    names = [*heads, *(start.modules_beside(heads) if start else ())]
     modules = {name: plain.get_submodule(name).state_dict() for name in names}
     _require_finite({f"{name}.{side}": getattr(each, side) for name, each in factors.items() for side in "BA"})
     _require_untouched(base, plain, (*(f"{name}.weight" for name in factors), *(f"{name}." for name in modules)))
-    base_settings = (library.base_name, library.task_type, library.revision)
+    base_settings = (family.base_name, family.task_type, family.revision)
     size = peft_folder.write(new, factors, modules, *base_settings, class_names)
-    trained = library.outputs(library.task.net)
+    trained = example_outputs(family, task.net, task.net)
     installed = find_spec("peft") is not None
-    notes = [f"it belongs on {library.recipe}"]
+    notes = [f"it belongs on {family.recipe}"]
     if not installed:
         notes.append("peft is not installed, so the files were not loaded back")
     if rank is not None or not installed:
-        rebuilt = library.outputs(_changed(copy.deepcopy(base), factors, modules))
-    found = library.outputs(_in_peft(base, new)) if installed else rebuilt
+        rebuilt = example_outputs(family, _changed(copy.deepcopy(base), factors, modules), task.net)
+    found = example_outputs(family, _in_peft(base, new), task.net) if installed else rebuilt
     differences = _compare(found, trained if rank is None else rebuilt, trained)
     return Report(new, size, _size(plain.state_dict()), *differences, factors, notes)
+
+
+def _pretrained(family: ModelFamily) -> nn.Module:
+    """The pretrained network with a new head."""
+    if family.random:
+        raise UserError(
+            "the run started from random weights (model.backbone_kwargs.pretrained is false), so there is no "
+            "pretrained model that a PEFT folder could be put on: use --format merged"
+        )
+    return family.build()[0].eval()
 
 
 def _in_peft(base: nn.Module, folder: Path) -> nn.Module:
@@ -160,7 +174,11 @@ def _in_peft(base: nn.Module, folder: Path) -> nn.Module:
 
 
 def _compare(found: Tensor, expected: Tensor, trained: Tensor) -> tuple[float, float]:
-    """How far ``found`` is from the ``trained`` outputs, and how large these are, once it is what was ``expected``."""
+    """The largest difference of ``found`` and the ``trained`` outputs, and the largest of these.
+
+    Raises:
+        UserError: ``found`` is not the ``expected`` output.
+    """
     largest = float(trained.abs().max())
     allowed = 1e-4 * largest + 1e-6  # a deep network's rounding in float32 comes to about 1e-5 of its outputs
     if not (distance := float((found - expected).abs().max())) <= allowed:
@@ -182,7 +200,7 @@ def _require_finite(state: Mapping[str, Tensor]) -> None:
 
 
 def _require_untouched(base: nn.Module, plain: nn.Module, exported: tuple[str, ...]) -> None:
-    """Refuse what a LoRA beside heads cannot hold, such as the running statistics of a batch norm."""
+    """Refuse changes that a LoRA and heads cannot hold, such as the running statistics of a batch norm."""
     own = plain.state_dict()
     for name, value in base.state_dict().items():
         if not name.startswith(exported) and not torch.equal(value, own[name]):
@@ -194,7 +212,7 @@ def _require_untouched(base: nn.Module, plain: nn.Module, exported: tuple[str, .
 
 @torch.no_grad()
 def _changed(base: nn.Module, factors: Mapping[str, Factors], modules: Mapping[str, dict[str, Any]]) -> nn.Module:
-    """``base`` with what a PEFT folder holds put into its weights, in place."""
+    """``base`` with the content of a PEFT folder merged into its weights, in place."""
     for name, each in factors.items():
         weight = base.get_parameter(f"{name}.weight")
         weight.copy_(weight.double() + each.B.double() @ each.A.double())
@@ -222,7 +240,7 @@ def require_free(folder: str | Path, force: bool) -> Path:
 
 @contextmanager
 def _whole_or_nothing(target: Path) -> Iterator[Path]:
-    """A new folder, which becomes ``target``, or goes into it, when the block ends well, and vanishes when not."""
+    """A new folder that replaces ``target``, or is moved into it, if the block succeeds, and vanishes otherwise."""
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -265,7 +283,7 @@ def _move(new: Path, target: Path) -> None:
 def export_checkpoint(
     checkpoint: str, format: str, output: str, rank: int | None, force: bool, config_file: str | None
 ) -> Report:
-    """`export_model` of what ``fit`` saved in the file ``checkpoint``.
+    """`export_model` of the model in the file ``checkpoint`` of a ``fit``.
 
     Args:
         config_file: names the task's class and the places of the pretrained weights; by default the run's own.
@@ -276,7 +294,7 @@ def export_checkpoint(
 
 
 def load_task(checkpoint: Path, config_file: str | None) -> tuple[Task, list[str]]:
-    """The trained model in ``checkpoint`` on the CPU, and the names of its classes as far as the file tells them.
+    """The trained model in ``checkpoint`` on the CPU, and the names of its classes, empty if unknown.
 
     Raises:
         UserError: the file was not written by ``fit``, or the model cannot be built again.
@@ -289,15 +307,12 @@ def load_task(checkpoint: Path, config_file: str | None) -> tuple[Task, list[str
     places = {key: given[key] for key in _PLACES if key in given}
     task = kind.load_from_checkpoint(checkpoint, "cpu", compile=False, optimizer="sgd", weights_only=True, **places)
     data = settings.get("data") or {}
-    if isinstance(task, ImageClassifier) and str(data.get("class_path")).endswith("ImageData"):
-        # As ImageData prepares images for evaluation: it resizes both sides, whatever their ratio.
-        crop = (data.get("init_args") or {}).get("test_crop_pct", 1.0)
-        task.data_config |= {"crop_pct": crop, "crop_mode": "squash"}
+    task.take_data_settings(str(data.get("class_path")), data.get("init_args") or {})
     return task, checkpoints.class_names(content) or []
 
 
 def _task_class(checkpoint: Path, config_file: str | None) -> tuple[config.Node, type[Task]]:
-    """The run's settings, and the class that they name as its model's."""
+    """The run's settings, and the class of its model."""
     folders = checkpoints.run_folders(checkpoint)
     if not (config_file or folders):
         raise UserError(f"the run's config.yaml is not in {checkpoint.resolve().parent.parent}, give it with --config")
@@ -306,7 +321,7 @@ def _task_class(checkpoint: Path, config_file: str | None) -> tuple[config.Node,
     model = settings.get("model")
     path = str(model.get("class_path")) if isinstance(model, dict) else ""
     if not (config_file or path.startswith("srlora_pl.")):
-        # To import a class is to run code, which a file found beside a checkpoint must not bring about.
+        # Importing a class runs code, which a file found beside a checkpoint must not cause.
         raise UserError(f"{file} names the class {path!r} from elsewhere, give --config {file} if you trust it")
     module, _, name = path.rpartition(".")
     try:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from srlora_pl.lowrank import checks, loop, storage
 from srlora_pl.lowrank.formats import FORMAT, upgraded
@@ -73,6 +74,7 @@ class Adaptation(Inference, FormerNames):
         self._last_step = 0  # counted from the first of all runs
         self._planned: int | None = None  # the last step of the plan
         self._resumes = False  # from a loaded state that no plan has followed yet
+        self._hooks: list[RemovableHandle] = []
         self._watch = checks.GradientWatch(self.layers)
         self.run_on_rank_zero: Callable[[Callable[[], Any]], Any] = lambda compute: compute()
         self.controller: Controller = method.controller(self)
@@ -170,7 +172,9 @@ class Adaptation(Inference, FormerNames):
         checks.require_trained(self.layers, optimizer)
         self.start(sources)
         self.plan(last_step)
-        loop.attach(self, optimizer)
+        for hook in self._hooks:  # of an earlier run, which would count each step twice
+            hook.remove()
+        self._hooks = loop.attach(self, optimizer)
 
     # --- in every step
 
@@ -189,11 +193,11 @@ class Adaptation(Inference, FormerNames):
         if not self.started:
             raise UserError("the adapters train from a start only, call start() before the first step")
         checks.require_unmerged(self.layers.values(), before="training")
-        self.weights.forget_pretrained()
         self._watch.observe()
         if gradients is None:
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
         self.controller.before_optimizer(step, gradients, inverse_scale)
+        self.weights.forget_pretrained()  # not before: a controller that lacks its sources refuses the step
 
     def after_optimizer(self, step: int, optimizer: Optimizer | None = None) -> bool:
         """Do the events that are due once optimizer step ``step`` (from 1) is over; True if there were any."""
@@ -229,6 +233,7 @@ class Adaptation(Inference, FormerNames):
         return {
             "format": FORMAT,
             "method": self.method.spec(),
+            "starts_from": self.method.starts_from,
             "compact": compact,
             "started": self.started,
             "steps_before": self.steps_before,
@@ -284,5 +289,7 @@ class Adaptation(Inference, FormerNames):
         adaptation = cls(net, method, content["trainable"], pretrained, content["new"])
         adaptation.load_state_dict(content["adaptation"])
         own, frozen = net.state_dict(), adaptation.weights.unchanged()
-        net.load_state_dict({**{name: own[name] for name in frozen}, **content["net"]})
+        weights = {**{name: own[name] for name in frozen}, **content["net"]}
+        checks.require_same_shapes(own, weights)
+        net.load_state_dict(weights)
         return adaptation

@@ -74,6 +74,16 @@ def require_same_method(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         raise UserError(f"the checkpoint was made with method.{', '.join(differing)}, use the checkpoint's values")
 
 
+def require_same_shapes(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a state dict ``theirs`` that does not fit into the network whose is ``ours``."""
+    for name in [*ours, *theirs]:
+        here, there = (
+            f"has shape {tuple(state[name].shape)}" if name in state else "is absent" for state in (ours, theirs)
+        )
+        if here != there:
+            raise UserError(f"{name} {there} in the saved adaptation and {here} in this network, load it into its own")
+
+
 class GradientWatch:
     """Finds adapters that never get a gradient, because the forward pass goes around them.
 

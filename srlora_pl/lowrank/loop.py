@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from srlora_pl.util.errors import UserError
 
@@ -23,8 +24,12 @@ class Steps(Protocol):
     def after_optimizer(self, step: int, optimizer: Optimizer | None = None) -> bool: ...
 
 
-def attach(steps: Steps, optimizer: Optimizer) -> None:
-    """Have every ``optimizer.step()`` call `before_optimizer` and `after_optimizer`; see `Adaptation.attach`."""
+def attach(steps: Steps, optimizer: Optimizer) -> list[RemovableHandle]:
+    """Have every ``optimizer.step()`` call `before_optimizer` and `after_optimizer`; see `Adaptation.attach`.
+
+    Returns:
+        The hooks, whose ``remove()`` ends this.
+    """
 
     def before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if any(argument is not None for argument in (*args[1:], kwargs.get("closure"))):  # args[0] is the optimizer
@@ -37,5 +42,4 @@ def attach(steps: Steps, optimizer: Optimizer) -> None:
     def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         steps.after_optimizer(steps.step + 1, optimizer)
 
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
+    return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]

@@ -1,5 +1,6 @@
 """Nested containers with tensors as a folder: a safetensors file, and a JSON file that runs no code."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from srlora_pl.util.errors import UserError
 from srlora_pl.util.files import replacing
 
 TENSORS, CONTENT = "adaptation.safetensors", "adaptation.json"
-_TENSOR = "tensor"  # {"tensor": NAME} stands for a tensor of the other file
+_TENSOR = "<tensor>"  # {"<tensor>": NAME} stands for a tensor of the other file
 
 
 def write(folder: Path, content: dict[str, Any]) -> None:
@@ -22,7 +23,7 @@ def write(folder: Path, content: dict[str, Any]) -> None:
     plain = _without_tensors(content, tensors)
     keep(tensors, folder / TENSORS)
     with replacing(folder / CONTENT) as file:
-        file.write(json.dumps({"content": plain, "digest": _digest(tensors)}, indent=1).encode())
+        file.write(json.dumps({"content": plain, "digest": _digest(plain, tensors)}, indent=1).encode())
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -34,15 +35,16 @@ def read(folder: Path) -> dict[str, Any]:
     try:
         tensors = load_file(folder / TENSORS)
         saved = json.loads((folder / CONTENT).read_text("utf-8"))
-        if saved["digest"] == _digest(tensors):
+        if saved["digest"] == _digest(saved["content"], tensors):
             return _with_tensors(saved["content"], tensors)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise UserError(f"{folder} holds no adaptation that can be read ({error}): give a folder of save()") from error
-    raise UserError(f"{folder}: {CONTENT} and {TENSORS} belong to different adaptations, save it again")
+    raise UserError(f"{folder}: {CONTENT} and {TENSORS} do not belong together or are damaged, save it again")
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    return fingerprint(dict(sorted(tensors.items())))
+def _digest(plain: Any, tensors: dict[str, Tensor]) -> str:
+    both = json.dumps(plain) + fingerprint(dict(sorted(tensors.items())))
+    return hashlib.sha256(both.encode()).hexdigest()
 
 
 def _without_tensors(node: Any, tensors: dict[str, Tensor]) -> Any:

@@ -1,11 +1,11 @@
-"""DeBERTa's attention without its repeated work; the same function as transformers' to rounding.
+"""DeBERTa's attention without repeated work, equal to transformers' up to rounding.
 
 The bias of a score depends on the distance of query and key alone, so a text of L tokens meets at most 2L - 1 of the
 relative positions, whatever the batch. transformers projects all of them (512), copies them for every sample, and picks
 each of the L x L scores with an index. Here the 2L - 1 live ones are projected once, together with the tokens (so that
 an adapted projection merges its pairs once), multiplied with all samples in one product, and shifted into place by a
-view. Which rows of the embeddings are live is known beforehand: transformers finds it in every forward pass, for which
-a GPU has to be waited for.
+view. The live rows of the embeddings are known beforehand; transformers finds them in every forward pass, and waits for
+the GPU.
 """
 
 from typing import Any
@@ -49,9 +49,9 @@ def use_fast_attention(net: PreTrainedModel, name: str) -> None:
 
 
 class _LiveRows:
-    """Gives an encoder the rows of its position embeddings that its texts meet, in place of their relative positions.
+    """Replaces an encoder's relative positions by the rows of the position embeddings that its texts need.
 
-    Texts of L tokens meet the rows of the distances -(L - 1) to L - 1, (2L - 1,): the middle of those of longer texts.
+    Texts of L tokens need the rows of the distances -(L - 1) to L - 1, (2L - 1,), the middle of those of longer texts.
     """
 
     def __init__(self, encoder: DebertaV2Encoder) -> None:

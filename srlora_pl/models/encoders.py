@@ -25,7 +25,7 @@ WEIGHTS_FILES = (
     "pytorch_model.bin.index.json",
 )
 
-# In spite of their mask, padding reaches the tokens beside it, the sums of the attention or the place that is read.
+# Here padding has an effect in spite of the mask: on the tokens beside it, on sums in the attention, or on the output.
 _SEE_PADDING = ("convbert", "mobilebert", "nystromformer", "t5gemma", "t5gemma2", "yoso")
 # Where the hub's files are found: of configuration, weights and tokenizer alike.
 HUB_OPTIONS = ("revision", "subfolder", "cache_dir", "local_files_only", "proxies")
@@ -34,7 +34,7 @@ _CODE = "code that comes with a model's files is never run, leave it out"
 _CLASSES = "leave it out, the data decide the classes"
 _PRECISION = "leave it out, the weights are kept in float32 and trainer.precision says what is computed in"
 _DEVICE = "leave it out, trainer.accelerator and trainer.devices say where the network is"
-# What from_pretrained takes besides, and what to do instead.
+# Arguments of from_pretrained that have no place in model.backbone_kwargs, and what to do instead.
 _NOT_OURS = {
     "token": SECRET,
     "use_auth_token": SECRET,
@@ -80,23 +80,18 @@ def resolve(name: str) -> str:
     return name
 
 
-def build_encoder(
-    name: str, num_classes: int, kwargs: dict[str, Any] | None = None, checkpoint: str | None = None
-) -> PreTrainedModel:
-    """The encoder ``name`` in float32, in training mode, with a new head of ``num_classes`` outputs.
-
-    ``name``: a hub repository, a local folder in transformers' layout, or a packaged encoder (``minilm``).
-    ``kwargs`` override the configuration, or say where the hub's files are found (`HUB_OPTIONS`). The weights are those
-    of the file ``checkpoint`` if given; else the name's own, downloaded where needed; or random ones with
-    ``pretrained: false`` in ``kwargs``. Weights of a head of ``num_classes`` outputs are taken too, see `find_head`.
-    """
-    return find_head(name, num_classes, kwargs, checkpoint)[0]
-
-
 def find_head(
     name: str, num_classes: int, kwargs: dict[str, Any] | None = None, checkpoint: str | None = None
 ) -> tuple[PreTrainedModel, FoundHead | None]:
-    """`build_encoder`'s network, and its head if that is not new."""
+    """An encoder in float32, in training mode, with a head of ``num_classes`` outputs; and that head if it is not new.
+
+    Args:
+        name: a hub repository, a local folder in transformers' layout, or a packaged encoder (``minilm``).
+        num_classes: outputs. A head of as many that comes with the weights is taken.
+        kwargs: override the configuration, or say where the hub's files are found (`HUB_OPTIONS`);
+            ``pretrained: false`` gives random weights.
+        checkpoint: a weights file, instead of the name's own weights, which are downloaded where needed.
+    """
     options = dict(kwargs or {})
     refuse_options(options, _NOT_OURS)
     pretrained = options.pop("pretrained", True)
@@ -128,7 +123,7 @@ def find_head(
 
 
 def hub_options(kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """Those of ``kwargs`` that say where the hub's files are found, for the tokenizer too."""
+    """The part of ``kwargs`` that says where the hub's files are found, also those of the tokenizer."""
     return {key: value for key, value in (kwargs or {}).items() if key in HUB_OPTIONS}
 
 
@@ -204,7 +199,7 @@ def _from_file(name: str, config: PreTrainedConfig, file: str) -> tuple[PreTrain
 
 
 def _load(name: str, place: str, kind: Any, source: str | None, **options: Any) -> tuple[PreTrainedModel, bool]:
-    """Load float32 weights, whatever the file holds, in which all but head and pooler must be; was the head there?"""
+    """Load weights as float32; all but head and pooler must be there. Returns the network, and whether its head was."""
     try:
         net, report = kind.from_pretrained(
             source, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **options
@@ -242,7 +237,7 @@ def _not_here(name: str, hub: dict[str, Any], error: Exception) -> UserError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' progress bar, and without its reports on the new head, which are no news."""
+    """Silences transformers' progress bar and its reports on the new head."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -255,7 +250,7 @@ def quiet() -> Iterator[None]:
 
 
 def max_tokens(net: nn.Module) -> int | None:
-    """How many tokens the learned absolute positions of ``net`` reach; None where it has none, as DeBERTa-v3."""
+    """The number of learned absolute positions of ``net``; None where it has none, as DeBERTa-v3."""
     positions = _embedding(net, "position_embeddings")
     if positions is None:
         return None
@@ -264,7 +259,7 @@ def max_tokens(net: nn.Module) -> int | None:
 
 
 def finds_end_by_padding(net: nn.Module) -> bool:
-    """Whether ``net`` asks its configuration which token is padding in every pass, as decoders for their last token.
+    """Whether ``net`` looks for the padding token in its input, as decoders do to find the last token.
 
     RoBERTa's family does not: it has learned its positions behind a padding token of its own.
     """
@@ -277,7 +272,7 @@ def finds_end_by_padding(net: nn.Module) -> bool:
 
 
 def padding_token(net: Any) -> int | None:
-    """The token that the configuration of ``net`` calls padding; None too where those of its parts differ."""
+    """The padding token in the configuration of ``net``; None also where its parts have different ones."""
     tokens = {config.pad_token_id for config in _with_padding(net.config)}
     return tokens.pop() if len(tokens) == 1 else None
 
@@ -294,7 +289,7 @@ def _with_padding(config: Any) -> list[Any]:
 
 
 def pads_left(net: Any) -> bool:
-    """Whether ``net`` reads the last place, as XLNet; all others number the places from the left, or do not care."""
+    """Whether ``net`` reads the last position, as XLNet, so that texts are padded on the left."""
     return getattr(net.config, "summary_type", None) == "last"
 
 
@@ -305,7 +300,7 @@ def sees_padding(net: Any) -> bool:
 
 
 def vocab_size(net: Any) -> int | None:
-    """How many tokens ``net`` has embeddings for; None where it has no table of them, as CANINE and Perceiver."""
+    """The number of token embeddings of ``net``; None where it has no table of them, as CANINE and Perceiver."""
     try:
         return getattr(net.get_input_embeddings(), "num_embeddings", None)
     except NotImplementedError:
@@ -313,7 +308,7 @@ def vocab_size(net: Any) -> int | None:
 
 
 def token_types(net: nn.Module) -> int | None:
-    """How many kinds of tokens ``net`` tells apart, as those of the first and the second text; None where none are."""
+    """The number of token types of ``net``, as first and second text; None where it has none."""
     kinds = _embedding(net, "token_type_embeddings")
     return None if kinds is None else kinds.num_embeddings
 

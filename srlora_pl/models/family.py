@@ -1,106 +1,168 @@
-"""How timm and transformers, each in its own layout, build, write and read the networks that are exported."""
+"""How timm and transformers, each in its own layout, build, run, save and load their networks."""
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import timm
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from srlora_pl.data.protocols import Batch
 from srlora_pl.data.texts.tokens import load_tokenizer
 from srlora_pl.models import encoders, timm_models
-from srlora_pl.tasks.base import Task
-from srlora_pl.tasks.guards import in_evaluation
-from srlora_pl.tasks.image import ImageClassifier
-from srlora_pl.tasks.text import TextClassifier
+from srlora_pl.models.heads import FoundHead
 from srlora_pl.util.errors import UserError
 
 
-class Library:
-    """How one library builds, writes and reads the networks of ``task``, and runs them on a batch for comparison."""
+class ModelFamily(Protocol):
+    """One network of one library: tasks build and run it, the export saves and loads it."""
 
-    task_type: str | None = None  # in PEFT's terms
-    heads: tuple[str, ...]  # modules that the pretrained weights do not bring along
-    base_name: str  # what the pretrained network is loaded from
-    revision: str | None = None  # of what
-    recipe: str  # how, in words
+    @property
+    def random(self) -> bool:
+        """Whether its weights are random, so that they cannot be loaded again."""
 
-    def __init__(self, task: Any) -> None:
-        self.task = task
-        hparams = task.hparams
-        self.arguments = (
-            hparams["backbone"],
-            task.num_classes,
-            hparams["backbone_kwargs"],
-            hparams["backbone_checkpoint"],
+    @property
+    def base_name(self) -> str:
+        """The folder or hub name of the pretrained network, as PEFT's settings give it."""
+
+    @property
+    def revision(self) -> str | None:
+        """The revision of ``base_name``."""
+
+    @property
+    def task_type(self) -> str | None:
+        """PEFT's name of the task."""
+
+    @property
+    def recipe(self) -> str:
+        """The call that loads the pretrained network with the library alone."""
+
+    def build(self) -> tuple[nn.Module, FoundHead | None]:
+        """The network in float32, in training mode, and its head if that is not new."""
+
+    def heads(self, net: nn.Module) -> tuple[str, ...]:
+        """Dotted names of the modules that the pretrained weights do not bring along."""
+
+    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+        """The outputs of ``net`` for a batch of the task's."""
+
+    def example_inputs(self, net: nn.Module) -> list[Batch]:
+        """A few random inputs of the right shape for ``net``, the same in every call, float32 or int64 on the CPU."""
+
+    def save(self, net: nn.Module, folder: Path, class_names: Sequence[str], card: dict[str, Any]) -> list[str]:
+        """Write ``net`` in the library's layout, with ``card`` in its configuration; returns notes for the user."""
+
+    def load(self, folder: Path) -> nn.Module:
+        """Load what `save` wrote, with nothing but the library."""
+
+
+@torch.no_grad()
+def example_outputs(family: ModelFamily, net: nn.Module, like: nn.Module) -> Tensor:
+    """The outputs of ``net`` in evaluation mode for the example inputs of ``like``, float64 on the CPU."""
+    weight = next(net.parameters())
+
+    def there(batch: Batch) -> Batch:
+        return {name: x.to(weight) if x.is_floating_point() else x.to(weight.device) for name, x in batch.items()}
+
+    with in_evaluation(net):
+        return torch.cat([family.logits(net, there(batch)) for batch in family.example_inputs(like)]).cpu().double()
+
+
+@contextmanager
+def in_evaluation(module: nn.Module) -> Iterator[None]:
+    """Puts ``module`` into evaluation mode; afterwards modes and buffers (a count of calls, say) are as before."""
+    modes = [(each, each.training) for each in module.modules()]
+    buffers = [
+        (each, name, buffer, buffer.clone())
+        for each in module.modules()
+        for name, buffer in each.named_buffers(recurse=False)
+    ]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each, training in modes:
+            each.training = training
+        for each, name, buffer, value in buffers:
+            setattr(each, name, buffer.copy_(value))
+
+
+@dataclass(frozen=True)
+class _Classifier:
+    """A classification network by the arguments of a task.
+
+    Attributes:
+        name: ``model.backbone``.
+        num_classes: outputs of the head.
+        kwargs: ``model.backbone_kwargs``.
+        checkpoint: ``model.backbone_checkpoint``.
+    """
+
+    name: str
+    num_classes: int
+    kwargs: dict[str, Any] | None = None
+    checkpoint: str | None = None
+
+    @property
+    def random(self) -> bool:
+        return not (self.checkpoint or (self.kwargs or {}).get("pretrained", True))
+
+    def _recipe(self, call: str) -> str:
+        options = {key: value for key, value in (self.kwargs or {}).items() if key != "pretrained"}
+        arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+        return f"{call}{arguments})" + (f" with the weights of {self.checkpoint}" if self.checkpoint else "")
+
+
+class Timm(_Classifier):
+    """An image network of timm."""
+
+    task_type: ClassVar[str | None] = None
+
+    @property
+    def base_name(self) -> str:
+        return self._place[0]
+
+    @property
+    def revision(self) -> str | None:
+        return self._place[1]
+
+    @property
+    def _place(self) -> tuple[str, str | None]:
+        source = timm_models.timm_name(self.name)
+        if not source.startswith("hf-hub:"):
+            return source.removeprefix("local-dir:"), None
+        base, _, revision = source.removeprefix("hf-hub:").partition("@")
+        return base, revision or None
+
+    @property
+    def recipe(self) -> str:
+        source = timm_models.timm_name(self.name)
+        return self._recipe(
+            f"timm.create_model({source!r}, pretrained={self.checkpoint is None}, num_classes={self.num_classes}"
         )
-        self.options = {**(hparams["backbone_kwargs"] or {})}
-        self.random = not self.options.pop("pretrained", True) and not hparams["backbone_checkpoint"]
 
-    @torch.no_grad()
-    def outputs(self, net: nn.Module) -> Tensor:
-        """Logits of a few seeded random inputs, float64 on the CPU."""
-        with in_evaluation(net):
-            return self.run(net, torch.Generator().manual_seed(0)).cpu().double()
+    def build(self) -> tuple[nn.Module, FoundHead | None]:
+        return timm_models.find_head(self.name, self.num_classes, self.kwargs, self.checkpoint)
 
-    def run(self, net: nn.Module, generator: torch.Generator) -> Tensor:
-        """Logits of random inputs of the right shape."""
-        raise NotImplementedError
+    def heads(self, net: nn.Module) -> tuple[str, ...]:
+        return timm_models.head_names(net)
 
-    def base(self) -> nn.Module:
-        """The pretrained network with a new head."""
-        if self.random:
-            raise UserError(
-                "the run started from random weights (model.backbone_kwargs.pretrained is false), so there is no "
-                "pretrained model that a PEFT folder could be put on: use --format merged"
-            )
-        return self.build().float().eval()
+    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+        return net(batch["image"])
 
-    def build(self) -> nn.Module:
-        raise NotImplementedError
+    def example_inputs(self, net: nn.Module) -> list[Batch]:
+        size = timm_models.data_config(net, self.kwargs)["input_size"]
+        return [{"image": torch.randn(2, *size, generator=torch.Generator().manual_seed(0))}]
 
-    def write(self, net: nn.Module, folder: Path, class_names: list[str]) -> list[str]:
-        """Write ``net`` to ``folder`` in the library's own layout; what is worth saying about it."""
-        raise NotImplementedError
-
-    def read(self, folder: Path) -> nn.Module:
-        """Load what `write` wrote, with nothing but the library."""
-        raise NotImplementedError
-
-    def _with_options(self, call: str) -> str:
-        options = "".join(f", {key}={value!r}" for key, value in self.options.items())
-        file = self.arguments[-1]
-        return f"{call}{options})" + (f" with the weights of {file}" if file else "")
-
-
-class Timm(Library):
-    def __init__(self, task: ImageClassifier) -> None:
-        super().__init__(task)
-        self.heads = timm_models.head_names(task.net)
-        source = timm_models.timm_name(self.arguments[0])
-        self.base_name = source.removeprefix("local-dir:")
-        if source.startswith("hf-hub:"):
-            self.base_name, _, revision = source.removeprefix("hf-hub:").partition("@")
-            self.revision = revision or None
-        self.recipe = self._with_options(
-            f"timm.create_model({source!r}, pretrained={self.arguments[-1] is None}, num_classes={task.num_classes}"
-        )
-
-    def run(self, net: nn.Module, generator: torch.Generator) -> Tensor:
-        like = next(net.parameters())
-        return net(torch.randn(2, *self.task.data_config["input_size"], generator=generator).to(like))
-
-    def build(self) -> nn.Module:
-        return timm_models.build_backbone(*self.arguments)
-
-    def write(self, net: nn.Module, folder: Path, class_names: list[str]) -> list[str]:
-        labels = {"label_names": class_names} if class_names else {}
+    def save(self, net: nn.Module, folder: Path, class_names: Sequence[str], card: dict[str, Any]) -> list[str]:
+        labels = {"label_names": list(class_names)} if class_names else {}
         try:
-            timm.models.save_for_hf(
-                net, str(folder), labels, safe_serialization=True, data_config=self.task.data_config
-            )
+            timm.models.save_for_hf(net, str(folder), labels, safe_serialization=True, **card)
         except ValueError as error:
             raise UserError(f"timm cannot describe this model in a config.json ({error})") from error
         about = _about(folder)
@@ -109,44 +171,57 @@ class Timm(Library):
         _write_about(folder, about)
         return []
 
-    def read(self, folder: Path) -> nn.Module:
+    def load(self, folder: Path) -> nn.Module:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
-class Transformers(Library):
-    task_type = "SEQ_CLS"
+class Transformers(_Classifier):
+    """A text encoder of transformers."""
 
-    def __init__(self, task: TextClassifier) -> None:
-        super().__init__(task)
-        self.heads = encoders.head_names(self.task.net)
-        place = Path(task.backbone_name)
-        self.base_name = str(place.resolve()) if place.is_dir() else task.backbone_name
-        self.revision = task.tokenizer_options.get("revision")
+    task_type: ClassVar[str | None] = "SEQ_CLS"
+
+    @property
+    def base_name(self) -> str:
+        source = encoders.resolve(self.name)
+        return str(Path(source).resolve()) if Path(source).is_dir() else source
+
+    @property
+    def revision(self) -> str | None:
+        return encoders.hub_options(self.kwargs).get("revision")
+
+    @property
+    def recipe(self) -> str:
         # Where the base has a head of its own it is of another size, and transformers 5 keeps the precision of a file.
-        self.recipe = self._with_options(
-            f"AutoModelForSequenceClassification.from_pretrained({self.base_name!r}, num_labels={task.num_classes}, "
+        return self._recipe(
+            f"AutoModelForSequenceClassification.from_pretrained({self.base_name!r}, num_labels={self.num_classes}, "
             "ignore_mismatched_sizes=True, dtype=torch.float32"
         )
 
-    def run(self, net: Any, generator: torch.Generator) -> Tensor:
-        known = self.task.vocab_size or getattr(net.config, "vocab_size", 100)
+    def build(self) -> tuple[nn.Module, FoundHead | None]:
+        return encoders.find_head(self.name, self.num_classes, self.kwargs, self.checkpoint)
+
+    def heads(self, net: Any) -> tuple[str, ...]:
+        return encoders.head_names(net)
+
+    def logits(self, net: nn.Module, batch: Batch) -> Tensor:
+        # Never labels=: the network's own loss breaks the graph and waits for the device in every step.
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids") if key in batch}
+        return net(**inputs).logits
+
+    def example_inputs(self, net: Any) -> list[Batch]:
+        known = encoders.vocab_size(net) or int(getattr(net.config, "vocab_size", 100))
         end = getattr(net.config, "eos_token_id", None)
         # Up from 5, because the first tokens are often special ones, such as padding.
-        ids = torch.randint(5, known, (2, 16), generator=generator)
+        ids = torch.randint(5, known, (2, 16), generator=torch.Generator().manual_seed(0))
         end = end[0] if isinstance(end, list) else end
         if end is not None and end < known:  # BART and T5 read there, and want one in each text
             ids = torch.where(ids == end, 5 + (end == 5), ids)
             ids[:, -1] = end
-        ids = ids.to(next(net.parameters()).device)
         # One by one, as a decoder may not know its padding.
-        return torch.cat([net(input_ids=row, attention_mask=torch.ones_like(row)).logits for row in ids.split(1)])
+        return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids.split(1)]
 
-    def build(self) -> nn.Module:
-        return encoders.build_encoder(*self.arguments)
-
-    def write(self, net: Any, folder: Path, class_names: list[str]) -> list[str]:
-        problem = {"single_label": "single_label_classification", "multi_label": "multi_label_classification"}
-        net.config.problem_type = problem.get(self.task.problem, "regression")
+    def save(self, net: Any, folder: Path, class_names: Sequence[str], card: dict[str, Any]) -> list[str]:
+        net.config.update(card)
         if class_names:
             net.config.id2label = dict(enumerate(class_names))
             net.config.label2id = {name: i for i, name in enumerate(class_names)}
@@ -155,14 +230,14 @@ class Transformers(Library):
         # transformers leaves its usual names of 2 classes out, and of a family whose default is 3, as BART, reads 3.
         _write_about(folder, {"id2label": net.config.id2label, "label2id": net.config.label2id} | _about(folder))
         try:
-            tokenizer = load_tokenizer(self.base_name, self.task.tokenizer_options)
+            tokenizer = load_tokenizer(self.base_name, encoders.hub_options(self.kwargs))
         except UserError as error:
             return [f"without a tokenizer: {error}"]
         tokenizer.chat_template = None  # its parts would be written under names that a file gives
         tokenizer.save_pretrained(folder)
         return []
 
-    def read(self, folder: Path) -> nn.Module:
+    def load(self, folder: Path) -> nn.Module:
         with encoders.quiet():
             return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
 
@@ -173,14 +248,3 @@ def _about(folder: Path) -> dict[str, Any]:
 
 def _write_about(folder: Path, about: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(about, indent=2), "utf-8")
-
-
-def library_of(task: Task) -> Library:
-    if isinstance(task, ImageClassifier):
-        return Timm(task)
-    if isinstance(task, TextClassifier):
-        return Transformers(task)
-    raise UserError(
-        f"{type(task).__name__} is neither an ImageClassifier nor a TextClassifier, so its files have no known layout: "
-        "take srlora_pl.lowrank.delta.plain_copy(model.adaptation)"
-    )

@@ -1,4 +1,4 @@
-"""Heads that pretrained weights bring along: an output means a class by its place alone, so names are compared."""
+"""Heads that come with pretrained weights, and the classes that their outputs mean."""
 
 import copy
 import re
@@ -18,9 +18,9 @@ class FoundHead:
     """A head of the size that the data ask for, which came with the pretrained weights.
 
     Attributes:
-        place: where from, in the user's words.
+        place: where it comes from, in the user's words.
         layers: dotted names of the layers that give an output per class.
-        names: the class of each output, as far as the place tells.
+        names: the class of each output; empty if unknown.
     """
 
     place: str
@@ -29,7 +29,7 @@ class FoundHead:
 
 
 def output_layers(net: nn.Module, heads: Iterable[str], outputs: int) -> tuple[str, ...]:
-    """Dotted name of the last layer with ``outputs`` outputs in each of ``heads``, where there is one."""
+    """The dotted name of the last layer with ``outputs`` outputs in each of ``heads`` that has one."""
     found = []
     for head in heads:
         parts = net.get_submodule(head).named_modules(prefix=head)
@@ -40,10 +40,10 @@ def output_layers(net: nn.Module, heads: Iterable[str], outputs: int) -> tuple[s
 
 @torch.no_grad()
 def settle(net: nn.Module, head: FoundHead, classes: Sequence[str]) -> str:
-    """Make the outputs of ``head`` in ``net`` mean ``classes``, in place, and say what was done.
+    """Make the outputs of ``head`` in ``net`` mean ``classes``, in place; returns a sentence for the user.
 
-    With the same names its rows are put into the order of ``classes``; with other names it begins anew; where one side
-    has no names it stays as it is.
+    With the same names its rows are put into the order of ``classes``; with other names it is initialised anew; without
+    names on one side it stays.
     """
     layers = [net.get_submodule(name) for name in head.layers]
     theirs, ours = _comparable(head.names), _comparable(classes)

@@ -1,4 +1,4 @@
-"""The folders of the PEFT library: written for it, and read as a start; the library itself is not needed.
+"""Folders of the PEFT library, written for it and read as a start, without the library itself.
 
 ``adapter_model.safetensors`` holds ``base_model.model.<layer>.lora_A.weight`` (r, in), ``.lora_B.weight`` (out, r) and
 modules that were trained whole; ``adapter_config.json`` says what they mean.
@@ -26,7 +26,7 @@ from srlora_pl.util.errors import UserError, did_you_mean
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
 _CLASS_NAMES = "class_names"  # in the header of the weights
-# What the values of a plain LoRA do not depend on. Any other setting that is on changes what they mean.
+# Settings that leave the values of a plain LoRA as they are. Any other one that is on changes their meaning.
 _WITHOUT_EFFECT = {
     "alpha_pattern",
     "auto_mapping",
@@ -128,7 +128,7 @@ class PeftFolder:
         config: the content of its ``adapter_config.json``.
         pairs: by dotted name of the layer.
         others: tensors of modules that were trained whole, by dotted name.
-        class_names: of the head's outputs, as far as the folder tells.
+        class_names: of the head's outputs; empty if unknown.
     """
 
     path: Path
@@ -159,10 +159,10 @@ class PeftFolder:
         return cls(path, config, pairs, tensors, class_names)
 
     def prepare(self, net: nn.Module, method: Method, heads: Sequence[str]) -> nn.Module:
-        """Make a freshly built ``net`` the pretrained one of a run that starts from this folder, in place.
+        """Turn a freshly built ``net`` into the pretrained network of a run that starts from this folder, in place.
 
-        Modules that were trained whole are taken over; one of ``heads`` keeps its new weights where the folder's have
-        another shape. The pairs become part of the weights, unless ``method`` is LoRA: `load_into` gives it the pairs.
+        Modules that were trained whole are loaded; one of ``heads`` keeps its new weights if those of the folder have
+        another shape. The pairs are merged into the weights, unless ``method`` continues a LoRA, see `load_into`.
 
         Raises:
             UserError: the folder does not fit the network.
@@ -185,7 +185,7 @@ class PeftFolder:
         return net
 
     def head(self, net: nn.Module, heads: Sequence[str], outputs: int) -> FoundHead | None:
-        """The head of ``outputs`` outputs that `prepare` took over into ``net``, if the folder holds one."""
+        """The head of ``outputs`` outputs that `prepare` loaded into ``net``, if the folder holds one."""
         weights = {name: self.others.get(f"{name}.weight") for name in output_layers(net, heads, outputs)}
         layers = tuple(
             name
@@ -202,10 +202,10 @@ class PeftFolder:
         )
 
     def load_into(self, adaptation: Adaptation) -> None:
-        """Give the pairs to a LoRA that has just been put into the prepared network; other methods need none.
+        """Load the pairs into a method that continues a LoRA, just injected into the prepared network.
 
         Raises:
-            UserError: its layers, ranks or scalings are others.
+            UserError: layers, ranks or scalings differ.
         """
         if not adaptation.method.continues_lora:
             return
@@ -227,13 +227,13 @@ class PeftFolder:
             matrix.B.copy_(pair.B.chunk(layer.parts)[layer.adapted[matrix.index]])
 
     def merged_into(self, adaptation: Adaptation) -> dict[str, tuple[Tensor, Tensor]]:
-        """B (out, r), with the scaling in it, and A (r, in) by layer, as far as `prepare` made them part of W0."""
+        """B (out, r), scaled, and A (r, in) of the layers whose pairs `prepare` merged into the weights."""
         if adaptation.method.continues_lora:
             return {}
         return {name: (pair.scaling * pair.B, pair.A) for name, pair in self.pairs.items()}
 
     def modules_beside(self, heads: Sequence[str]) -> list[str]:
-        """The modules that were trained whole, but ``heads``, by dotted name."""
+        """Dotted names of the modules that were trained whole, without ``heads``."""
         names = dict.fromkeys(key.rpartition(".")[0] for key in self.others)
         return [name for name in names if not is_below(name, heads)]
 
@@ -318,7 +318,7 @@ def _pairs(path: Path, config: dict[str, Any], name: str, A: Tensor, B: Tensor |
 
 
 def _of_layer(path: Path, config: dict[str, Any], key: str, patterns: str, name: str) -> float:
-    """A setting of one layer: of the first pattern that matches, as PEFT reads it, or the general one."""
+    """A setting of one layer: that of the first pattern that matches, as in PEFT, or the general one."""
     try:
         found = (value for pattern, value in (config.get(patterns) or {}).items() if name_matches(pattern, name))
         value = next(found, config[key])

@@ -32,13 +32,14 @@ _NOT_OURS = {
 def build_backbone(
     name: str, num_classes: int, kwargs: dict[str, Any] | None = None, checkpoint: str | None = None
 ) -> nn.Module:
-    """The network ``name`` in float32, in training mode, with a new head for ``num_classes``.
+    """An image network in float32, in training mode, with a head of ``num_classes`` outputs.
 
-    ``name``: a shipped backbone (``vit_tiny_in64``), a timm name, a hub repository (``owner/name``), or a local
-    folder in timm's layout (``config.json`` and ``model.safetensors``). ``kwargs`` go to the network's
-    constructor. The weights are those of the file ``checkpoint`` if given; else the name's own, downloaded
-    where needed; or random ones with ``pretrained: false`` in ``kwargs``. Weights of a head of ``num_classes`` outputs
-    are taken too, see `find_head`.
+    Args:
+        name: a shipped backbone (``vit_tiny_in64``), a timm name, a hub repository (``owner/name``), or a local folder
+            in timm's layout (``config.json`` and ``model.safetensors``).
+        num_classes: outputs. A head of as many that comes with the weights is taken.
+        kwargs: for the network's constructor; ``pretrained: false`` gives random weights.
+        checkpoint: a weights file, instead of the name's own weights, which are downloaded where needed.
     """
     return find_head(name, num_classes, kwargs, checkpoint)[0]
 
@@ -73,7 +74,7 @@ def find_head(
 
 
 def refuse_options(options: Mapping[str, Any], mends: Mapping[str, str]) -> None:
-    """Refuse a key of ``model.backbone_kwargs`` that is among ``mends``, which says what to do instead."""
+    """Refuse keys of ``model.backbone_kwargs`` that are in ``mends``, which says what to do instead."""
     for key in options:
         if key in mends:
             raise UserError(f"model.backbone_kwargs has {key!r}, which is not taken there: {mends[key]}.")
@@ -96,19 +97,18 @@ def head_names(net: nn.Module) -> tuple[str, ...]:
 
 
 def data_config(net: nn.Module, kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the network expects of its images: ``mean``, ``std``, ``input_size`` (C, H, W), ``interpolation``.
+    """How images are prepared for ``net``: ``mean``, ``std``, ``input_size`` (C, H, W), ``interpolation``.
 
-    timm's own record, except that ``img_size`` in ``kwargs`` decides the size.
+    From timm's own record, except for ``img_size`` in ``kwargs``.
     """
     size = (kwargs or {}).get("img_size")
     return resolve_model_data_config(net, {} if size is None else {"input_size": (3, *to_2tuple(size))})
 
 
 def load_weights(net: nn.Module, file: str, name: str) -> bool:
-    """Load a local safetensors or torch file into ``net``, in which everything but the head must fit.
+    """Load a safetensors or torch file, of which no code is ever run, into ``net``; returns whether it held the head.
 
-    A head of another class count, or none, leaves the new head as it is. No code in the file is ever run. Returns
-    whether the head came too.
+    All but the head must fit. Without a head of the same size in the file the new one stays.
     """
     state = read_weights(file)
     heads = tuple(f"{head}." for head in head_names(net))
@@ -201,7 +201,7 @@ def read_weights(file: str) -> dict[str, Tensor]:
         reason = "it holds no tensors by name"
     except Exception as error:  # safetensors, zip and pickle errors share no base class
         readable, reason = False, one_line(error)
-        if isinstance(error.__cause__, UnpicklingError):  # do not hand on its advice to let the file run code
+        if isinstance(error.__cause__, UnpicklingError):  # its message advises to let the file run code
             reason = "it holds something else than tensors"
     if not readable:
         raise UserError(
@@ -216,7 +216,7 @@ def _same_shape(key: str, value: Tensor, own: dict[str, Tensor]) -> bool:
 
 
 def _misfit(state: dict[str, Tensor], own: dict[str, Tensor], heads: tuple[str, ...]) -> str:
-    """Where ``state`` and the network's ``own`` state differ outside the head, in words; empty if nowhere."""
+    """The differences of ``state`` and the network's ``own`` state outside the head, in words; empty if none."""
     body, target = ({k: v for k, v in s.items() if not k.startswith(heads)} for s in (state, own))
     shapes = [
         f"{k!r} is {tuple(v.shape)} instead of {tuple(target[k].shape)}"

@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
+from srlora_pl.data.protocols import data_of
 from srlora_pl.lowrank import Adaptation
 from srlora_pl.lowrank.measures import by_kind, drawn_after, scores_by_kind, size_of_change, switches_survived
 from srlora_pl.reporting.curves import ResumableTensorBoardLogger
@@ -256,7 +257,7 @@ def hyperparameters(trainer: Any, pl_module: LightningModule) -> dict[str, int |
         "precision": trainer.precision,
         "max_steps": trainer.max_steps,
         "max_epochs": trainer.max_epochs,
-        "batch_size": getattr(trainer.datamodule, "batch_size", None),
+        "batch_size": data_of(trainer).batch_size,
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "devices": trainer.world_size,
@@ -280,5 +281,5 @@ def _name(method: Mapping[str, Any]) -> str:
 def _final_scores(trainer: Any) -> list[str]:
     """The curves of validation, and those that the test after the run will have."""
     scores = [name for name in trainer.callback_metrics if name.startswith("val")]
-    tests = getattr(trainer.datamodule, "has_test_labels", False)
+    tests = data_of(trainer).has_test_labels
     return [*scores, *(f"test{name[3:]}" for name in scores if tests)]

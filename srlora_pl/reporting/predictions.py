@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor, distributed
 
+from srlora_pl.data.protocols import data_of
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.files import replacing
 
@@ -60,12 +61,12 @@ class PredictionWriter(BasePredictionWriter):
         self._tables[dataloader_idx].extend(rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._tables = _gathered(self._tables)
         for loader, table in sorted(self._tables.items()):
-            self._write(data, loader, table)
+            self._write(trainer, loader, table)
 
-    def _write(self, data: Any, loader: int, table: list[Row]) -> None:
+    def _write(self, trainer: Trainer, loader: int, table: list[Row]) -> None:
+        data = data_of(trainer)
         rows = [{"sample": data.sample_name(row["index"])} | _named(row, data.class_names) for row in table]
         self._save(self.path, ",", rows)
 
@@ -93,7 +94,9 @@ class GLUEWriter(PredictionWriter):
     ``CoLA.part.tsv`` and takes the place of no whole one.
     """
 
-    def _write(self, data: Any, loader: int, table: list[Row]) -> None:
+    def _write(self, trainer: Trainer, loader: int, table: list[Row]) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+
         def prediction(row: Row) -> str:
             return data.task.words[row["label"]] if "label" in row else f"{min(max(row['value'], 0.0), 5.0):.3f}"
 

@@ -90,7 +90,7 @@ def matrix_rows(adaptation: Adaptation) -> list[Sequence[str]]:
     rows: list[Sequence[str]] = []
     for kind, matrices in by_kind(adaptation.matrices).items():
         shapes = sorted({matrix.shape for matrix in matrices})
-        parameters = sum(m.of(p).numel() for m in matrices for p in m.layer.adapter_parameters())
+        parameters = sum(m.of(p).numel() for m in matrices for p in m.layer.adapter_parameters() if p.requires_grad)
         rows.append((
             kind,
             str(len(matrices)),
@@ -111,7 +111,7 @@ def parameter_line(pl_module: LightningModule) -> str:
     """The numbers of trained and of all parameters, in words."""
     pairs, trained, everything = parameter_counts(pl_module).values()
     return (
-        f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%}): {pairs:,} in pairs of "
+        f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%}): {pairs:,} in adapters of "
         f"{len(adaptation_of(pl_module).matrices)} matrices, {trained - pairs:,} beside them"
     )
 
@@ -120,7 +120,7 @@ def parameter_counts(pl_module: LightningModule) -> dict[str, int]:
     """Numbers of parameters in the ``adapters``, of all ``trained`` ones, and of ``all``."""
     layers = adaptation_of(pl_module).layers.values()
     return {
-        "adapters": sum(parameter.numel() for layer in layers for parameter in layer.adapter_parameters()),
+        "adapters": sum(p.numel() for layer in layers for p in layer.adapter_parameters() if p.requires_grad),
         "trained": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         "all": sum(p.numel() for p in pl_module.parameters()),
     }

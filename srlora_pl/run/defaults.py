@@ -1,5 +1,6 @@
 """The callbacks, loggers and plugins that a run has unless the user's do the same."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,28 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import Logger
 
-from srlora_pl.reporting import MatrixTable, Monitor, Progress, ResumableCSVLogger, ResumableTensorBoardLogger
+from srlora_pl.reporting import (
+    GLUEWriter,
+    MatrixTable,
+    Monitor,
+    PredictionWriter,
+    Progress,
+    ResumableCSVLogger,
+    ResumableTensorBoardLogger,
+)
+from srlora_pl.run.folders import folder_of
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import AtomicCheckpointIO
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.files import replacing
 
-# What a fit with them reported would not be what its files give, or it would end in an error of theirs.
+# With these the scores of a fit would not be those of its files, or a later command would fail.
 _REFUSED: dict[type, str] = {
     BackboneFinetuning: "frees a layer named backbone, which no model here has: name layers in "
     "model.method.target_modules",
-    BaseFinetuning: "says nothing of what to free: name a subclass that does",
-    ModelPruning: "changes weights after validation has scored them and before they are saved: prune what "
-    "export --format merged writes",
+    BaseFinetuning: "does not say which layers to free: name a subclass that does",
+    ModelPruning: "changes weights after validation has scored them and before they are saved: prune the weights of "
+    "export --format merged",
     OnExceptionCheckpoint: "makes the next fit go on from its file though nobody asks for it: use ModelCheckpoint with "
     "save_on_exception: true",
     SpikeDetection: "cannot read its own state from a checkpoint, so that nothing can be tested or resumed: use "
@@ -42,14 +52,14 @@ _REFUSED: dict[type, str] = {
 
 
 def refuse_unfit(callbacks: Sequence[Callback]) -> None:
-    """Refuse those of Lightning's callbacks that a fit cannot have.
+    """Refuse the callbacks of Lightning that a fit cannot have.
 
     Raises:
         UserError: names the first, and what to use instead.
     """
     for callback in callbacks:
         for kind, why in _REFUSED.items():
-            # A subclass may know better what to free.
+            # A subclass may know better which layers to free.
             if type(callback) is kind or (isinstance(callback, kind) and not issubclass(kind, BaseFinetuning)):
                 raise UserError(f"the callback {type(callback).__name__} {why}, or leave it out")
 
@@ -97,6 +107,32 @@ def plugins(settings: Any) -> list[Any]:
     users = as_list(settings.plugins)
     theirs = [*users, getattr(settings.strategy, "_checkpoint_io", None)]
     return users if has(theirs, CheckpointIO) else [*users, AtomicCheckpointIO()]
+
+
+def prediction_writer(checkpoint: Path, output: str | None, is_glue: bool) -> PredictionWriter:
+    """The writer of ``output``, by default in the folder of the run that wrote ``checkpoint``.
+
+    Raises:
+        UserError: ``output`` is a folder in place of a file, or a file in place of GLUE's folder; or it cannot be
+            written, which is found out before an hour of predicting.
+    """
+    folder = folder_of(checkpoint) or checkpoint.parent
+    if is_glue:
+        if output and Path(output).suffix:
+            raise UserError(f"--output {output} must be a folder, as GLUE gives its files their names")
+        _require_writable(folder := Path(output or folder))
+        return GLUEWriter(folder)
+    file = Path(output or folder / "predictions.csv")
+    if file.is_dir():
+        raise UserError(f"--output {file} is a folder, name a file in it, such as {file / 'predictions.csv'}")
+    _require_writable(file.parent)
+    return PredictionWriter(file)
+
+
+def _require_writable(folder: Path) -> None:
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f"predictions cannot be written into {folder}, name another place with --output")
 
 
 def has(objects: Sequence[Any], kind: type) -> bool:

@@ -101,17 +101,3 @@ def remember_job(folder: Path, command: str) -> None:
 
 def _job(command: str) -> str:
     return f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_STEP_ID', '')} {command}"
-
-
-# -- other places
-
-
-def require_writable(folder: Path) -> None:
-    """Refuse a place for predictions before an hour of predicting, without making it yet.
-
-    Raises:
-        UserError: nothing can be written there.
-    """
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise UserError(f"predictions cannot be written into {folder}, name another place with --output")

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
-from types import NoneType
 from typing import Any, get_args
 
 from lightning.pytorch import Trainer
@@ -18,12 +17,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from srlora_pl.data.base import DataModule
 from srlora_pl.data.texts.glue import GLUEData
-from srlora_pl.reporting import GLUEWriter, MatrixTable, PredictionWriter, ResumableCurves, Summary
+from srlora_pl.reporting import MatrixTable, ResumableCurves, Summary
 from srlora_pl.reporting.progress import closing_line
 from srlora_pl.run import config, defaults, finders, folders, settings
 from srlora_pl.run.explain import explain, missing_package, written_at
 from srlora_pl.run.messages import close, note, quieten
-from srlora_pl.tasks.base import SPLITS, Task
+from srlora_pl.tasks.base import Task
 from srlora_pl.training import checkpoints
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.interrupts import Interrupts
@@ -56,6 +55,7 @@ class Run(LightningCLI):
 
     def __init__(self, command: str, files: Sequence[str], contents: Sequence[config.Node], options: list[str]) -> None:
         self.command, self.files, self.options = command, files, options
+        self.words = shlex.join([*files, *options])  # tells this run from others of a job of SLURM
         typed, rest = settings.split_options(options) if any(map(config.model_class, contents)) else ({}, options)
         self.given, foreign = config.combine([*contents, typed])
         self.dropped, rest = settings.drop_arguments(foreign, rest)
@@ -90,14 +90,14 @@ class Run(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if key := config.beside_class_path(self.given):
-            raise UserError(f"{self._place(key)} stands beside class_path, it belongs below init_args")
+            place = written_at(key, self.files, self.options)
+            raise UserError(f"{place} stands beside class_path, it belongs below init_args")
         try:
             self.config = settings.parse(parser, self.given, args)  # type: ignore[arg-type]
         except argparse.ArgumentError as error:
             known = [*(action.dest for action in parser._actions), *config.keys(self.given)]
             raise UserError(explain(str(error), known, self.files, self.options)) from error
-        self._refuse_num_classes()
-        self._refuse_null()
+        self._check_arguments()
         # Neither belongs to the settings that a run keeps: a second use of its config.yaml starts anew.
         self.ckpt_path = self.config.pop("ckpt_path")
         self.output = self.config.pop("output", None)
@@ -118,31 +118,21 @@ class Run(LightningCLI):
         elif self.command != "fit":
             note(f"without --ckpt_path, {self.command} scores the untrained model")
 
-    def _place(self, key: str) -> str:
-        return written_at(key, self.files, self.options)
-
-    def _refuse_num_classes(self) -> None:
-        count = self.config.model.init_args.get("num_classes")
-        if count is not None:
+    def _check_arguments(self) -> None:
+        """Refuse values that jsonargparse lets pass, such as an empty one, ``lr:``, where there is a default."""
+        if (count := self.config.model.init_args.get("num_classes")) is not None:
             raise UserError(f"model.num_classes {count} is not for you to set, it comes from the data: leave it out")
-
-    def _refuse_null(self) -> None:
-        """jsonargparse takes an empty value, ``lr:``, for every argument of a class that has a default."""
         for part in ("model", "data"):
             module, _, name = self.config[part].class_path.rpartition(".")
-            parameters = signature(getattr(import_module(module), name)).parameters
+            homes = reversed(getattr(import_module(module), name).__mro__)
+            parameters = {key: each for home in homes for key, each in signature(home.__init__).parameters.items()}
             for key, value in vars(self.config[part].init_args).items():
                 known = parameters.get(key)
                 if value is not None or not known or known.default in (None, Parameter.empty):
                     continue
-                if NoneType not in get_args(known.annotation):
-                    place = self._place(f"{part}.{key}")
+                if type(None) not in get_args(known.annotation):
+                    place = written_at(f"{part}.{key}", self.files, self.options)
                     raise UserError(f"{place} is null: give it a value, or leave it out for {known.default!r}")
-
-    @property
-    def settings_text(self) -> str:
-        """The text of the run's ``config.yaml``."""
-        return yaml_text.write(settings.writable(self.parser, self.config)[0])
 
     # -- the run's folder and checkpoint
 
@@ -152,14 +142,10 @@ class Run(LightningCLI):
         method = self.config.model.init_args.method.class_path.rsplit(".", 1)[-1].lower()
         return Path(self.config.trainer.default_root_dir or ROOT, f"{self.config.name}-{method}")
 
-    @property
-    def _command_line(self) -> str:
-        return shlex.join([*self.files, *self.options])
-
     def _choose_checkpoint(self) -> None:
         """Fill in a ``ckpt_path`` that was left to this program: ``last``, and that of a job that SLURM restarts."""
         if self.command == "fit" and not self.config.trainer.fast_dev_run:
-            self.folder = folders.requeued(self.root, self._command_line)
+            self.folder = folders.requeued(self.root, self.words)
         if not self.folder and self.ckpt_path != "last":
             return
         asked = "the requeued job" if self.folder else "--ckpt_path last"
@@ -194,12 +180,11 @@ class Run(LightningCLI):
         self.is_new = folder is None
         if folder:
             self._take_name_of(folder)
-            self._note_changes_since(folder)
         self.folder = folder or folders.new_version(self.root)
         if self.is_new and self.ckpt_path:
             place = relative(self.folder)
             note(f"{relative(self.ckpt_path)} lies in no run's folder, the run in {place} goes on from it")
-        folders.remember_job(self.folder, self._command_line)
+        folders.remember_job(self.folder, self.words)
 
     def _take_name_of(self, folder: Path) -> None:
         """A run keeps its name, so that its ``config.yaml`` leads to its own folder."""
@@ -209,12 +194,17 @@ class Run(LightningCLI):
             note(f"the run in {relative(folder)} keeps its name, {name}")
             self.config.name = name
 
-    def _note_changes_since(self, folder: Path) -> None:
-        """A run may go on with more epochs or in another precision, but not unnoticed."""
-        with contextlib.suppress(UserError):  # the file is gone or broken; this run writes it anew
-            before = config.read(str(folder / "config.yaml"))
-            if changed := config.changes(before, yaml_text.load(self.settings_text)):
+    def _settings_text(self, folder: Path) -> str:
+        """The text of the run's ``config.yaml``; notes what it cannot hold, and what has changed in it."""
+        content, left_out = settings.writable(self.parser, self.config)
+        if left_out:
+            note(f"config.yaml has no way to say {', '.join(left_out)}, and leaves it out")
+        text = yaml_text.write(content)
+        # A run may go on with more epochs or in another precision, but not unnoticed.
+        with contextlib.suppress(UserError):  # there is none, or it is broken
+            if changed := config.changes(config.read(str(folder / "config.yaml")), yaml_text.load(text)):
                 note(f"other settings than the run had so far: {', '.join(changed)}")
+        return text
 
     def _discard_folder(self) -> None:
         """A run that never took a step leaves nothing behind."""
@@ -224,8 +214,6 @@ class Run(LightningCLI):
     # -- the objects
 
     def before_instantiate_classes(self) -> None:
-        if left_out := settings.writable(self.parser, self.config)[1]:
-            note(f"config.yaml has no way to say {', '.join(left_out)}, and leaves it out")
         # A task takes only a class that is imported: a class that a checkpoint names must not run, one that the
         # config names may.
         module = str(self.config.model.init_args.get("optimizer")).rpartition(".")[0]
@@ -283,9 +271,8 @@ class Run(LightningCLI):
             kwargs |= {"default_root_dir": self.folder, "plugins": defaults.plugins(given)}
         if given.logger in (None, True):
             kwargs["logger"] = defaults.loggers(self.folder) if self.folder else False
-        kwargs["callbacks"] = defaults.with_defaults(
-            self._own_callbacks(), users, given, self.folder, self.command == "fit"
-        )
+        own = self._own_callbacks()
+        kwargs["callbacks"] = defaults.with_defaults(own, users, given, self.folder, self.command == "fit")
         if defaults.has(kwargs["callbacks"], MatrixTable):
             kwargs["enable_model_summary"] = False  # it says the same, layer by layer
         try:
@@ -305,27 +292,14 @@ class Run(LightningCLI):
         saves = self.folder if self.config_init.trainer.enable_checkpointing is not False else None
         self.interrupts = Interrupts(saves, Path(self.ckpt_path) if self.ckpt_path else None)
         if self.command == "predict":
-            self.writer = self._prediction_writer()
+            is_glue = isinstance(self.datamodule, GLUEData)
+            self.writer = defaults.prediction_writer(Path(self.ckpt_path), self.output, is_glue)
             return [self.interrupts, self.writer]
         if self.folder is None:
             return [self.interrupts]
         self.summary = Summary(self.folder)
-        writes = defaults.WriteSettings(self.folder / "config.yaml", self.settings_text)
+        writes = defaults.WriteSettings(self.folder / "config.yaml", self._settings_text(self.folder))
         return [self.interrupts, ResumableCurves(), writes, self.summary]
-
-    def _prediction_writer(self) -> PredictionWriter:
-        checkpoint = Path(self.ckpt_path)
-        folder = folders.folder_of(checkpoint) or checkpoint.parent
-        if not isinstance(self.datamodule, GLUEData):
-            file = Path(self.output or folder / "predictions.csv")
-            if file.is_dir():
-                raise UserError(f"--output {file} is a folder, name a file in it, such as {file / 'predictions.csv'}")
-            folders.require_writable(file.parent)
-            return PredictionWriter(file)
-        if self.output and Path(self.output).suffix:
-            raise UserError(f"--output {self.output} must be a folder, as GLUE gives its files their names")
-        folders.require_writable(folder := Path(self.output or folder))
-        return GLUEWriter(folder)
 
     # -- subcommands
 
@@ -404,7 +378,7 @@ class Run(LightningCLI):
         return self._scores("test" if command == "test" else "val")
 
     def _scores(self, stage: str) -> dict[str, float]:
-        splits = tuple(f"{split}/" for split in SPLITS[stage])
+        splits = (f"{stage}/", f"{stage}_")
         return {k: float(v) for k, v in self.trainer.callback_metrics.items() if k.startswith(splits)}
 
     def predict(self) -> None:

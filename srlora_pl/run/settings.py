@@ -6,7 +6,6 @@ objects are made.
 """
 
 import argparse
-import re
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
@@ -17,7 +16,6 @@ from jsonargparse.typing import register_type, timedelta_deserializer
 
 from srlora_pl.run import config
 from srlora_pl.util import yaml_text
-from srlora_pl.util.errors import UserError
 
 
 def share_yaml() -> None:
@@ -115,21 +113,8 @@ def _taken(options: list[str], names: dict[str, str]) -> tuple[dict[str, str], l
 
 
 def writable(parser: ArgumentParser, settings: Namespace) -> tuple[config.Node, list[str]]:
-    """The settings that a config file can hold, and the keys of the others.
-
-    Raises:
-        UserError: a class has an argument for which jsonargparse gives no text at all.
-    """
-    try:
-        text = parser.dump(settings, skip_none=False)
-    except ValueError as error:
-        what = re.search(r"cannot represent an object', (.*)\)", str(error))
-        owners = re.findall(r"Namespace\(class_path='([^']+)'", str(error))
-        raise UserError(
-            f"{owners[0] if owners else 'a class of the settings'} has {what[1] if what else 'an argument'}, which no "
-            "config.yaml can say: give it another value, or leave the class out"
-        ) from error
-    return _without_unwritable(yaml_text.load(text))
+    """The settings that a config file can hold, and the keys of the others."""
+    return _without_unwritable(yaml_text.load(parser.dump(settings, skip_none=False)))
 
 
 def _without_unwritable(node: Any, key: str = "") -> tuple[Any, list[str]]:

@@ -1,145 +1,147 @@
-"""What every task shares: optimizer and schedule, the watch over the loss, scores over whole splits."""
+"""The base of the tasks: a network that a method adapts, its optimizer and schedule, its loss and its scores."""
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import Metric, MetricCollection
 
-from srlora_pl.data.base import DataModule
+from srlora_pl.data.protocols import Batch, DataForTask, data_of
 from srlora_pl.lowrank import Method
-from srlora_pl.lowrank.importance import all_finite
 from srlora_pl.lowrank.methods import from_spec
+from srlora_pl.models.family import ModelFamily
 from srlora_pl.models.heads import FoundHead, settle
 from srlora_pl.models.peft_folder import PeftFolder
-from srlora_pl.tasks.guards import require_that_a_batch_passes
-from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, param_groups, schedule_factor
-from srlora_pl.tasks.scores import Mean, OneClass
+from srlora_pl.tasks.evaluation import Evaluation
+from srlora_pl.tasks.guards import (
+    FiniteLoss,
+    require,
+    require_finite_weights,
+    require_known_scores,
+    require_that_a_batch_passes,
+)
+from srlora_pl.tasks.identity import require_same_classes, require_same_model
+from srlora_pl.tasks.optim import build_optimizer, param_groups, require_length, require_optimizer, schedule_factor
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
 from srlora_pl.training.mixin import SRLoRAMixin
 from srlora_pl.training.resume import ExactResume
-from srlora_pl.util.errors import UserError, did_you_mean
 from srlora_pl.util.precision import MatmulPrecision
 from srlora_pl.util.yaml_text import plain
 
-Batch = dict[str, Tensor]
-# By data loader; MNLI has two development sets, matched and mismatched.
-SPLITS = {"val": ("val", "val_mm"), "test": ("test", "test_mm")}
-# What a checkpoint holds: only what changed since the pretrained weights, or the whole network.
+# What a checkpoint holds: the changes since the pretrained weights, or the whole network.
 CHECKPOINTS = ("compact", "full")
-_ONE_CLASS = "one_class"  # among a split's metrics; no score
 MATMUL_PRECISIONS = ("highest", "high", "medium")
-# What a checkpoint and the run that only uses its weights must agree in, and what even one that goes on may change
-# (the mixin compares the method, and the weights themselves come from the checkpoint).
-IDENTITY = ("num_classes", "backbone", "backbone_kwargs", "problem", "train_pooler")
-# Of model.backbone_kwargs: where the weights lie, and which token the tokenizer pads with.
-PLACES = ("pretrained", "cache_dir", "local_files_only", "proxies", "pad_token_id")
-FREE = {"method", "backbone_checkpoint", "checkpoints", "compile", "matmul_precision"}
 
 
 class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     """A network that a method adapts, trained with an optimizer by name on batches that are dicts.
 
-    A subclass gives `logits`, `losses` and, where training differs, `training_loss`; its ``__init__`` sets
-    `found_head`, if the pretrained weights bring the head along, and calls `build`. ``optimizer``: ``sgd`` (with
-    ``momentum``), ``adamw``, or the path of a torch optimizer class. ``lr``: the largest learning rate; ``head_lr``:
-    the head's own. ``warmup_steps`` optimizer steps rise linearly from 0, then the rate follows ``schedule`` to 0 at
-    the run's last step, or stays.
+    A subclass's ``__init__`` passes the arguments below on, sets `evaluation`, and calls `build`. It gives `logits`,
+    `losses` and, where training differs, `training_loss`.
+
+    Args:
+        method: ``srlora_pl.LoRA``, ``PiSSA`` or ``SRLoRA``, or its ``{class_path, init_args}``.
+        backbone_checkpoint: a local weights file (safetensors or torch) instead of the name's own weights.
+        adapter: a folder that the PEFT library saved a LoRA in, as a start: ``LoRA`` goes on with its pairs, for the
+            other methods it becomes part of the pretrained weights; its head is taken as the backbone's is.
+        optimizer: ``sgd``, ``adamw``, or the path of a torch optimizer class.
+        lr: the largest learning rate.
+        head_lr: the largest learning rate of the head (and the pooler); by default ``lr``.
+        momentum: of ``sgd``.
+        weight_decay: on matrices; biases and norms are never decayed.
+        schedule: the learning rate after the warm-up: ``cosine`` or ``linear`` down to 0 at the last step, or
+            ``constant``.
+        warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
+        compile: run each repeated block through ``torch.compile``.
+        matmul_precision: of fp32 products during a run, see ``torch.set_float32_matmul_precision``: ``high`` is TF32
+            on NVIDIA's GPUs from Ampere on. Starts and switches are always computed in full fp32.
+        checkpoints: ``compact`` files hold the changes since the pretrained weights; ``full`` ones the whole network.
 
     Attributes:
+        family: builds, saves and loads the network.
+        evaluation: scores validation and test.
         trained_classes: the names of the outputs, from the data of a fit or from a checkpoint; empty where neither
             tells them.
         found_head: the head that came with the pretrained weights, as long as its outputs may mean other classes than
             the data's.
     """
 
+    family: ModelFamily
+    evaluation: Evaluation
     trained_classes: Sequence[str] = ()
     found_head: FoundHead | None = None
 
     def __init__(
         self,
-        optimizer: str,
-        lr: float,
-        head_lr: float | None,
-        momentum: float,
-        weight_decay: float,
-        schedule: str,
-        warmup_steps: int,
+        method: Method,
+        *,
+        backbone_checkpoint: str | None = None,
+        adapter: str | None = None,
+        optimizer: str = "adamw",
+        lr: float = 1e-3,
+        head_lr: float | None = None,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        warmup_steps: int = 0,
+        compile: bool = False,
+        matmul_precision: Literal["highest", "high", "medium"] = "highest",
+        checkpoints: Literal["compact", "full"] = "compact",
     ) -> None:
+        shared = arguments_of(locals())
         super().__init__()
-        optimizer_class(optimizer)
-        if schedule not in SCHEDULES:
-            near = did_you_mean(schedule, SCHEDULES)
-            raise UserError(f"model.schedule is {schedule!r}{near}: give one of {', '.join(SCHEDULES)}.")
-        require("lr", lr, "positive", 0 < lr < math.inf)
-        require("head_lr", head_lr, "positive", head_lr is None or 0 < head_lr < math.inf)
-        require("momentum", momentum, "from 0 up to, but not, 1", 0 <= momentum < 1)
-        require("weight_decay", weight_decay, "0 or positive", 0 <= weight_decay < math.inf)
-        require("warmup_steps", warmup_steps, "0 or positive", warmup_steps >= 0)
+        require_optimizer(optimizer, lr, head_lr, momentum, weight_decay, schedule, warmup_steps)
+        require("matmul_precision", matmul_precision, "highest, high or medium", matmul_precision in MATMUL_PRECISIONS)
+        require("checkpoints", checkpoints, "compact or full", checkpoints in CHECKPOINTS)
         self.optimizer, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
         self.lr, self.head_lr, self.schedule, self.warmup_steps = lr, head_lr, schedule, warmup_steps
-        self._non_finite = torch.zeros((), dtype=torch.bool)
-        self._checked_step = 0
-        self._one_class: dict[str, Tensor] = {}  # by split, at its last scores
-        self._has_hinted = False
+        self.whole_checkpoints = checkpoints == "full"
+        self._method = method if isinstance(method, Method) else from_spec(method)
+        # Plain containers, because checkpoints are read with weights_only=True.
+        self.save_hyperparameters(plain({**shared, "method": self._method.spec()}))
+        self._loss = FiniteLoss()
+        self._splits: list[str] = []  # of the present or last evaluation, by data loader
+        self._scored: set[str] = set()  # those of which this process has scored a batch
+        self._has_remarked = False
         self._began_with: dict[str, dict[str, Any]] = {}  # settings of the callbacks
 
-    # What a subclass says about itself
+    # For and by subclasses
 
-    def build(
-        self,
-        net: nn.Module,
-        method: Method | dict[str, Any],
-        heads: tuple[str, ...],
-        scores: Callable[[], dict[str, Metric]],
-        main_score: str,
-        arguments: dict[str, Any],
-        make: Callable[[], nn.Module],
-        new: tuple[str, ...] = (),
-    ) -> None:
-        """Adapt ``net`` and remember how it was made.
+    def build(self, family: ModelFamily, arguments: Mapping[str, Any]) -> None:
+        """Build the network, adapt it, and keep the constructor's arguments for checkpoints.
 
-        ``heads``: dotted names in ``net`` of what trains besides the adapters. ``scores``: makes the metrics of
-        one split; ``main_score`` names the one that is also logged as ``score``. ``arguments``: the subclass's
-        constructor arguments, kept in every checkpoint, as plain containers because checkpoints are read with
-        ``weights_only=True``. ``make``: makes ``net`` once more. ``new``: what is new in it,
-        if that is more than ``heads``.
+        Args:
+            family: of the network.
+            arguments: those of the subclass's ``__init__``, as `arguments_of` gives them.
         """
-        require("checkpoints", arguments["checkpoints"], "compact or full", arguments["checkpoints"] in CHECKPOINTS)
-        precision = arguments["matmul_precision"]
-        require("matmul_precision", precision, "highest, high or medium", precision in MATMUL_PRECISIONS)
-        self.whole_checkpoints = arguments["checkpoints"] == "full"
-        method = as_method(method)
-        self.save_hyperparameters(plain({**arguments, "method": method.spec()}))
-        self.adapter = PeftFolder.read(arguments["adapter"]) if arguments.get("adapter") else None
+        self.save_hyperparameters(plain({**arguments, "method": self._method.spec()}))
+        self.family, method = family, self._method
+        net, self.found_head = family.build()
+        heads = self.trained_heads(net)
+        self.heads = tuple(f"net.{head}." for head in heads)
+        folder = self.hparams["adapter"]
+        self.adapter = PeftFolder.read(folder) if folder else None
         prepare = partial(_with_adapter, self.adapter, method, heads)
         self.net = prepare(net)
-        self.heads = tuple(f"net.{head}." for head in heads)
-        # Random weights come from nowhere again, so their checkpoints are whole.
-        random = not (arguments["backbone_checkpoint"] or (arguments["backbone_kwargs"] or {}).get("pretrained", True))
-        self.adapt(self.net, method, heads, None if random else partial(_pretrained_state, make, prepare), new)
+        # Random weights cannot be had again, so their checkpoints are whole.
+        pretrained = None if family.random else partial(_pretrained_state, family, prepare)
+        self.adapt(self.net, method, heads, pretrained, family.heads(net))
         if self.adapter is not None:
             self.adapter.load_into(self.adaptation)
-            self.found_head = self.adapter.head(self.net, heads, arguments["num_classes"]) or self.found_head
-        self.score_with(scores, main_score)
+            self.found_head = self.adapter.head(self.net, heads, self.hparams.get("num_classes", 0)) or self.found_head
+        if self.hparams["compile"]:
+            self.compile_blocks()
 
-    def score_with(self, scores: Callable[[], dict[str, Metric]], main_score: str) -> None:
-        """Score every split anew with what ``scores`` makes."""
-        self.main_score = main_score
-        splits = [split for stage in SPLITS.values() for split in stage]
-        self.scores = nn.ModuleDict({split: _collect(scores()) for split in splits})
+    def trained_heads(self, net: nn.Module) -> tuple[str, ...]:
+        """Dotted names in ``net`` of the modules that train besides the adapters."""
+        return self.family.heads(net)
 
     def compile_blocks(self) -> None:
         """Compile each repeated block that holds adapters: one graph serves all, and start-up stays short."""
@@ -156,14 +158,25 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         raise NotImplementedError
 
     def scored(self, logits: Tensor) -> Tensor:
-        """What the metrics take as ``preds``."""
+        """The ``preds`` of the metrics."""
         return logits
 
     def training_loss(self, batch: Batch) -> Tensor:
         """The mean loss that training minimises."""
         return self.losses(self.logits(batch), batch["label"]).mean()
 
+    def card(self) -> dict[str, Any]:
+        """What an exported network's configuration says of the task."""
+        return {}
+
+    def take_data_settings(self, class_path: str, arguments: Mapping[str, Any]) -> None:
+        """Put what `card` needs of the run's settings of its data into place."""
+
     # A run
+
+    @property
+    def _data(self) -> DataForTask:
+        return data_of(internals.trainer_of(self))
 
     def setup(self, stage: str) -> None:
         self._precision_before = MatmulPrecision.now()
@@ -171,32 +184,24 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         if stage == "fit":
             self._began_with = settings_of(self.trainer.callbacks)  # type: ignore[attr-defined]
         else:
-            self._require_same_classes(self.trained_classes)
+            require_same_classes(self.trained_classes, self._data)
         super().setup(stage)
-
-    def _settle_head(self) -> None:
-        """Once, where no checkpoint was loaded and before the head is used, which is that of the data from then on."""
-        head, self.found_head = self.found_head, None
-        if head is not None:
-            rank_zero_info(settle(self.net, head, self._classes_of_the_data()))
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
         self._precision_before.restore()
 
+    def _settle_head(self) -> None:
+        """Make a pretrained head mean the data's classes, before its first use, unless a checkpoint was loaded."""
+        head, self.found_head = self.found_head, None
+        if head is not None:
+            rank_zero_info(settle(self.net, head, self._data.class_names))
+
     # Training
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         total = self.trainer.estimated_stepping_batches
-        if self.schedule != "constant" and not math.isfinite(total):
-            raise UserError(
-                f"model.schedule {self.schedule!r} ends with the run, whose length is not known: set trainer.max_steps."
-            )
-        if self.warmup_steps > total and not self._is_rehearsal:
-            raise UserError(
-                f"model.warmup_steps is {self.warmup_steps} but the run has {total} optimizer steps: lower it, or "
-                "raise trainer.max_steps or trainer.max_epochs."
-            )
+        require_length(self.schedule, 0 if self._is_rehearsal else self.warmup_steps, total)
         groups = param_groups(
             self.named_parameters(), lambda name: name.startswith(self.heads), self.lr, self.head_lr, self.weight_decay
         )
@@ -210,88 +215,41 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
     def on_fit_start(self) -> None:
-        self.trained_classes = self._classes_of_the_data()
-        self._refuse_unknown_scores()
-        self._settle_head()
-        self._has_hinted, self._one_class = False, {}
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, DataModule) and type(self).__module__.startswith("srlora_pl."):
-            require_that_a_batch_passes(self, data)  # of a user's own task it is not known what else it does
-        super().on_fit_start()
-
-    def _refuse_unknown_scores(self) -> None:
-        """Lightning looks for a callback's score when it first needs it, which may be hours into the run."""
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if not all(type(each).__module__.startswith(("lightning.", "srlora_pl.")) for each in [self, *callbacks]):
-            return  # what a user's own code logs is not known here
-        names = [*(name for name in self._scores_of("val") if name != _ONE_CLASS), "score"]
-        known = ["train/loss", "srlora/switches", *(f"{split}/{name}" for split in SPLITS["val"] for name in names)]
-        for callback in callbacks:
-            score = getattr(callback, "monitor", None)
-            if score is not None and score not in known:
-                raise UserError(
-                    f"The callback {type(callback).__name__} monitors {score!r}{did_you_mean(score, known)}, but this "
-                    f"run scores {', '.join(known)}."
-                )
-            if isinstance(callback, EarlyStopping) and str(score).startswith("val") and not self._validates:
-                raise UserError(
-                    f"The callback {type(callback).__name__} monitors {score!r}, but this run has no validation: set "
-                    "data.val_fraction above 0, or monitor train/loss."
-                )
-
-    @property
-    def _validates(self) -> bool:
         trainer: Any = self.trainer
-        return trainer.enable_validation and getattr(trainer.datamodule, "val_set", True) is not None
+        data = self._data
+        self.trained_classes = list(data.class_names)
+        self._has_remarked, self._splits = False, []
+        is_own = type(self).__module__.startswith("srlora_pl.")  # what else a user's own code does is not known here
+        if is_own and all(type(each).__module__.startswith(("lightning.", "srlora_pl.")) for each in trainer.callbacks):
+            splits = data.split_names.get("val", ("val",))
+            scores = [f"{split}/{name}" for split in splits for name in self.evaluation.names]
+            known = ["train/loss", "srlora/switches", *scores]
+            require_known_scores(trainer.callbacks, known, trainer.enable_validation and data.has_validation)
+        self._settle_head()
+        if is_own and data.trial_batch is not None:
+            require_that_a_batch_passes(self, trainer.datamodule)
+        super().on_fit_start()
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        self._non_finite = torch.zeros((), dtype=torch.bool, device=self.device)
-        self._checked_step = self.global_step
+        self._loss = FiniteLoss(self.global_step, self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.training_loss(batch)
-        self._non_finite = self._non_finite | ~torch.isfinite(loss.detach())
+        self._loss.add(loss)
         self.log("train/loss", loss, batch_size=len(batch["label"]))
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and self.global_step - self._checked_step >= every:
-            self._refuse_non_finite_loss()
+        if every and self.global_step - self._loss.step >= every:
+            self._loss.require(self.trainer)
         super().on_train_batch_end(outputs, batch, batch_idx)
 
     def on_train_end(self) -> None:
-        self._refuse_non_finite_loss()
+        self._loss.require(self.trainer)
         super().on_train_end()
-        self._hint_at_one_class("val")
-
-    def _refuse_non_finite_loss(self) -> None:
-        """Raise if any loss since the last look was NaN or infinite; the only place that waits for the device."""
-        first, last = self._checked_step + 1, max(self.global_step, self._checked_step + 1)
-        self._checked_step = self.global_step
-        bad = self.trainer.strategy.reduce_boolean_decision(bool(self._non_finite), all=False)
-        if bad and not self._is_tuning:
-            raise UserError(
-                f"The training loss became NaN or infinite in steps {first} to {last}: start anew with a lower "
-                "model.lr or more model.warmup_steps, or go on from the last checkpoint, if there is one it is good, "
-                "with another trainer.precision (bf16-mixed, 32-true) or trainer.gradient_clip_val."
-            )
-
-    def _refuse_non_finite_weights(self) -> None:
-        """The loss of a step may be finite, and its gradients not."""
-        finite = bool(all_finite([p for p in self.parameters() if p.requires_grad]))
-        if not self.trainer.strategy.reduce_boolean_decision(finite) and not self._is_tuning:
-            raise UserError(
-                f"The weights became NaN or infinite before step {self.global_step + 1}, though the loss was finite: "
-                "start anew with a lower model.lr, or go on from the last checkpoint, if there is one it is good, with "
-                "trainer.precision 32-true or 64-true."
-            )
-
-    @property
-    def _is_tuning(self) -> bool:
-        """Whether Lightning's learning-rate or batch-size finder is at work: it may diverge on purpose."""
-        return isinstance(self.trainer.logger, DummyLogger) and not self._is_rehearsal
+        self._remark()
 
     @property
     def _is_rehearsal(self) -> bool:
@@ -299,154 +257,89 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     # Evaluation
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._score(SPLITS["val"][dataloader_idx], batch)
-
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._score(SPLITS["test"][dataloader_idx], batch)
-
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
-        self._settle_head()
-        self._reset("val")
+        self._begin("val", len(self.trainer.num_val_batches))
 
     def on_test_epoch_start(self) -> None:
-        self._settle_head()
-        self._reset("test")
+        self._begin("test", len(self.trainer.num_test_batches))
 
     def on_predict_start(self) -> None:
         self._settle_head()
 
+    def _begin(self, stage: str, loaders: int) -> None:
+        self._settle_head()
+        names = self._data.split_names.get(stage, (stage,))
+        self._splits = [*names[:loaders], *(f"{stage}_{number}" for number in range(len(names) + 1, loaders + 1))]
+        self._scored.clear()
+        for split in self._splits:
+            self.evaluation.reset(split)
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if "spare" not in batch:  # which another process scores
+            split = self._splits[dataloader_idx]
+            self.evaluation.update(self, split, batch)
+            self._scored.add(split)
+
+    test_step = validation_step
+
     def on_validation_epoch_end(self) -> None:
-        self._report("val")
+        self._report()
         if self.trainer.state.fn == "validate":
-            self._hint_at_one_class("val")
+            self._remark()
         super().on_validation_epoch_end()
 
     def on_test_epoch_end(self) -> None:
-        self._report("test")
-        self._hint_at_one_class("test")
+        self._report()
+        self._remark()
 
-    def _score(self, split: str, batch: Batch) -> None:
-        if "spare" in batch:  # another device scores it
-            return
-        logits, label = self.logits(batch), batch["label"]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        # Each metric takes from these what its own update() names.
-        self._scores_of(split).update(preds=self.scored(logits), target=label, value=self.losses(logits, label))
+    def _report(self) -> None:
+        for split in self._splits:
+            # A process may have had nothing to score, but all must come along to add up.
+            if self.trainer.strategy.reduce_boolean_decision(split in self._scored, all=False):
+                values = {f"{split}/{name}": value for name, value in self.evaluation.compute(split).items()}
+                # All processes have the same values already, and their largest is the same to the bit.
+                self.log_dict(values, sync_dist=True, reduce_fx="max")
 
-    def _reset(self, stage: str) -> None:
-        for split in SPLITS[stage]:
-            self._scores_of(split).reset()
-
-    def _report(self, stage: str) -> None:
-        for split in SPLITS[stage]:
-            scores = self._scores_of(split)
-            # A device may have had nothing to score, but all must come along to add up.
-            if self.trainer.strategy.reduce_boolean_decision(scores["loss"].update_called, all=False):
-                values = scores.compute()
-                self._one_class[split] = values.pop(_ONE_CLASS)
-                values["score"] = values[self.main_score]
-                # All devices have the same values already, and their largest is the same to the bit.
-                named = {f"{split}/{name}": value for name, value in values.items()}
-                self.log_dict(named, sync_dist=True, reduce_fx="max")
-
-    def _hint_at_one_class(self, stage: str) -> None:
-        """Say once a run that its end is a model which gives every sample the same class."""
-        for split in SPLITS[stage]:
-            place, count = self._one_class.get(split, torch.tensor([-1, 0])).tolist()
-            if place >= 0 and not self._is_rehearsal and not self._has_hinted:
-                self._has_hinted = True
-                names = getattr(self.trainer.datamodule, "class_names", None) or range(place + 1)  # type: ignore[attr-defined]
-                rank_zero_info(
-                    f"All {count} predictions on {split} are class {str(names[place])!r}: the model does not tell the "
-                    "classes apart yet; train longer, or try another model.lr."
-                )
-
-    def _scores_of(self, split: str) -> MetricCollection:
-        return cast(MetricCollection, self.scores[split])
+    def _remark(self) -> None:
+        """Tell once a run what the scores at its end mean."""
+        for split in self._splits:
+            remark = self.evaluation.remark(split, self._data.class_names)
+            if remark and not self._is_rehearsal and not self._has_remarked:
+                self._has_remarked = True
+                rank_zero_info(remark)
 
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self._refuse_non_finite_loss()
-        self._refuse_non_finite_weights()
+        self._loss.require(self.trainer)
+        require_finite_weights(self)
         states = checkpoint.get("callbacks", {})
         checkpoint["callback_settings"] = {key: self._began_with[key] for key in states if key in self._began_with}
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        saved = checkpoint.get("hyper_parameters", {})
-        # To go on, all must agree: the optimizer's state would bring the old values back without a word.
         resumes = internals.trainer_of(self) is not None and self.trainer.state.fn == "fit"
         if resumes:
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             keep_settings(checkpoint, callbacks, checkpoint.get("callback_settings", {}))
             keep_to_own_folders(checkpoint, self.trainer.checkpoint_callbacks)  # type: ignore[attr-defined]
-        for key in sorted(set(saved) - FREE) if resumes else IDENTITY:
-            if key in saved and _identity(saved[key]) != _identity(self.hparams.get(key)):
-                mend = "give it data of as many classes" if key == "num_classes" else f"set model.{key} to the former"
-                raise UserError(
-                    f"The checkpoint was written with model.{key} {saved[key]!r}, but this run has "
-                    f"{self.hparams.get(key)!r}: {mend}, or start anew without --ckpt_path."
-                )
+        require_same_model(checkpoint.get("hyper_parameters", {}), self.hparams, resumes)
         self.trained_classes = class_names(checkpoint) or []
-        self._require_same_classes(self.trained_classes)
+        require_same_classes(self.trained_classes, self._data)
         self.found_head = None
         super().on_load_checkpoint(checkpoint)
 
-    def _require_same_classes(self, trained: Sequence[str]) -> None:
-        """An output means a class by its place alone; so data of other classes would be scored against wrong ones."""
-        given = self._classes_of_the_data()
-        data = None if internals.trainer_of(self) is None else self.trainer.datamodule  # type: ignore[attr-defined]
-        if getattr(data, "names_numbers", False) and list(trained) == [*map(str, range(len(given)))]:
-            return  # of an older checkpoint
-        if len(trained) != len(given):
-            return  # regression, data that name no classes; or another number of classes, refused as such
-        for place, (theirs, ours) in enumerate(zip(trained, given, strict=True)):
-            if theirs != ours:
-                raise UserError(
-                    f"The model was trained on other classes: number {place} is {theirs!r} there and {ours!r} in "
-                    "this data; name the classes of the data as they were, or start anew without --ckpt_path."
-                )
 
-    def _classes_of_the_data(self) -> list[str]:
-        data = None if internals.trainer_of(self) is None else self.trainer.datamodule  # type: ignore[attr-defined]
-        return list(getattr(data, "class_names", None) or [])
+def arguments_of(names: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's own arguments by name, from its ``locals()`` at its beginning."""
+    return {key: value for key, value in names.items() if key not in ("self", "__class__", "kwargs")}
 
 
 def _with_adapter(adapter: PeftFolder | None, method: Method, heads: Sequence[str], net: nn.Module) -> nn.Module:
     return net if adapter is None else adapter.prepare(net, method, heads)
 
 
-def _pretrained_state(make: Callable[[], nn.Module], prepare: Callable[[nn.Module], nn.Module]) -> Mapping[str, Tensor]:
-    """What training begins from, once more; a function with a name, so that a module can be pickled."""
-    return prepare(make()).state_dict()
-
-
-def _collect(scores: dict[str, Metric]) -> MetricCollection:
-    # Groups would be found by equal values in the first batch, which may be a coincidence.
-    return MetricCollection({"loss": Mean(), **scores, _ONE_CLASS: OneClass()}, compute_groups=False)
-
-
-def require(key: str, value: Any, what: str, holds: bool) -> None:
-    """Refuse a number that a user gave as ``model.<key>`` unless it ``holds``."""
-    if not holds:
-        raise UserError(f"model.{key} is {value}: it must be {what}.")
-
-
-def as_method(method: Method | dict[str, Any]) -> Method:
-    """A method object as it is; or made from ``{class_path, init_args}``, as a checkpoint keeps it.
-
-    A checkpoint may come from anyone, so its ``class_path`` only picks among the methods that are imported.
-    """
-    return method if isinstance(method, Method) else from_spec(method)
-
-
-def _identity(value: Any) -> Any:
-    """What must agree: a path's last part (folders move) and the arguments that shape the network."""
-    if isinstance(value, str):
-        return Path(value).name
-    if isinstance(value, dict):
-        return {k: v for k, v in value.items() if k not in PLACES}
-    return value or {}
+def _pretrained_state(family: ModelFamily, prepare: Callable[[nn.Module], nn.Module]) -> Mapping[str, Tensor]:
+    """The state that training begins from, loaded again; a function with a name, so that a module can be pickled."""
+    return prepare(family.build()[0]).state_dict()

@@ -1,18 +1,102 @@
-"""What a task tries before it trains, so that a run ends at once if it cannot work."""
+"""What a task refuses: arguments out of range, scores that no run has, batches and losses that cannot be right."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Sequence
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import Tensor
 
-from srlora_pl.data.base import DataModule
-from srlora_pl.util.errors import UserError, one_line
+from srlora_pl.lowrank.importance import all_finite
+from srlora_pl.models.family import in_evaluation
+from srlora_pl.util.errors import UserError, did_you_mean, one_line
 
 
-def require_that_a_batch_passes(task: Any, data: DataModule) -> None:
+def require(key: str, value: Any, condition: str, holds: bool) -> None:
+    """Refuse the ``value`` that a user gave as ``model.<key>`` unless the ``condition`` holds."""
+    if not holds:
+        raise UserError(f"model.{key} is {value}: it must be {condition}.")
+
+
+def require_known_scores(callbacks: Sequence[Any], known: Sequence[str], validates: bool) -> None:
+    """Refuse a callback that monitors a score which the run does not have.
+
+    Lightning looks for it when it is first needed, which may be after hours. Loaders without a name are numbered.
+
+    Args:
+        callbacks: Lightning's and the package's own.
+        known: the scores of the run.
+        validates: whether there are any of a validation.
+    """
+    for callback in callbacks:
+        score = getattr(callback, "monitor", None)
+        if score is not None and re.sub(r"^val_\d+/", "val/", score) not in known:
+            raise UserError(
+                f"The callback {type(callback).__name__} monitors {score!r}{did_you_mean(score, known)}, but this run "
+                f"scores {', '.join(known)}."
+            )
+        if isinstance(callback, EarlyStopping) and str(score).startswith("val") and not validates:
+            raise UserError(
+                f"The callback {type(callback).__name__} monitors {score!r}, but this run has no validation: set "
+                "data.val_fraction above 0, or monitor train/loss."
+            )
+
+
+def is_tuning(trainer: L.Trainer) -> bool:
+    """Whether Lightning's learning-rate or batch-size finder is at work, which may diverge on purpose."""
+    return isinstance(trainer.logger, DummyLogger) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+
+
+class FiniteLoss:
+    """Finds a NaN or infinite training loss, and waits for the device only when it is asked.
+
+    Args:
+        step: optimizer steps done.
+        device: of the losses.
+    """
+
+    def __init__(self, step: int = 0, device: torch.device | None = None) -> None:
+        self.step = step
+        self._non_finite = torch.zeros((), dtype=torch.bool, device=device)
+
+    def add(self, loss: Tensor) -> None:
+        """Note the loss of a micro-batch, a scalar."""
+        self._non_finite = self._non_finite | ~torch.isfinite(loss.detach())
+
+    def require(self, trainer: L.Trainer) -> None:
+        """Refuse a loss since the last call that was not finite, in any process.
+
+        Raises:
+            UserError: there was one, and no tuner is at work.
+        """
+        first, last = self.step + 1, max(trainer.global_step, self.step + 1)
+        self.step = trainer.global_step
+        bad = trainer.strategy.reduce_boolean_decision(bool(self._non_finite), all=False)
+        if bad and not is_tuning(trainer):
+            raise UserError(
+                f"The training loss became NaN or infinite in steps {first} to {last}: start anew with a lower "
+                "model.lr or more model.warmup_steps, or go on from the last checkpoint, if there is one it is good, "
+                "with another trainer.precision (bf16-mixed, 32-true) or trainer.gradient_clip_val."
+            )
+
+
+def require_finite_weights(task: L.LightningModule) -> None:
+    """Refuse trained weights that are not finite, in any process: a step's loss may be finite and its gradients not."""
+    trainer = task.trainer
+    finite = bool(all_finite([p for p in task.parameters() if p.requires_grad]))
+    if not trainer.strategy.reduce_boolean_decision(finite) and not is_tuning(trainer):
+        raise UserError(
+            f"The weights became NaN or infinite before step {trainer.global_step + 1}, though the loss was finite: "
+            "start anew with a lower model.lr, or go on from the last checkpoint, if there is one it is good, with "
+            "trainer.precision 32-true or 64-true."
+        )
+
+
+def require_that_a_batch_passes(task: Any, data: Any) -> None:
     """Compute the loss of two training samples without gradients, in evaluation mode.
 
     The run is as without it: random states, buffers, modes and the order of the data stay as they are, and nothing is
@@ -20,14 +104,14 @@ def require_that_a_batch_passes(task: Any, data: DataModule) -> None:
 
     Args:
         task: an `srlora_pl.tasks.base.Task` in a trainer, on its device.
-        data: set up for the fit.
+        data: a LightningDataModule with `trial_batch`, set up for the fit.
 
     Raises:
         UserError: the network or the loss cannot take the batch, or the loss is not finite.
     """
     with isolate_rng(), torch.no_grad(), in_evaluation(task), torch.compiler.set_stance("force_eager"):
         batch = data.trial_batch()
-        what = ", ".join(f"{key} {_short(value)}" for key, value in batch.items() if isinstance(value, Tensor))
+        content = ", ".join(f"{key} {_short(value)}" for key, value in batch.items() if isinstance(value, Tensor))
         batch = task.trainer.precision_plugin.convert_input(batch)
         batch = data.on_before_batch_transfer(batch, 0)
         batch = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, task.device, 0), 0)
@@ -39,33 +123,14 @@ def require_that_a_batch_passes(task: Any, data: DataModule) -> None:
         except Exception as error:  # a network raises what it likes
             raise UserError(
                 f"model.backbone {task.hparams['backbone']!r} cannot take a first batch of this data "
-                f"({type(error).__name__}: {one_line(error)}), which holds {what}: choose another model.backbone, or "
-                "change model.backbone_kwargs or the settings of the data."
+                f"({type(error).__name__}: {one_line(error)}), which holds {content}: choose another model.backbone, "
+                "or change model.backbone_kwargs or the settings of the data."
             ) from error
         if not loss.isfinite().all():
             raise UserError(
                 f"The loss of a first batch is {loss.float().mean().item()} before any training: see to the weights "
                 "of model.backbone, or set trainer.precision to 32-true."
             )
-
-
-@contextmanager
-def in_evaluation(module: nn.Module) -> Iterator[None]:
-    """``module`` in evaluation mode; after it, modes and buffers are what they were, also those of a count of calls."""
-    modes = [(each, each.training) for each in module.modules()]
-    buffers = [
-        (each, name, buffer, buffer.clone())
-        for each in module.modules()
-        for name, buffer in each.named_buffers(recurse=False)
-    ]
-    module.eval()
-    try:
-        yield
-    finally:
-        for each, training in modes:
-            each.training = training
-        for each, name, buffer, value in buffers:
-            setattr(each, name, buffer.copy_(value))
 
 
 def _short(value: Tensor) -> str:

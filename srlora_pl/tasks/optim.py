@@ -1,4 +1,4 @@
-"""Optimizers and learning rates: plain functions of names and numbers."""
+"""Optimizers and learning rates, and the checks of their arguments."""
 
 import math
 import sys
@@ -9,14 +9,49 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from srlora_pl.tasks.guards import require
 from srlora_pl.util.errors import UserError, did_you_mean
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 SCHEDULES = ("cosine", "linear", "constant")
 
 
+def require_optimizer(
+    optimizer: str,
+    lr: float,
+    head_lr: float | None,
+    momentum: float,
+    weight_decay: float,
+    schedule: str,
+    warmup_steps: int,
+) -> None:
+    """Refuse arguments of a task that are out of range or unknown."""
+    optimizer_class(optimizer)
+    if schedule not in SCHEDULES:
+        near = did_you_mean(schedule, SCHEDULES)
+        raise UserError(f"model.schedule is {schedule!r}{near}: give one of {', '.join(SCHEDULES)}.")
+    require("lr", lr, "positive", 0 < lr < math.inf)
+    require("head_lr", head_lr, "positive", head_lr is None or 0 < head_lr < math.inf)
+    require("momentum", momentum, "from 0 up to, but not, 1", 0 <= momentum < 1)
+    require("weight_decay", weight_decay, "0 or positive", 0 <= weight_decay < math.inf)
+    require("warmup_steps", warmup_steps, "0 or positive", warmup_steps >= 0)
+
+
+def require_length(schedule: str, warmup_steps: int, total: float) -> None:
+    """Refuse a run of ``total`` optimizer steps that is too short for its warm-up, or endless with a schedule's end."""
+    if schedule != "constant" and not math.isfinite(total):
+        raise UserError(
+            f"model.schedule {schedule!r} ends with the run, whose length is not known: set trainer.max_steps."
+        )
+    if warmup_steps > total:
+        raise UserError(
+            f"model.warmup_steps is {warmup_steps} but the run has {total} optimizer steps: lower it, or raise "
+            "trainer.max_steps or trainer.max_epochs."
+        )
+
+
 def schedule_factor(schedule: str, step: int, total: float, warmup: int) -> float:
-    """What the learning rate is multiplied by in optimizer step ``step`` (from 0) of ``total``.
+    """The factor of the learning rate in optimizer step ``step`` (from 0) of ``total``.
 
     Rises linearly from 0 over ``warmup`` steps, then follows ``schedule`` down to 0 at ``total`` or stays at 1.
     """

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,13 +10,16 @@ import torch.nn.functional as F
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torchmetrics import Metric
 
+from srlora_pl.data.protocols import UNSAID
 from srlora_pl.lowrank import Method
 from srlora_pl.models import encoders
 from srlora_pl.models.deberta import use_fast_attention
+from srlora_pl.models.family import Transformers
 from srlora_pl.tasks import scores
-from srlora_pl.tasks.base import Batch, Task, require
+from srlora_pl.tasks.base import Batch, Task, arguments_of
+from srlora_pl.tasks.evaluation import LogitScores
+from srlora_pl.tasks.guards import require
 from srlora_pl.util import yaml_text
 from srlora_pl.util.errors import UserError, did_you_mean
 
@@ -27,8 +30,8 @@ class TextClassifier(Task):
     Takes batches with ``input_ids`` and ``attention_mask``, int64 (B, L), with ``token_type_ids`` where the tokenizer
     makes them; ``label``, int64 (B,), for regression float (B,), for several labels a text float (B, classes) of 0
     and 1; ``index``, int64 (B,), the sample's position in its split. Logs ``train/loss`` and, for ``val`` and
-    ``test``, ``loss``, every score of ``score_names``, and the first of these again as ``score``; a second data
-    loader's are ``val_mm/*`` and ``test_mm/*``.
+    ``test``, ``loss``, every score of ``score_names``, and the first of these again as ``score``; those of a second
+    data loader under the name that the data give it, as ``val_mm`` of MNLI, or as ``val_2`` and ``test_2``.
 
     Args:
         backbone: a hub name, a local folder in transformers' layout, or ``minilm`` where that extra is installed. A
@@ -37,9 +40,6 @@ class TextClassifier(Task):
         method: ``srlora_pl.LoRA``, ``PiSSA`` or ``SRLoRA``, or its ``{class_path, init_args}``.
         backbone_kwargs: override the encoder's configuration, such as ``hidden_dropout_prob``, or say where the hub's
             files are found, such as ``revision``; ``pretrained: false`` starts from random weights.
-        backbone_checkpoint: a local weights file (safetensors or torch) instead of the name's own weights.
-        adapter: a folder that the PEFT library saved a LoRA in, as a start: ``LoRA`` goes on with its pairs, for the
-            other methods it becomes part of the pretrained weights; its head is taken as the backbone's is.
         train_pooler: whether the pooler between encoder and head trains; DeBERTa's is always new.
         problem: ``single_label``, ``multi_label`` or ``regression``; by default what the data say, else regression
             for one class and ``single_label`` for more.
@@ -47,25 +47,19 @@ class TextClassifier(Task):
             ``pearson``, ``spearman`` (regression), the main one first; by default what the data say.
         class_weights: one per class, in their order or as ``{name: weight}``. A sample's loss is multiplied by its
             class's; of several labels, the loss of those that are set. In ``val/loss`` and ``test/loss`` too.
-        optimizer: ``sgd``, ``adamw``, or the path of a torch optimizer class.
         lr: the largest learning rate.
-        head_lr: the head's and the pooler's own largest learning rate; by default ``lr``.
-        momentum: of ``sgd``.
-        weight_decay: on matrices; biases and norms are never decayed.
-        schedule: what follows the warm-up: ``cosine`` or ``linear`` down to 0 at the last step, or ``constant``.
-        warmup_steps: optimizer steps over which the learning rate rises linearly from 0.
+        schedule: the learning rate after the warm-up: ``cosine`` or ``linear`` down to 0 at the last step, or
+            ``constant``.
         label_smoothing: in the training loss of a single-label problem only, from 0 up to 1.
-        compile: run each repeated block through ``torch.compile``.
-        matmul_precision: of fp32 products during a run, see ``torch.set_float32_matmul_precision``: ``high`` is TF32
-            on NVIDIA's GPUs from Ampere on. Starts and switches are always computed in full fp32.
-        checkpoints: ``compact`` files hold what changed since the pretrained weights; ``full`` ones the whole network.
         fast_attention: DeBERTa's attention without its repeated work, equal to rounding.
+        kwargs: the other arguments of `Task`.
 
     Raises:
         UserError: a value out of range, an unknown name, weights that do not fit or cannot be had.
     """
 
     problem: str
+    family: Transformers
 
     def __init__(
         self,
@@ -73,76 +67,43 @@ class TextClassifier(Task):
         num_classes: int,
         method: Method,
         backbone_kwargs: dict[str, Any] | None = None,
-        backbone_checkpoint: str | None = None,
-        adapter: str | None = None,
+        *,
         train_pooler: bool = True,
         problem: Literal["single_label", "multi_label", "regression"] | None = None,
         score_names: list[str] | None = None,
         class_weights: list[float] | dict[str, float] | None = None,
-        optimizer: str = "adamw",
         lr: float = 1e-4,
-        head_lr: float | None = None,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
         schedule: Literal["cosine", "linear", "constant"] = "linear",
-        warmup_steps: int = 0,
         label_smoothing: float = 0.0,
-        compile: bool = False,
-        matmul_precision: Literal["highest", "high", "medium"] = "highest",
-        checkpoints: Literal["compact", "full"] = "compact",
         fast_attention: bool = False,
+        **kwargs: Any,
     ) -> None:
-        arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
-        super().__init__(optimizer, lr, head_lr, momentum, weight_decay, schedule, warmup_steps)
+        arguments = arguments_of(locals())
+        super().__init__(method, lr=lr, schedule=schedule, **kwargs)
         require("num_classes", num_classes, "at least 1", num_classes >= 1)
         require("label_smoothing", label_smoothing, "from 0 up to, but not, 1", 0 <= label_smoothing < 1)
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
         self.register_buffer("class_weights", _weights(class_weights, num_classes), persistent=False)
         self.backbone_name = encoders.resolve(backbone)
         self.tokenizer_options = encoders.hub_options(backbone_kwargs)
-        place = (backbone, num_classes, backbone_kwargs, backbone_checkpoint)
-        net, self.found_head = encoders.find_head(*place)
-        make = partial(encoders.build_encoder, *place)
         self._settle(problem or ("single_label" if num_classes > 1 else "regression"), score_names)
-        heads, new = encoders.head_names(net, train_pooler), encoders.head_names(net)
-        self.build(net, method, heads, self._metrics, self.score_names[0], arguments, make, new)
+        self.build(Transformers(backbone, num_classes, backbone_kwargs, self.hparams["backbone_checkpoint"]), arguments)
         if fast_attention:
-            use_fast_attention(net, backbone)
-        if compile:
-            self.compile_blocks()
+            use_fast_attention(self.net, backbone)  # type: ignore[arg-type]
 
-    @property
-    def max_tokens(self) -> int | None:
-        """How long a text the network has positions for; None where it needs none."""
-        return encoders.max_tokens(self.net)
+    def trained_heads(self, net: Any) -> tuple[str, ...]:
+        return encoders.head_names(net, self.hparams["train_pooler"])
 
-    @property
-    def vocab_size(self) -> int | None:
-        """How many tokens the network has embeddings for; None where it computes them."""
-        return encoders.vocab_size(self.net)
-
-    @property
-    def token_types(self) -> int | None:
-        """How many kinds of tokens the network tells apart; None where it does not."""
-        return encoders.token_types(self.net)
-
-    @property
-    def padding_token(self) -> int | None:
-        """The token that the network itself calls padding, if it has one."""
-        return encoders.padding_token(self.net)
-
-    @property
-    def pads_left(self) -> bool:
-        """Whether texts must be padded on the left."""
-        return encoders.pads_left(self.net)
-
-    @property
-    def sees_padding(self) -> bool:
-        """Whether an output depends on how far the text is padded, in spite of the attention mask."""
-        return encoders.sees_padding(self.net)
+    # For the data, see srlora_pl.data.protocols.ModelForData.
+    max_tokens = property(lambda self: encoders.max_tokens(self.net))
+    vocab_size = property(lambda self: encoders.vocab_size(self.net))
+    token_types = property(lambda self: encoders.token_types(self.net))
+    padding_token = property(lambda self: encoders.padding_token(self.net))
+    pads_left = property(lambda self: encoders.pads_left(self.net))
+    sees_padding = property(lambda self: encoders.sees_padding(self.net))
 
     def _settle(self, problem: str, score_names: Sequence[str] | None) -> None:
-        """Take a problem and its scores, the defaults for None, if they go with the other arguments."""
+        """Set the problem and its scores (None: the defaults), if they fit the other arguments."""
         if problem not in scores.SCORES:
             raise UserError(f"model.problem is {problem!r}: give one of {', '.join(scores.SCORES)}.")
         if problem == "regression":
@@ -153,31 +114,28 @@ class TextClassifier(Task):
         else:
             require("label_smoothing", self.label_smoothing, f"0 for {problem}", self.label_smoothing == 0)
         self.problem, self.score_names = problem, list(score_names or scores.DEFAULTS[problem])
-        self._metrics()  # refuses unknown names
-
-    def _metrics(self) -> dict[str, Metric]:
-        return scores.metrics(self.problem, self.score_names, self.num_classes)
+        metrics = scores.metrics(self.problem, self.score_names, self.num_classes)
+        self.evaluation = LogitScores(metrics, self.score_names[0])
 
     def setup(self, stage: str) -> None:
-        data = getattr(self.trainer, "datamodule", None)
+        data = self._data
         if isinstance(by_name := self.hparams["class_weights"], dict):
-            # A checkpoint makes the same model again without the names.
-            self.hparams["class_weights"] = in_order = _in_order(by_name, getattr(data, "class_names", ()))
+            # So that a checkpoint makes the same model without the names.
+            self.hparams["class_weights"] = in_order = _in_order(by_name, data.class_names)
             self.class_weights = torch.tensor(in_order, device=self.device)
-        asked, given = self.hparams["problem"], getattr(data, "problem", None)
+        asked, given = self.hparams["problem"], data.problem
         if asked and given and asked != given:
             raise UserError(f"model.problem is {asked!r}, but the data are {given!r}: leave model.problem out.")
-        names = self.hparams["score_names"] or (getattr(data, "score_names", None) if given else None)
+        names = self.hparams["score_names"] or (data.score_names if given else None)
         self._settle(given or self.problem, names)
-        self.score_with(self._metrics, self.score_names[0])
-        if data is not None and hasattr(data, "padding_token") and encoders.finds_end_by_padding(self.net):
+        if data.padding_token is not UNSAID and encoders.finds_end_by_padding(self.net):
             self._pad_with(data.padding_token)
-        # A checkpoint makes the same model again without the data.
+        # So that a checkpoint makes the same model without the data.
         self.hparams["problem"], self.hparams["score_names"] = self.problem, self.score_names
         super().setup(stage)
 
     def _pad_with(self, token: int | None) -> None:
-        """Let the network know which token the data are padded with, behind the last one that it reads."""
+        """Make ``token``, the data's padding, that of a network which finds the end of a text by it."""
         if token is None:
             raise UserError(
                 f"model.backbone {self.hparams['backbone']!r} has no padding token, and its tokenizer has neither one "
@@ -186,13 +144,14 @@ class TextClassifier(Task):
         if token != self.padding_token:
             rank_zero_info(f"The network takes token {token} for padding, as the data do: it had {self.padding_token}.")
             encoders.set_padding_token(self.net.config, token)  # type: ignore[arg-type]
-            self.hparams["backbone_kwargs"] = {**(self.hparams["backbone_kwargs"] or {}), "pad_token_id": token}
+            kwargs = {**(self.hparams["backbone_kwargs"] or {}), "pad_token_id": token}
+            self.hparams["backbone_kwargs"], self.family = kwargs, replace(self.family, kwargs=kwargs)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """Logits (B, classes), or (B,) of regression, of tokens (B, L)."""
-        # Never labels=: the network's own loss breaks the graph and waits for the device in every step.
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        logits = self.net(input_ids=input_ids, attention_mask=attention_mask, **types).logits
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        batch |= {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        logits = self.family.logits(self.net, batch)
         return logits.squeeze(-1) if self.problem == "regression" else logits
 
     def logits(self, batch: Batch) -> Tensor:
@@ -215,8 +174,12 @@ class TextClassifier(Task):
         return F.cross_entropy(logits, label, weights, label_smoothing=smoothing, reduction="none")
 
     def scored(self, logits: Tensor) -> Tensor:
-        # Of numbers in [0, 1] torchmetrics would think that they are probabilities already.
+        # torchmetrics would take numbers in [0, 1] for probabilities.
         return (logits > 0).long() if self.problem == "multi_label" else logits
+
+    def card(self) -> dict[str, Any]:
+        names = {"single_label": "single_label_classification", "multi_label": "multi_label_classification"}
+        return {"problem_type": names.get(self.problem, self.problem)}
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
         """``index`` (B,) and: the most probable ``label`` (B,) and its ``probability`` (B,); for several labels
@@ -231,7 +194,7 @@ class TextClassifier(Task):
 
 
 def _weights(values: Sequence[float] | dict[str, float] | None, num_classes: int) -> Tensor | None:
-    """One weight per class, float (classes,); those by name in the order given, until the data say the right one."""
+    """One weight per class, float (classes,); weights by name keep their order until the data name the classes."""
     if values is None:
         return None
     if not isinstance(values, dict):
@@ -242,7 +205,7 @@ def _weights(values: Sequence[float] | dict[str, float] | None, num_classes: int
 
 
 def _in_order(by_name: dict[Any, float], names: Sequence[str]) -> list[float]:
-    """The weights in the order of ``names``; YAML reads a name such as ``no`` or ``1`` as something else than text."""
+    """The weights in the order of ``names``, of which YAML reads some, such as ``no`` or ``1``, as something else."""
     read = {}
     for name in names:
         with contextlib.suppress(yaml.YAMLError, ValueError):

@@ -79,7 +79,7 @@ def test_a_vit_loads_with_timm_and_with_peft(vit, tmp_path, name):
     from peft import PeftModel
 
     task = fit(image_task(vit, METHODS[name]), steps=17)
-    assert task.adaptation.switches_done == {"one switch": 1, "beyond the smaller side": 15}.get(
+    assert task.adaptation.controller.progress().done == {"one switch": 1, "beyond the smaller side": 15}.get(
         name, 5 if "target_rank" in task.adaptation.method.spec()["init_args"] and name != "no switch" else 0
     )
     merged = export_model(task, tmp_path / "merged", class_names=NAMES)
@@ -233,7 +233,7 @@ def test_an_encoder_loads_with_transformers_and_with_peft(encoders, tmp_path, fa
 
     fast = {"fast_attention": True} if family == "deberta-v2" and train_pooler else {}
     task = fit(text_task(encoders[family], SRLORA(target_rank=8), train_pooler=train_pooler, **fast), steps=13)
-    assert task.adaptation.switches_done == 5
+    assert task.adaptation.controller.progress().done == 5
     merged = export_model(task, tmp_path / "merged", class_names=["no", "yes"])
     peft = export_model(task, tmp_path / "peft", "peft")
     assert max(merged.difference, peft.difference) < 1e-5
@@ -452,14 +452,14 @@ def test_files_that_give_other_outputs_are_not_left(vit, tmp_path, monkeypatch, 
 
     write = srlora_pl.export.command._write_merged if mode == "merged" else srlora_pl.models.peft_folder.write
     if mode == "merged":
-        original = srlora_pl.models.family.Timm.write
+        original = srlora_pl.models.family.Timm.save
 
-        def broken(self, net, folder, names):
-            notes = original(self, net, folder, names)
+        def broken(self, net, folder, *rest):
+            notes = original(self, net, folder, *rest)
             damage(folder / "model.safetensors", load_file(folder / "model.safetensors"))
             return notes
 
-        monkeypatch.setattr(srlora_pl.models.family.Timm, "write", broken)
+        monkeypatch.setattr(srlora_pl.models.family.Timm, "save", broken)
     else:
 
         def broken(folder, *rest):

@@ -3,7 +3,6 @@
 import csv
 import io
 import itertools
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from srlora_pl.figures import drawings
 from srlora_pl.figures.drawings import direction_intervals, directions_overview, length_variance, training_loss
 from srlora_pl.figures.numbers import Curve, active_lengths, blocks_of, kind_labels, length_variances, smoothed
 from srlora_pl.lowrank import Adaptation, SRLoRA
+from tests.helpers import waiting
 from tests.helpers.cli import SMALL_RUN, cli
 from tests.helpers.errors import mentions
 from tests.helpers.toys import toy_batches, toy_net, train
@@ -387,7 +387,7 @@ def test_several_runs_share_one_figure_of_losses(tmp_path: Path) -> None:
     assert names(drawn) == LOSSES | {"SRLoRA-version_0", "PiSSA-version_0"}
     for name in ("SRLoRA", "PiSSA"):
         assert names(drawn / f"{name}-version_0") == FILES - LOSSES
-    assert out.startswith("LoRA/version_0: LoRA has drawn no new directions, so only the training loss is drawn\n")
+    assert out.startswith("LoRA/version_0: LoRA draws no singular directions, so only the training loss is drawn\n")
     found = [row["run"] for row in table(drawn / "training_loss.csv")]
     assert found == [f"{name}/version_0" for name in ("SRLoRA", "LoRA", "PiSSA") for _ in range(3)]
     assert not any((run / "figures").exists() for run in runs)
@@ -397,7 +397,7 @@ def test_a_run_without_directions_is_no_error(tmp_path: Path) -> None:
     run = save_run(tmp_path / "lora", "LoRA")
     code, out, err = cli("figures", "--run", run, "--layer", 99, home=tmp_path)
     assert (code, err) == (0, "")
-    assert "LoRA has drawn no new directions" in out
+    assert "LoRA draws no singular directions" in out
     assert names(run / "figures") == LOSSES
 
 
@@ -471,6 +471,6 @@ def test_help_is_answered_without_loading_anything(tmp_path: Path) -> None:
         "import sys; from srlora_pl.cli import main; main(['figures', '--help']); "
         "print({'torch', 'matplotlib'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = waiting.run([sys.executable, "-c", code], check=True)
     assert "--layer N" in done.stdout
     assert done.stdout.endswith("set()\n")

@@ -93,14 +93,14 @@ class Watch(Callback):
         self.masks: list[Tensor] = []
 
     def setup(self, trainer: L.Trainer, module: Any, stage: str) -> None:
-        once = module.adaptation.once
+        once = module.adaptation.run_on_rank_zero
         self.calls = 0
 
         def counted(compute: Callable[[], Any]) -> Any:
             self.calls += 1
             return once(compute)
 
-        module.adaptation.once = counted
+        module.adaptation.run_on_rank_zero = counted
         layer = next(iter(module.adaptation.layers.values()))
         layer.dropout.register_forward_hook(lambda _, x, y: self.masks.append(y == 0))
 
@@ -114,15 +114,15 @@ class Watch(Callback):
 
 
 def result(module: Any, watch: Watch) -> dict[str, Any]:
-    adaptation = module.adaptation
+    adaptation, controller = module.adaptation, module.adaptation.controller
     return {
         "effective": {name: layer.merged_weight() for name, layer in adaptation.layers.items()},
-        "directions": {m.name: state.directions for m, state in adaptation.states.items()},
-        "intervals": {m.name: state.intervals for m, state in adaptation.states.items()},
+        "directions": controller.active,
+        "intervals": controller.intervals,
         "state": dict(module.state_dict()),
-        "smoothed": adaptation.importance.smoothed,
-        "uncertainty": adaptation.importance.uncertainty,
-        "switches": adaptation.switches_done,
+        "smoothed": controller.importance.smoothed,
+        "uncertainty": controller.importance.uncertainty,
+        "switches": controller.switches_done,
         "seen": watch.seen,
         "shared": watch.shared,
         "scores": watch.scores,
@@ -213,7 +213,7 @@ def with_nan(home: Path, rank: int) -> dict[str, Any]:
     poison, module = Poison(rank), classifier(home)
     options = {"accumulate_grad_batches": 2, "max_steps": 4, "limit_val_batches": 0}
     message = refusal(lambda: trainer(home, 2, poison, **options).fit(module, FewDigits(2)))
-    averages = module.adaptation.importance
+    averages = module.adaptation.controller.importance
     return {"finite": poison.finite, "smoothed": averages.smoothed, "message": message}
 
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys
+from srlora_pl.data.base import DataModule, KeyedDataset, split_keys
+from srlora_pl.data.loader import Key
+from srlora_pl.data.protocols import Batch
+from srlora_pl.models.encoders import find_head
 
 VOCABULARY = 50
 BERT: dict[str, Any] = {
@@ -57,6 +60,11 @@ def folder(path: Path, config: dict[str, Any]) -> str:
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
     return str(path)
+
+
+def build_encoder(*arguments: Any) -> Any:
+    """The network of `find_head`."""
+    return find_head(*arguments)[0]
 
 
 def samples(count: int, label: Tensor, length: int = 9) -> list[dict[str, Tensor]]:

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from srlora_pl.lowrank import Adaptation, SRLoRA
+from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
 
 
 class Block(nn.Module):
@@ -64,6 +64,43 @@ def train(net: nn.Module, adaptation, optimizer, batches, first_step: int = 0) -
         adaptation.after_optimizer(step, optimizer)
 
 
+def one_step(net: nn.Module, adaptation: Adaptation) -> None:
+    """Show ``adaptation`` the gradients of one batch; no optimizer."""
+    x, y = toy_batches(1)[0]
+    nn.functional.cross_entropy(net(x), y).backward()
+    adaptation.before_optimizer(1)
+    net.zero_grad()
+
+
+def optimizer_of(net: nn.Module, kind=torch.optim.AdamW, **options) -> torch.optim.Optimizer:
+    return kind([p for p in net.parameters() if p.requires_grad], **{"lr": 0.01, **options})
+
+
+def srlora(**options) -> SRLoRA:
+    return SRLoRA(**{"rank": 4, "alpha": 8.0, "target_rank": 12, **options})
+
+
+METHODS = {"lora": LoRA(rank=4, alpha=8.0), "pissa": PiSSA(rank=4, alpha=8.0), "srlora": srlora()}
+
+
+def begun(method, steps=40, dtype=torch.float32, optimizer=torch.optim.AdamW, **options):
+    """A network, its adaptation and its optimizer, before the first of so many steps."""
+    net = toy_net(dtype=dtype)
+    adaptation = Adaptation(net, method)
+    adaptation.start()
+    adaptation.plan(steps)
+    return net, adaptation, optimizer_of(net, optimizer, **options)
+
+
+def finished(method, steps=40, dtype=torch.float32, **options):
+    """Those of `begun`, after all of the steps."""
+    run = begun(method, steps, dtype, **options)
+    train(*run, toy_batches(steps, dtype=dtype))
+    return run
+
+
+# Rounding of one layer's products, a few dozen terms each.
+ROUNDING = {torch.float32: 2e-6, torch.float64: 1e-14}
 SRLORA = partial(SRLoRA, rank=2, alpha=5.0)
 
 
@@ -73,8 +110,7 @@ def trained(method, steps=8, dtype=torch.float32, optimizer=torch.optim.AdamW, p
     adaptation = Adaptation(net, method, trainable=["head"], pretrained=pretrained)
     adaptation.start()
     adaptation.plan(steps)
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    train(net, adaptation, optimizer(parameters, lr=0.02), toy_batches(steps, dtype=dtype))
+    train(net, adaptation, optimizer_of(net, optimizer, lr=0.02), toy_batches(steps, dtype=dtype))
     return adaptation, before
 
 
@@ -84,3 +120,9 @@ def changes(adaptation, before):
         name: layer.merged_weight().double() - before.get_parameter(f"{name}.weight").detach().double()
         for name, layer in adaptation.layers.items()
     }
+
+
+def assert_same_state(net: nn.Module, other: nn.Module) -> None:
+    """To the bit."""
+    for (name, value), theirs in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(value, theirs), name

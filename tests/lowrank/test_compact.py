@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-from srlora_pl.lowrank.matrix_state import MatrixState
 from torch import nn
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA, Spectrum, SRLoRA
-from tests.helpers.toys import toy_batches, toy_net, train
+from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, Spectrum, SRLoRA
+from tests.helpers.toys import assert_same_state, optimizer_of, toy_batches, toy_net, train
 
 STEPS = 40
 # Of matrices of 64 x 64 to 96 x 64, 10 directions are fewer numbers than the weight, and 60 are more.
@@ -34,13 +33,13 @@ def trained(method, dtype=torch.float32, steps: int = STEPS, **options):
     net, adaptation = adapted(method, dtype)
     adaptation.start()
     adaptation.plan(STEPS)
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    optimizer = optimizer_of(net)
     train(net, adaptation, optimizer, toy_batches(steps, dtype=dtype))
     return net, adaptation, optimizer
 
 
 def saved(net, adaptation) -> tuple[dict, dict]:
-    left_out = {id(p) for p in adaptation.untouched()}
+    left_out = {id(p) for p in adaptation.restorable_parameters()}
     kept = {name: p for name, p in net.state_dict(keep_vars=True).items() if id(p) not in left_out}
     return copy.deepcopy({name: p.detach() for name, p in kept.items()}), copy.deepcopy(adaptation.state_dict(True))
 
@@ -48,11 +47,6 @@ def saved(net, adaptation) -> tuple[dict, dict]:
 def load(net, adaptation, file) -> None:
     adaptation.load_state_dict(file[1])
     assert net.load_state_dict(file[0], strict=False).unexpected_keys == []
-
-
-def assert_equal(net, other) -> None:
-    for (name, value), theirs in zip(net.state_dict().items(), other.state_dict().values(), strict=True):
-        assert torch.equal(value, theirs), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -64,16 +58,16 @@ def test_the_weights_come_back_to_the_bit(method, dtype):
     for matrix in adaptation.matrices:
         state = file[1]["matrices"][matrix.name]
         assert (state["weight"] is not None) == (method == "dense")
-        assert (state["drawn"] is not None) == (method in ("pissa", "ledger"))
-        assert (adaptation.states[matrix].fused is None) == (method == "dense")
+        assert bool(state["updates"]) == (method in ("pissa", "ledger"))
+        assert (adaptation.ledgers[matrix].updates is None) == (method == "dense")
 
     fresh, theirs = adapted(METHODS[method], dtype)
     load(fresh, theirs, file)
-    assert_equal(fresh, net)
+    assert_same_state(fresh, net)
     started, theirs = adapted(METHODS[method], dtype)
     theirs.start()  # as a trainer does before it loads
     load(started, theirs, file)
-    assert_equal(started, net)
+    assert_same_state(started, net)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -83,7 +77,7 @@ def test_an_earlier_state_comes_back_in_a_model_that_trained_on(method):
     train(net, adaptation, optimizer, toy_batches(17, seed=2), first_step=23)
     assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), expected.parameters(), strict=True))
     load(net, adaptation, earlier)
-    assert_equal(net, expected)
+    assert_same_state(net, expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -97,7 +91,7 @@ def test_a_loop_resumed_from_a_compact_state_equals_the_uninterrupted_one(method
     again = torch.optim.AdamW([p for p in second.parameters() if p.requires_grad], lr=0.01)
     again.load_state_dict(optimizer.state_dict())
     train(second, theirs, again, toy_batches(STEPS)[23:], first_step=23)
-    assert_equal(second, whole)
+    assert_same_state(second, whole)
     # and the second file equals the uninterrupted run's
     for name, state in saved(second, theirs)[1]["matrices"].items():
         for key, value in saved(whole, expected)[1]["matrices"][name].items():
@@ -133,27 +127,11 @@ def test_the_directions_of_the_file_are_those_that_were_taken_out(order, monkeyp
     else:
         load(other, theirs, file)
         theirs.start()
-    assert_equal(other, net)
-    for matrix, state in theirs.states.items():
-        own = adaptation.states[adaptation.matrices[theirs.matrices.index(matrix)]]
-        assert torch.equal(state.spectrum.U, own.spectrum.U)
-
-
-@pytest.mark.parametrize(("out", "in_", "rank"), [(3, 2, 1), (2, 3, 1), (40, 24, 2), (24, 40, 3)])
-def test_a_ledger_is_kept_while_it_has_no_more_numbers_than_the_weight(out, in_, rank):
-    """Of a single pair of 3 x 2 it has just as many."""
-    (matrix,) = LowRankLinear(nn.Linear(in_, out), rank, 1.0).matrices("fc")
-    state = MatrixState(matrix)
-    state.spectrum = Spectrum.of(torch.eye(out, in_), min(out, in_))
-    fits = []
-    for step in range(min(out, in_) // rank):
-        if step:
-            state.record(torch.arange(rank), (matrix.B, matrix.A), step)
-        kept = [state.drawn.U, state.drawn.sigma, state.drawn.Vh, *(each for pair in state.fused for each in pair)]
-        fits.append(sum(each.numel() for each in kept) <= out * in_)
-        assert state.outgrows((out, in_)) != fits[-1]
-    assert fits[0]
-    assert not fits[-1]
+    assert_same_state(other, net)
+    for mine, own in zip(theirs.ledgers.values(), adaptation.ledgers.values(), strict=True):
+        for each, expected in zip(mine.updates, own.updates, strict=True):
+            assert torch.equal(each.B, expected.B)
+            assert torch.equal(each.A, expected.A)
 
 
 def test_what_somebody_else_trains_is_kept():
@@ -163,13 +141,13 @@ def test_what_somebody_else_trains_is_kept():
     net.embed.bias.requires_grad_(False)
     with torch.no_grad():
         net.blocks[0].fc1.bias += 1
-    left_out = adaptation.untouched(trained=[net.blocks[0].fc1.bias])
+    left_out = adaptation.restorable_parameters(trained=[net.blocks[0].fc1.bias])
     assert not any(p is net.blocks[0].fc1.bias or p is net.embed.bias for p in left_out)
     file = saved(net, adaptation)
     assert {"embed.bias", "blocks.0.fc1.bias"} <= set(file[0])
     fresh, theirs = adapted(METHODS["ledger"])
     load(fresh, theirs, file)
-    assert_equal(fresh, net)
+    assert_same_state(fresh, net)
     assert {"embed.bias", "blocks.0.fc1.bias"} <= set(saved(fresh, theirs)[0])
 
 
@@ -179,8 +157,8 @@ def test_weights_loaded_after_the_adaptation_make_the_state_whole(method):
     changed = {name: value + 0.01 for name, value in net.state_dict().items() if "lora" not in name}
     net.load_state_dict(changed, strict=False)
     adaptation.start()
-    assert adaptation.pretrained is None
-    assert adaptation.untouched() == []
+    assert adaptation.weights.reload is None
+    assert adaptation.restorable_parameters() == []
     assert set(saved(net, adaptation)[0]) == set(net.state_dict())
 
 
@@ -201,20 +179,9 @@ def test_a_base_that_differs_beside_the_adapted_layers_is_refused():
         other.load_state_dict(file[1])
 
 
-def test_intervals_tell_when_each_direction_was_active():
-    _, adaptation, _ = trained(METHODS["ledger"])
-    # 4 switches planned, 3 done, of 2 pairs each, after steps 10, 20 and 30
-    for state in adaptation.states.values():
-        assert state.intervals[:, 0].tolist() == [0] * 4 + [10] * 2 + [20] * 2 + [30] * 2
-        ends = state.intervals[:, 1]
-        assert sorted(ends.tolist()) == [-1] * 4 + [10] * 2 + [20] * 2 + [30] * 2
-        assert sorted(state.directions.tolist()) == torch.nonzero(ends == -1).flatten().tolist()
-        assert (ends[ends > 0] > state.intervals[ends > 0, 0]).all()
-
-
 def test_a_source_that_changed_in_the_meantime_is_refused():
     _, adaptation, _ = trained(METHODS["ledger"])
     state = adaptation.state_dict(compact=True)
-    adaptation.pretrained = lambda: big_net(seed=5).state_dict()
+    adaptation.weights.reload = lambda: big_net(seed=5).state_dict()
     with pytest.raises(UserError, match="other pretrained weights"):
         adaptation.load_state_dict(state)

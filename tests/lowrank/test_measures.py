@@ -14,6 +14,7 @@ from srlora_pl.lowrank.measures import (
     size_of_change,
     switches_survived,
 )
+from srlora_pl.lowrank.schedule import Pace
 from tests.helpers.toys import SRLORA, changes, trained
 
 METHODS = {
@@ -38,7 +39,7 @@ def test_the_size_of_the_change_is_that_of_the_dense_difference(name):
     adaptation, before = trained(METHODS[name], steps=12, dtype=torch.float64)
     dense = changes(adaptation, before)
     for matrix in adaptation.matrices:
-        size = size_of_change(matrix, adaptation.states[matrix])
+        size = size_of_change(adaptation, matrix)
         norm, stable, effective = plain_size(matrix.of_weight(dense[matrix.layer_name]))
         assert norm > 1e-2
         assert size.norm == pytest.approx(norm, rel=1e-9)
@@ -55,23 +56,23 @@ def test_sizes_that_are_known():
 
 def test_nothing_has_changed_before_training():
     adaptation, _ = trained(PiSSA(rank=2, alpha=5.0), steps=0, dtype=torch.float64)
-    sizes = [size_of_change(matrix, state) for matrix, state in adaptation.states.items()]
+    sizes = [size_of_change(adaptation, matrix) for matrix in adaptation.matrices]
     assert max(size.norm for size in sizes) < 1e-14
 
 
-def test_a_matrix_whose_fused_pairs_are_gone_is_left_out():
+def test_a_matrix_whose_updates_are_gone_is_left_out():
     adaptation, _ = trained(SRLORA(target_rank=8))
     matrix = adaptation.matrices[0]
-    adaptation.states[matrix].fused = None
-    assert size_of_change(matrix, adaptation.states[matrix]) is None
+    adaptation.ledgers[matrix].updates = None
+    assert size_of_change(adaptation, matrix) is None
 
 
 def test_a_change_that_diverged_is_not_measured():
     adaptation, _ = trained(PiSSA(rank=2), steps=1)
     matrix = adaptation.matrices[0]
-    assert size_of_change(matrix, adaptation.states[matrix]) is not None
+    assert size_of_change(adaptation, matrix) is not None
     matrix.A[0, 0] = math.inf
-    assert size_of_change(matrix, adaptation.states[matrix]) is None
+    assert size_of_change(adaptation, matrix) is None
 
 
 def test_kinds_are_places_in_a_block():
@@ -83,8 +84,7 @@ def test_kinds_are_places_in_a_block():
 
 def test_scores_are_those_of_every_matrix_of_the_kind():
     adaptation, _ = trained(SRLORA(target_rank=2))
-    scores = adaptation.importance.pair_scores(adaptation.matrices)
-    each = dict(zip((matrix.name for matrix in adaptation.matrices), scores, strict=True))
+    each = adaptation.controller.scores()
     found = scores_by_kind(adaptation)
     assert found["fc1"].tolist() == [*each["blocks.0.fc1"].tolist(), *each["blocks.1.fc1"].tolist()]
     assert all((values > 0).all() for values in found.values())
@@ -94,8 +94,8 @@ def test_scores_are_those_of_every_matrix_of_the_kind():
 def test_the_age_of_pairs():
     """Switches of one pair of two after steps 4, 8, 12, 16 and 20 of 24."""
     adaptation, _ = trained(SRLORA(target_rank=8), steps=24)
-    assert adaptation.switches_done == 5
-    histories = {matrix.name: state.intervals for matrix, state in adaptation.states.items()}
+    assert adaptation.controller.progress().done == 5
+    histories = adaptation.controller.histories()
     survived = switches_survived(histories, drawn := drawn_after(histories))
     last_drawn = drawn.view(-1, 2).max(1).values
     assert last_drawn.tolist() == [20] * len(adaptation.matrices)
@@ -106,10 +106,11 @@ def test_the_age_of_pairs():
 
 def test_the_next_switch_is_the_one_that_comes():
     adaptation, _ = trained(SRLORA(target_rank=8), steps=24)
-    assert adaptation.next_switch is None
+    assert adaptation.controller.progress().next_step is None
     steps = []
-    for done in range(adaptation.switches_to_do):
-        adaptation._done = {2: done}
-        steps.append(adaptation.next_switch)
+    (pace,) = adaptation.controller.paces.values()
+    for done in range(pace.schedule.to_do):
+        adaptation.controller.paces = {2: Pace(pace.schedule, done)}
+        steps.append(adaptation.controller.progress().next_step)
     assert steps == [4, 8, 12, 16, 20]
-    assert trained(LoRA(rank=2), steps=0)[0].next_switch is None
+    assert trained(LoRA(rank=2), steps=0)[0].controller.progress().next_step is None

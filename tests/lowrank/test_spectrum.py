@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, Spectrum, SRLoRA
-from srlora_pl.lowrank.starts.spectrum import SpectrumCache, fingerprint
+from srlora_pl.lowrank.starts.spectrum import SpectrumCache, spectra
+from srlora_pl.util.cache import fingerprint
 from tests.helpers.errors import mentions
 from tests.helpers.toys import toy_net
 
@@ -158,7 +159,7 @@ def test_a_start_takes_the_spectra_of_its_weights_from_the_cache(tmp_path, monke
     def start(**options):
         net = toy_net(**options)
         adaptation = Adaptation(net, SRLoRA(rank=4, target_rank=8))
-        adaptation.start(cache=tmp_path)
+        adaptation.start(spectra(cache=tmp_path))
         return net
 
     expected = start()

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from srlora_pl.lowrank import Adaptation, SRLoRA
+from srlora_pl.lowrank.methods import switching
+from srlora_pl.lowrank.methods.switching import lowest
 from tests.helpers.reference import ReferenceSRLoRA
 from tests.helpers.toys import toy_batches, toy_net, train
 
@@ -85,46 +87,37 @@ def test_trajectory_equals_the_plain_algorithm(beta1, beta2, name, reset, state)
     for step, batch in enumerate(toy_batches(STEPS, dtype=torch.float64)):
         train(net, adaptation, optimizer, [batch], first_step=step)
         reference.train_step(loss, batch)
-    assert adaptation.switches_done == planned - 1 == 3
+    assert adaptation.controller.progress().done == planned - 1 == 3
 
-    averages = adaptation.importance
-    smoothed, uncertainty = averages._split(averages.smoothed), averages._split(averages.uncertainty)
-    for ours, theirs in zip(adaptation.matrices, reference.matrices, strict=True):
-        layer = ours.layer
+    averages = adaptation.controller.importance
+    smoothed, uncertainty = (
+        averages.of(adaptation.matrices, flat) for flat in (averages.smoothed, averages.uncertainty)
+    )
+    for i, (ours, theirs) in enumerate(zip(adaptation.matrices, reference.matrices, strict=True)):
         for value, expected in ((ours.weight, theirs.W), (ours.B, theirs.B), (ours.A, theirs.A)):
             np.testing.assert_allclose(value.numpy(), expected, atol=TOLERANCE, rtol=0)
         for mine, index in ((smoothed, 0), (uncertainty, 1)):
-            np.testing.assert_allclose(
-                ours.of_B(mine[id(layer.lora_B)]).numpy(), theirs.averages["B"][index], atol=TOLERANCE, rtol=0
-            )
-            np.testing.assert_allclose(
-                ours.of_A(mine[id(layer.lora_A)]).numpy(), theirs.averages["A"][index], atol=TOLERANCE, rtol=0
-            )
-        state_ = adaptation.states[ours]
-        assert state_.next_direction == theirs.next_direction
+            for name in ("A", "B"):
+                value, expected = mine[i][f"lora_{name}"].numpy(), theirs.averages[name][index]
+                np.testing.assert_allclose(value, expected, atol=TOLERANCE, rtol=0)
+        assert len(adaptation.controller.intervals[ours.name]) == theirs.next_direction
         # which pairs were recycled: the directions that the pairs hold tell the whole history
         held = list(range(RANK))
         following = RANK
         for low in theirs.chosen:
             for k in low:
                 held[k], following = following, following + 1
-        assert state_.directions.tolist() == held
+        assert adaptation.controller.active[ours.name].tolist() == held
 
 
-def test_the_reference_would_notice_a_wrong_choice():
+def test_the_reference_would_notice_a_wrong_choice(monkeypatch):
     """Sanity of the test above: recycling the highest pairs instead leaves the trajectory by far."""
-    from srlora_pl.lowrank import recompose
-
     net, _, adaptation, optimizer = run_package(OPTIMIZERS["sgd"])
     wrong_net, _, wrong, wrong_optimizer = run_package(OPTIMIZERS["sgd"])
     batches = toy_batches(STEPS, dtype=torch.float64)
     train(net, adaptation, optimizer, batches)
-    lowest = recompose.lowest
-    try:
-        recompose.lowest = lambda scores, count: lowest(-scores, count)
-        train(wrong_net, wrong, wrong_optimizer, batches)
-    finally:
-        recompose.lowest = lowest
+    monkeypatch.setattr(switching, "lowest", lambda scores, count: lowest(-scores, count))
+    train(wrong_net, wrong, wrong_optimizer, batches)
     gap = max(
         (a.merged_weight() - b.merged_weight()).abs().max().item()
         for a, b in zip(adaptation.layers.values(), wrong.layers.values(), strict=True)

@@ -10,9 +10,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.utils import logging
 
 from srlora_pl import GLUEData, LoRA, TextClassifier, export_model
-from srlora_pl.models.encoders import PACKAGED, build_encoder, head_names, max_tokens, resolve, token_types
+from srlora_pl.models.encoders import PACKAGED, head_names, max_tokens, resolve, token_types
 from srlora_pl.util.errors import UserError
-from tests.helpers.encoders import BERT, DEBERTA, Data, folder, samples
+from tests.helpers.encoders import BERT, DEBERTA, Data, build_encoder, folder, samples
 from tests.helpers.errors import mentions
 from tests.helpers.texts import cola, save_tokenizer, with_model
 

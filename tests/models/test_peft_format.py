@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from srlora_pl import ImageClassifier, LoRA, PiSSA, SRLoRA, UserError, export_model
 from srlora_pl.lowrank.delta import Factors
+from srlora_pl.lowrank.starts.spectrum import spectra
 from srlora_pl.models.peft_folder import PeftFolder, write
 from tests.helpers.encoders import BERT
 from tests.helpers.errors import mentions
@@ -143,10 +144,11 @@ def test_the_spectrum_is_taken_of_base_and_adapter(home, method):
     task = image_start(home, method)
     pair, name = PeftFolder.read(str(home / "vit-lora")).pairs["blocks.0.mlp.fc1"], "blocks.0.mlp.fc1"
     weight = new_vit(home).get_parameter(f"{name}.weight").detach() + 2 * pair.B @ pair.A
-    task.adaptation.start()
+    start = spectra()(task.adaptation)
+    task.adaptation.start(lambda adaptation: start)
     matrix = next(matrix for matrix in task.adaptation.matrices if matrix.name == name)
     sigma = torch.linalg.svdvals(weight)[: method.directions(matrix)]
-    torch.testing.assert_close(task.adaptation.states[matrix].spectrum.sigma, sigma, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(start[name].sigma, sigma, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(task.adaptation.pretrained_weights()[name], weight, atol=1e-6, rtol=0)
     fit(task, steps=3)  # from here on the pretrained weights come from their files
     torch.testing.assert_close(task.adaptation.pretrained_weights()[name], weight, atol=1e-6, rtol=0)

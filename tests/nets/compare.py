@@ -53,7 +53,8 @@ def run(package: Path, folder: Path) -> None:
         "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, __file__, "--dump", str(folder), str(package)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(command, env=environment, timeout=3600, **output)
     if done.returncode:
         sys.exit(f"{done.stdout[-3000:]}\nthe version in {package} has failed")
 

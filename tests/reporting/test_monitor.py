@@ -26,9 +26,9 @@ KINDS = ["attn.proj", "attn.qkv[k]", "attn.qkv[q]", "attn.qkv[v]", "mlp.fc1", "m
 def test_scores_are_those_of_the_pairs(run: Watched) -> None:
     """No switch follows the last step, so the last file holds the averages that were shown there."""
     adaptation = run.last_state().adaptation
-    scores = dict(zip(adaptation.matrices, adaptation.importance.pair_scores(adaptation.matrices), strict=True))
+    scores = adaptation.controller.scores()
     for kind in KINDS:
-        expected = torch.cat([scores[matrix] for matrix in by_kind(adaptation.matrices)[kind]])
+        expected = torch.cat([scores[matrix.name] for matrix in by_kind(adaptation.matrices)[kind]])
         steps, means = run.curve(f"scores/{kind}")
         assert steps == LOGGED
         assert means[-1] == pytest.approx(expected.mean().item(), rel=1e-5)
@@ -42,7 +42,7 @@ def test_scores_are_those_of_the_pairs(run: Watched) -> None:
 class Diverges(Callback):
     def on_train_batch_end(self, trainer: Any, module: Any, *rest: Any) -> None:
         if trainer.global_step == 6:
-            module.adaptation.importance.smoothed.fill_(torch.inf)
+            module.adaptation.controller.importance.smoothed.fill_(torch.inf)
             module.adaptation.layers["blocks.0.fc1"].lora_A.data.fill_(torch.inf)
 
 
@@ -64,8 +64,8 @@ def test_directions_and_ages(run: Watched) -> None:
     shares = {name: run.curve(f"age/{name}")[1] for name in names}
     assert [sum(values) for values in zip(*shares.values(), strict=True)] == pytest.approx([1.0] * 6)
     assert shares["initial"][:2] == [1.0, 0.5]
-    states = run.last_state().adaptation.states.values()
-    drawn = [int(state.intervals[direction, 0]) for state in states for direction in state.directions]
+    controller = run.last_state().adaptation.controller
+    drawn = [int(controller.intervals[name][each, 0]) for name, active in controller.active.items() for each in active]
     for name, step in (("initial", 0), ("survived_0", 9), ("survived_1", 6), ("survived_2_to_3", 3)):
         assert shares[name][-1] == pytest.approx(drawn.count(step) / len(drawn), rel=1e-6)
         assert drawn.count(step) > 0

@@ -53,8 +53,8 @@ def test_the_switches_and_the_commit_are_those_of_the_whole_run(last, switches, 
     loader = DataLoader(samples(32), batch_size=4)
     trainer.fit(model, loader)
     assert there.seen == [True] + last * [False]
-    assert model.adaptation.switches_done == switches
-    model.adaptation.switches_done = 1  # as an earlier checkpoint would set it
+    assert model.adaptation.controller.progress().done == switches
+    model.adaptation.controller.switches_done = 1  # as an earlier checkpoint would set it
     summary.write(trainer, model, {"test/score": 0.5}, {})
     found = json.loads((tmp_path / "summary.json").read_text())
     assert (found["switches"], found["steps"], found["scores"]) == (switches, last, {"test/score": 0.5})

@@ -7,7 +7,7 @@ import pytest
 from tests.helpers.user_folder import make_home
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with everything that the cases name; none of them may change it."""
     home = tmp_path_factory.mktemp("user") / "home"

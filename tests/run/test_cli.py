@@ -22,6 +22,7 @@ from srlora_pl import ImageClassifier
 from srlora_pl.cli import main
 from srlora_pl.data.images.sources import Digits
 from srlora_pl.run.run import Run
+from tests.helpers import waiting
 from tests.helpers.cli import LORA, SMALL_RUN, cli, scores
 from tests.helpers.paths import ROOT
 
@@ -125,7 +126,7 @@ def test_fit_ends_with_scores_and_place(run: Finished) -> None:
 
 def test_a_new_process_gives_the_same_score(run: Finished) -> None:
     command = [sys.executable, ROOT / "cli.py", "test", "--config", run.folder / "config.yaml", "--ckpt_path", run.best]
-    done = subprocess.run(command, cwd=run.home, capture_output=True, text=True, check=False)
+    done = waiting.run(command, cwd=run.home)
     assert done.returncode == 0, done.stderr
     assert scores(done.stdout) == scores(run.out)
     assert len(scores(done.stdout)) == 4
@@ -415,7 +416,7 @@ def test_fast_dev_run_writes_nothing(small: Path) -> None:
 
 def test_help_is_there_at_once() -> None:
     code = "import sys; from srlora_pl.cli import main; main(['--help']); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = waiting.run([sys.executable, "-c", code], check=True)
     for command in ("fit", "validate", "test", "predict"):
         assert command in done.stdout
 

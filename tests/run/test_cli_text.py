@@ -181,7 +181,7 @@ def test_a_resumed_run_on_texts_equals_the_uninterrupted_one(home, monkeypatch):
 
     keep = ModelCheckpoint(home / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     whole = run(None, keep)
-    assert whole.adaptation.switches_done == 3
+    assert whole.adaptation.controller.progress().done == 3
     for step in (3, 7):  # at a switch; inside an epoch
         resumed = run(str(home / f"kept/step={step}.ckpt"))
         states = whole.state_dict(), resumed.state_dict()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from srlora_pl import GLUEData, SRLoRA
-from srlora_pl.data.base import EpochBatches
+from srlora_pl.data.loader import EpochBatches
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.run import config
 from srlora_pl.run.run import Run

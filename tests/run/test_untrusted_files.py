@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10
 
 from srlora_pl import ImageClassifier, ImageData, LoRA, UserError
-from srlora_pl.models.encoders import build_encoder
 from tests.helpers.cli import cli, complaint, contents
-from tests.helpers.encoders import BERT, folder
+from tests.helpers.encoders import BERT, build_encoder, folder
 from tests.helpers.errors import mentions
 from tests.helpers.texts import save_tokenizer
 from tests.helpers.user_folder import FIT, encoder, pictures, texts

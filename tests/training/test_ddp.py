@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from srlora_pl import UserError
 from srlora_pl.cli import main
-from srlora_pl.data.base import Share
+from srlora_pl.data.loader import Share
 from srlora_pl.run.run import Run
 from tests.helpers import ddp_program
 from tests.helpers.ddp_program import FewDigits, classifier, trainer
@@ -34,7 +34,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one run of `tests.helpers.ddp_program`, made by whichever worker of pytest-xdist comes first."""
     base = tmp_path_factory.getbasetemp()
     home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ddp"
-    with FileLock(home.with_suffix(".lock")):
+    with FileLock(home.with_suffix(".lock"), timeout=1500):
         if not home.exists():
             home.mkdir()
             ddp_program.prepare(home)
@@ -156,13 +156,14 @@ def test_what_one_process_decides_is_what_all_do(home):
     adaptation = module.adaptation
     adaptation.start()
     adaptation.plan(last_step=4)
-    adaptation.importance.smoothed += torch.rand(adaptation.importance.smoothed.shape)
-    adaptation.importance.uncertainty += 1
+    importance = adaptation.controller.importance
+    importance.smoothed += torch.rand(importance.smoothed.shape)
+    importance.uncertainty += 1
     expected = torch.arange(len(adaptation.matrices)) % 2
-    adaptation.once = lambda compute: expected
-    adaptation.observe()  # of no gradient, which leaves no trace
+    adaptation.run_on_rank_zero = lambda compute: expected
+    adaptation.before_optimizer(1)  # of no gradient, which leaves no trace
     adaptation.after_optimizer(1)
-    assert [state.directions.tolist() for state in adaptation.states.values()] == [[2, 1], [0, 2]] * 6
+    assert [active.tolist() for active in adaptation.controller.active.values()] == [[2, 1], [0, 2]] * 6
 
 
 def test_a_nan_of_one_process_is_seen_by_all(ranks):

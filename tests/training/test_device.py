@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from srlora_pl import ImageClassifier, ImageData, LoRA, PiSSA, SRLoRA, TextClassifier, UserError
 from srlora_pl.lowrank import Adaptation, Spectrum
+from srlora_pl.lowrank.starts.spectrum import spectra
 from srlora_pl.reporting import Monitor, Progress, ResumableCurves, ResumableTensorBoardLogger
 from srlora_pl.tasks.scores import SCORES, Mean, metrics
 from tests.helpers.encoders import BERT, DEBERTA, Data, folder, samples
@@ -115,7 +116,7 @@ class OnDevice(L.Callback):
     def on_train_start(self, trainer: L.Trainer, model: L.LightningModule) -> None:
         trainer.strategy._root_device = model._device = DEVICE
         to_device(model)
-        model.scores.to(DEVICE)  # metrics move their own state
+        model.evaluation.to(DEVICE)  # metrics move their own state
         self.watch.__enter__()
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -175,7 +176,7 @@ def test_images(optimizer, method, switches, tmp_path):
     mixing: dict[str, Any] = {"mixup": 0.2, "cutmix": 1.0, "label_smoothing": 0.1}
     model = ImageClassifier("vit_tiny_patch16_224", 10, method, SMALL_VIT, optimizer=optimizer, lr=0.1, **mixing)
     watch = watched(model, ImageData("digits", batch_size=64, val_fraction=0.1), tmp_path, gradient_clip_val=1.0)
-    assert model.adaptation.switches_done == len(switches)
+    assert model.adaptation.controller.progress().done == len(switches)
     assert watch.steps == LOGS | VALIDATIONS | switches, watch.waits
 
 
@@ -210,10 +211,10 @@ def test_a_loop_without_lightning():
 
 def test_a_start_is_computed_where_a_resumed_run_will_replay_it(tmp_path):
     """Two devices may round differently. What comes back from this one is 0."""
-    Adaptation(toy_net(dim=24), SRLORA).start(cache=tmp_path)
+    Adaptation(toy_net(dim=24), SRLORA).start(spectra(cache=tmp_path))
     net = toy_net(dim=24)
     with Watch():
-        Adaptation(net, SRLORA).start(DEVICE, cache=tmp_path)
+        Adaptation(net, SRLORA).start(spectra(cache=tmp_path), DEVICE)
     for name, weight in net.named_parameters():
         assert not name.endswith("lora_A") or weight.any()
         assert not (name.startswith("blocks.") and name.endswith("weight") and weight.any()), name
@@ -232,7 +233,7 @@ def test_a_state_in_double_precision_is_replayed_elsewhere():
 
     one, other = adapted(), adapted()
     one.start()
-    one.untouched()
+    one.restorable_parameters()
     with Watch():
         other.load_state_dict(one.state_dict(compact=True), DEVICE)
     for name, layer in one.layers.items():

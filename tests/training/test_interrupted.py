@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from srlora_pl.run.run import Run
 from srlora_pl.training.checkpoints import AtomicCheckpointIO
 from tests.helpers.cli import SMALL_RUN, cli
 from tests.helpers.paths import ROOT
+from tests.helpers.waiting import wait_until, words_of
 
 RUN = f"""{SMALL_RUN}
   callbacks:
@@ -351,16 +351,20 @@ def started(home: Path, **variables: str) -> subprocess.Popen:
         start_new_session=True,
     )
     metrics = home / "runs/quickstart-srlora/version_0/metrics.csv"
-    while process.poll() is None and not (metrics.is_file() and len(metrics.read_text().splitlines()) > 4):
-        time.sleep(0.02)
+
+    def trains() -> bool:
+        return process.poll() is not None or (metrics.is_file() and len(metrics.read_text().splitlines()) > 4)
+
+    wait_until(trains, f"the fourth step in {metrics}")
     return process
 
 
+@pytest.mark.slow
 def test_a_signal_to_a_whole_process_group(tmp_path) -> None:
     """As a terminal sends it, and SLURM: the processes that load data get it too."""
     process = started(tmp_path)
     os.killpg(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=120)
+    out = words_of(process)
     assert process.returncode == 143, out
     assert "interrupted by SIGTERM, step" in out.splitlines()[-1]
     command = shlex.split(out.partition("go on with: python cli.py ")[2])
@@ -375,6 +379,7 @@ echo "$@" >> {file}
 """
 
 
+@pytest.mark.slow
 def test_slurm_takes_the_machine_away_and_starts_the_job_again(tmp_path) -> None:
     """A job of another run in the same folders comes between."""
     tool = tmp_path / "bin/scontrol"
@@ -389,7 +394,7 @@ def test_slurm_takes_the_machine_away_and_starts_the_job_again(tmp_path) -> None
     process = started(tmp_path, **slurm)
     (tmp_path / "runs/quickstart-srlora/version_0/hpc_ckpt_1.ckpt").write_bytes(b"of the time before")
     os.killpg(process.pid, signal.SIGUSR1)
-    out, _ = process.communicate(timeout=120)
+    out = words_of(process)
     assert process.returncode == 128 + signal.SIGUSR1, out
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
     folder = tmp_path / "runs/quickstart-srlora/version_0"

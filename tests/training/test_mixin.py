@@ -79,15 +79,16 @@ def test_a_trainer_equals_a_plain_loop(accumulate, clip):
         optimizer.zero_grad()
         for x, y in batches[(step - 1) * accumulate : step * accumulate]:
             (nn.functional.cross_entropy(net(x), y) / accumulate).backward()
-        adaptation.observe()
+        adaptation.before_optimizer(step)
         if clip:
             nn.utils.clip_grad_norm_(trainable, clip)
         optimizer.step()
         adaptation.after_optimizer(step, optimizer)
-    assert adaptation.switches_done == module.adaptation.switches_done == 3
+    assert adaptation.controller.progress().done == module.adaptation.controller.progress().done == 3
     for mine, theirs in zip(module.net.parameters(), net.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-13)
-    torch.testing.assert_close(module.adaptation.importance.smoothed, adaptation.importance.smoothed)
+    mine, theirs = module.adaptation.controller.importance, adaptation.controller.importance
+    torch.testing.assert_close(mine.smoothed, theirs.smoothed)
 
 
 def test_64_true_starts_in_double():
@@ -109,12 +110,12 @@ def test_double_precision_is_refused_where_the_device_has_none(stage):
 
 class SkippedSteps(Callback):
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        self.before = module.adaptation.importance.smoothed.clone()
+        self.before = module.adaptation.controller.importance.smoothed.clone()
         self.weight = module.adaptation.layers["blocks.0.fc1"].lora_A.detach().clone()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         stepped = not torch.equal(module.adaptation.layers["blocks.0.fc1"].lora_A, self.weight)
-        observed = not torch.equal(module.adaptation.importance.smoothed, self.before)
+        observed = not torch.equal(module.adaptation.controller.importance.smoothed, self.before)
         self.history = [*getattr(self, "history", []), (stepped, observed)]
 
 
@@ -132,15 +133,15 @@ def test_16_mixed_overflow_steps_leave_the_averages_alone(optimizer):
     for step, (stepped, observed) in enumerate(watch.history, start=1):
         if step not in switch_steps:
             assert stepped == observed, step
-    assert torch.isfinite(module.adaptation.importance.smoothed).all()
-    assert module.adaptation.switches_done == 3
+    assert torch.isfinite(module.adaptation.controller.importance.smoothed).all()
+    assert module.adaptation.controller.progress().done == 3
 
 
 def test_fused_optimizers_under_a_scaler_give_the_scores_of_the_unscaled_gradient():
     def smoothed(**options):
         module = Toy(**options.pop("module", {}))
         trainer(max_steps=5, **options).fit(module, loader())
-        return module.adaptation.importance.smoothed
+        return module.adaptation.controller.importance.smoothed
 
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
     fused = smoothed(module={"fused": True}, plugins=[plugin])
@@ -183,7 +184,7 @@ def test_fit_twice_keeps_the_state_and_plans_over_its_own_steps():
     module, moves = Toy(srlora(rank=2)), Moves()
     trainer(callbacks=[moves, StopAt(6)], max_steps=20).fit(module, loader())
     assert moves.steps == [2, 4]  # and 6, after which no batch starts
-    assert module.adaptation.switches_done == 3
+    assert module.adaptation.controller.progress().done == 3
     before = {k: v.clone() for k, v in module.state_dict().items()}
 
     class Unchanged(Callback):
@@ -193,7 +194,7 @@ def test_fit_twice_keeps_the_state_and_plans_over_its_own_steps():
     trainer(callbacks=[moves, Unchanged()], max_steps=35).fit(module, loader())
     # 7 of 10 switches are left for 35 new steps, and the last of them would fall on their end
     assert moves.steps[2:] == [5, 10, 15, 20, 25, 30]
-    assert module.adaptation.switches_done == 9
+    assert module.adaptation.controller.progress().done == 9
 
 
 def test_a_file_counts_its_own_step(tmp_path):
@@ -209,11 +210,11 @@ def test_a_longer_run_on_the_same_trainer_spreads_what_is_left(capsys):
     module = Toy()
     run = trainer(max_steps=20)
     run.fit(module, loader())
-    assert module.adaptation.switches_done == 3
+    assert module.adaptation.controller.progress().done == 3
     run.fit_loop.epoch_loop.max_steps = 40
     run.fit(module, loader())
-    assert module.adaptation.switches_done == 3
-    assert {s.first_step for s in module.adaptation.schedules.values()} == {20}
+    assert module.adaptation.controller.progress().done == 3
+    assert {pace.schedule.first_step for pace in module.adaptation.controller.paces.values()} == {20}
 
 
 def test_a_resumed_run_that_became_too_short_for_its_switches_is_refused(tmp_path):
@@ -225,7 +226,7 @@ def test_a_resumed_run_that_became_too_short_for_its_switches_is_refused(tmp_pat
     with pytest.raises(UserError, match=mentions("switches", "3 optimizer steps")):
         trainer(tmp_path, max_steps=10).fit(module, loader(), ckpt_path=tmp_path / "a.ckpt")
     trainer(tmp_path, max_steps=20).fit(module := Toy(method), loader(), ckpt_path=tmp_path / "a.ckpt")
-    assert module.adaptation.switches_done == 9
+    assert module.adaptation.controller.progress().done == 9
 
 
 @pytest.mark.parametrize("method", [srlora(), PiSSA(rank=4), LoRA(rank=4)])
@@ -236,7 +237,7 @@ def test_learning_rate_finder_then_fit_equals_fit(method, tmp_path):
     finder = LearningRateFinder(num_training_steps=20, update_attr=False)
     trainer(tmp_path, callbacks=[finder]).fit(found, loader())
     assert finder.optimal_lr is not None
-    assert found.adaptation.switches_done == expected.adaptation.switches_done
+    assert found.adaptation.controller.progress().done == expected.adaptation.controller.progress().done
     assert_same(found, expected)
 
 
@@ -244,7 +245,7 @@ def test_a_tuners_trial_too_short_for_the_switches_is_no_error(tmp_path):
     module = Toy(srlora(rank=2, target_rank=12))
     finder = LearningRateFinder(num_training_steps=6, update_attr=False)
     trainer(tmp_path, callbacks=[finder]).fit(module, loader())
-    assert module.adaptation.switches_done == 9
+    assert module.adaptation.controller.progress().done == 9
 
 
 @pytest.mark.parametrize("load", ["load_state", "validate"])
@@ -263,8 +264,8 @@ def test_load_then_fit_starts_from_the_loaded_values_and_the_right_spectrum(load
     assert_same(other, module)
     trainer(tmp_path, max_steps=0).fit(other, loader())
     assert_same(other, module)
-    for mine, theirs in zip(other.adaptation.states.values(), module.adaptation.states.values(), strict=True):
-        assert torch.equal(mine.spectrum.U, theirs.spectrum.U)
+    for name, spectrum in module.adaptation.controller.spectra.items():
+        assert torch.equal(other.adaptation.controller.spectra[name].U, spectrum.U)
 
 
 # --- resume ----------------------------------------------------------------------------------------------------------
@@ -288,13 +289,13 @@ def test_resume_at_and_around_a_switch_step(stop, optimizer, tmp_path):
     trainer(tmp_path, enable_checkpointing=True, callbacks=[keep, StopAt(stop)]).fit(Toy(optimizer=optimizer), loader())
     path = tmp_path / f"step={stop}.ckpt"
     saved = torch.load(path, weights_only=True)["srlora"]
-    assert saved["switches_done"] == (stop - 1) // 10
+    assert saved["controller"]["switches_done"] == (stop - 1) // 10
 
     # a plain loader starts anew, so hand it the rest; ExactResume has its own tests
     resumed = Toy(optimizer=optimizer)
     rest = DataLoader(toy_batches(40)[stop:] + toy_batches(40)[:stop], batch_size=None)
     trainer(tmp_path, max_epochs=-1).fit(resumed, rest, ckpt_path=path)
-    assert resumed.adaptation.switches_done == 3
+    assert resumed.adaptation.controller.progress().done == 3
     assert_same(resumed, expected)
 
 
@@ -351,8 +352,8 @@ def test_runs_too_short_for_a_switch_say_so_and_train(options, caplog):
     with caplog.at_level("INFO"):
         trainer(**options).fit(module, loader())
     assert "No switch falls into these 1 optimizer steps" in caplog.text
-    assert module.adaptation.switches_done == 0
-    assert module.adaptation.importance.smoothed.max() > 0
+    assert module.adaptation.controller.progress().done == 0
+    assert module.adaptation.controller.importance.smoothed.max() > 0
 
 
 class Endless(IterableDataset):
@@ -515,4 +516,4 @@ def test_early_stopping_callback_is_compatible(tmp_path):
     module = Toy()
     stop = EarlyStopping("val/loss", patience=0, min_delta=10.0)
     trainer(tmp_path, callbacks=[stop], val_check_interval=5, limit_val_batches=1).fit(module, loader(), loader(2))
-    assert module.adaptation.switches_done == 1
+    assert module.adaptation.controller.progress().done == 1

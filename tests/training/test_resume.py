@@ -65,7 +65,7 @@ CASES = {
 def test_interrupted_anywhere_and_resumed(case, tmp_path):
     options = CASES[case]
     expected = fit(tmp_path / "whole", **options)
-    assert expected.adaptation.switches_done == 3
+    assert expected.adaptation.controller.progress().done == 3
     total = expected.trainer.fit_loop.epoch_loop.batch_progress.total.processed
     for stop in range(4, total, 2):  # after the first file, which waits for the first optimizer step
         folder = tmp_path / f"stop{stop}"
@@ -130,7 +130,7 @@ def test_whole_checkpoints_give_the_same_run(tmp_path):
 @pytest.mark.parametrize("precision", ["32-true", "64-true"])
 def test_a_checkpoint_holds_what_changed_and_serves_test_as_the_run_itself(precision, tmp_path):
     module = fit(tmp_path, precision=precision)
-    assert module.adaptation.switches_done == 3
+    assert module.adaptation.controller.progress().done == 3
     file = tmp_path / "last.ckpt"
     names = set(torch.load(file, weights_only=True)["state_dict"])
     assert names == {name for name, p in module.named_parameters() if p.requires_grad}
@@ -138,7 +138,7 @@ def test_a_checkpoint_holds_what_changed_and_serves_test_as_the_run_itself(preci
     (score,) = L.Trainer(**options, accelerator="cpu", logger=False).test(module, SmallDigits(), verbose=False)
     for other in (model(), module, ImageClassifier.load_from_checkpoint(file)):
         run = L.Trainer(**options, accelerator="cpu", logger=False)
-        path = file if other is module or not other.adaptation.switches_done else None
+        path = file if other is module or not other.adaptation.controller.progress().done else None
         (again,) = run.test(other, SmallDigits(), ckpt_path=path, verbose=False, weights_only=True)
         # load_from_checkpoint knows of no precision: it rounds doubles to the module's own fp32
         assert again == (score if path else pytest.approx(score, abs=1e-8))
@@ -152,7 +152,7 @@ def test_an_earlier_file_of_the_same_run_serves_in_the_same_process(tmp_path):
     fresh = model()
     run.test(fresh, SmallDigits(), ckpt_path=earlier, verbose=False, weights_only=True)
     run.test(module, SmallDigits(), ckpt_path=earlier, verbose=False, weights_only=True)
-    assert 0 < fresh.adaptation.switches_done < 3
+    assert 0 < fresh.adaptation.controller.progress().done < 3
     assert_equal(module, fresh)
 
 

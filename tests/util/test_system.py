@@ -1,6 +1,5 @@
 import platform
 import resource
-import subprocess
 import sys
 from importlib.metadata import version
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from srlora_pl.util import system
+from tests.helpers.waiting import run
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -43,7 +43,7 @@ def test_peak_memory_grows_with_what_is_held():
 def test_the_commit_is_that_of_the_code_and_says_whether_it_was_changed(tmp_path, monkeypatch):
     def git(*words):
         who = ("-c", "user.name=me", "-c", "user.email=me@here")
-        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+        return run(["git", *who, *words], cwd=tmp_path, check=True).stdout
 
     monkeypatch.setattr(system, "REPOSITORY", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
@@ -77,10 +77,7 @@ for step in range(24):
     torch.ones(2**24)
 print({faults} - before)
 """
-    given, kept = (
-        int(subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True).stdout)
-        for how in ("leave", "keep")
-    )
+    given, kept = (int(run([sys.executable, "-c", program, how], check=True).stdout) for how in ("leave", "keep"))
     pages = 8 * 2**26 // resource.getpagesize()
     assert kept < pages // 100
     assert given > 10 * kept or given < pages // 2  # where huge pages are on, there is little to save

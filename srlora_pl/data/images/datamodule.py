@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys, user_error_as_batch
+from srlora_pl.data.base import DataModule, KeyedDataset, split_keys
 from srlora_pl.data.images.folders import picture_files
 from srlora_pl.data.images.pictures import Split, into_memory
 from srlora_pl.data.images.sources import NamesOnly, find_source
 from srlora_pl.data.images.transforms import ImageTransform
+from srlora_pl.data.loader import Key, user_error_as_batch
+from srlora_pl.data.protocols import Batch, model_of
 from srlora_pl.data.splits import hold_out
 from srlora_pl.util.errors import UserError, listed
 
@@ -96,7 +98,7 @@ class ImageData(DataModule):
 
     def load(self, stage: str) -> None:
         """Read the splits of ``stage``; the model's data config decides their size and scale."""
-        config = getattr(self.trainer and self.trainer.lightning_module, "data_config", None)
+        config = model_of(self.trainer).data_config
         if config is None:
             raise UserError(
                 "ImageData needs a model with data_config (mean, std, input_size, interpolation); "
@@ -139,7 +141,7 @@ class ImageData(DataModule):
         return self.source.has_labels("test")
 
     def sample_name(self, index: int) -> str:
-        """What to call a predicted image: its file, or its index in the test split."""
+        """The name of a predicted image: its file, or its index in the test split."""
         return self._name(index)
 
     def _split(self, name: str) -> Split:

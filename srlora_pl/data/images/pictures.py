@@ -6,6 +6,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
 from typing import TypeVar
@@ -30,10 +31,15 @@ _HEADERS = 10_000  # images whose header is read before training
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
+@lru_cache
+def _formats() -> list[str]:
+    """The formats that PIL tries one after the other, the likeliest first; not EPS, a program for Ghostscript."""
+    Image.init()
+    return sorted((name for name in Image.ID if name != "EPS"), key=lambda name: name not in ("JPEG", "PNG", "WEBP"))
+
+
 class Pictures:
     """Encoded images, opened one by one. Instances are sent to the workers, so they can be pickled."""
-
-    _formats: list[str] | None = None
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -48,13 +54,7 @@ class Pictures:
 
     def open(self, index: int) -> Image.Image:
         """The image, its pixels not decoded yet."""
-        if self._formats is None:
-            Image.init()
-            self._formats = [name for name in Image.ID if name != "EPS"]  # a program that Ghostscript would run
-            # PIL tries one format after the other; that of the first image is the likeliest.
-            with Image.open(self.file(index), formats=self._formats) as first:
-                self._formats.insert(0, first.format or "")
-        return Image.open(self.file(index), formats=self._formats)
+        return Image.open(self.file(index), formats=_formats())
 
     def decode(self, index: int, use: Callable[[Image.Image], _T]) -> _T:
         """``use`` of one image, turned upright as its EXIF data say; errors as those of `look`."""

@@ -52,7 +52,7 @@ class Digits(Source):
 @dataclass(frozen=True)
 class _Known:
     build: Callable[..., Any]  # (root, split, download) -> a torchvision data set
-    files: str  # what to put where, when it cannot be downloaded
+    files: str  # the files to put into place by hand if they cannot be downloaded
     class_names: list[str]
 
 

@@ -294,7 +294,7 @@ class ImageTransform:
         spare = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / 2
         if spare >= 2:
             image.draft(None, (ceil(image.width / spare), ceil(image.height / spare)))
-            # Both sides are rounded up, so each has a scale of its own: no crop reaches beyond what was decoded.
+            # Both sides are rounded up, so each has a scale of its own: no crop reaches beyond the decoded pixels.
             x, y = image.width / width, image.height / height
             box = round(box[0] * x), round(box[1] * y), round(box[2] * x), round(box[3] * y)
         crop, kind = to_rgb(image).crop(box), _FILTERS[self.interpolation].pil

@@ -1,1 +1,1 @@
-"""Texts: GLUE and files of one's own."""
+"""Texts: GLUE and the user's own files."""

@@ -10,7 +10,9 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from srlora_pl.data.base import Batch, DataModule, Key, KeyedDataset, split_keys
+from srlora_pl.data.base import DataModule, KeyedDataset, split_keys
+from srlora_pl.data.loader import Key
+from srlora_pl.data.protocols import Batch, ModelForData, model_of
 from srlora_pl.data.splits import hold_out
 from srlora_pl.data.texts.labels import Problem
 from srlora_pl.data.texts.tokens import Tokens, load_tokenizer, tokenize
@@ -57,7 +59,7 @@ class TextDataModule(DataModule):
     num_classes: int  # 1 for regression
     class_names: list[str]  # none for regression
     problem: Problem
-    score_names: list[str]  # what the task reports, the main one first
+    score_names: list[str]  # for the task to report, the main one first
 
     def __init__(
         self,
@@ -94,10 +96,6 @@ class TextDataModule(DataModule):
         """Whether there is a test split to score on."""
         return bool(self.splits("test"))
 
-    def sample_name(self, index: int) -> str:
-        """What to call a predicted text: its position in the split."""
-        return str(index)
-
     # -- loading
 
     def prepare_data(self) -> None:
@@ -132,7 +130,7 @@ class TextDataModule(DataModule):
             self._say_truncated(split)
 
     def _require_room(self) -> None:
-        longest = getattr(self.trainer and self.trainer.lightning_module, "max_tokens", None)
+        longest = self._model.max_tokens
         if longest is not None and self.max_length > longest:
             raise UserError(
                 f"data.max_length is {self.max_length}, but this model has positions for {longest} tokens: lower it."
@@ -140,12 +138,11 @@ class TextDataModule(DataModule):
 
     def _require_known(self, split: str) -> None:
         """Refuse a token without an embedding, which would end the run with an error of the device in some batch."""
-        tokens, module = self._tokens(split)[0], self.trainer and self.trainer.lightning_module
-        for name, ids, attribute in (
-            ("token", tokens.input_ids, "vocab_size"),
-            ("token type", tokens.token_type_ids, "token_types"),
+        tokens, model = self._tokens(split)[0], self._model
+        for name, ids, known in (
+            ("token", tokens.input_ids, model.vocab_size),
+            ("token type", tokens.token_type_ids, model.token_types),
         ):
-            known = getattr(module, attribute, None)
             if known is not None and ids is not None and len(ids) and (largest := int(ids.max())) >= known:
                 raise UserError(
                     f"The tokenizer of model.backbone {self._tokenizer[0]!r} makes {name} {largest} of '{split}', but "
@@ -176,7 +173,8 @@ class TextDataModule(DataModule):
 
     def _set(self, tokens: Tokens, labels: Tensor | None, rows: Tensor, by_length: bool) -> "TokenSet":
         tokenizer = self._load_tokenizer()
-        left = self._of_model("pads_left", tokenizer.padding_side == "left")
+        left = self._model.pads_left
+        left = tokenizer.padding_side == "left" if left is None else left
         pad = (self._pads_to_max_length, self.padding_token or 0, left)
         return TokenSet(tokens, labels, rows, by_length, self.max_length, *pad)
 
@@ -191,7 +189,7 @@ class TextDataModule(DataModule):
 
     def _load_tokenizer(self) -> Any:
         """The tokenizer of the current model; tokens of another model's tokenizer are dropped."""
-        name, options = self._of_model("backbone_name", None), self._of_model("tokenizer_options", {})
+        name, options = self._model.backbone_name, dict(self._model.tokenizer_options)
         if name is None:
             raise UserError(
                 f"{type(self).__name__} needs a model with backbone_name, whose tokenizer it takes; set "
@@ -203,8 +201,9 @@ class TextDataModule(DataModule):
             self._said.clear()
         return self._tokenizer[-1]
 
-    def _of_model(self, attribute: str, default: Any) -> Any:
-        return getattr(self.trainer and self.trainer.lightning_module, attribute, default)
+    @property
+    def _model(self) -> ModelForData:
+        return model_of(self.trainer)
 
     # -- padding
 
@@ -214,17 +213,17 @@ class TextDataModule(DataModule):
 
         Tokens that the network does not know are passed over.
         """
-        tokenizer, known = self._load_tokenizer(), self._of_model("vocab_size", None)
-        tokens = (tokenizer.pad_token_id, self._of_model("padding_token", None), tokenizer.eos_token_id)
+        tokenizer, known = self._load_tokenizer(), self._model.vocab_size
+        tokens = (tokenizer.pad_token_id, self._model.padding_token, tokenizer.eos_token_id)
         return next((token for token in tokens if token is not None and 0 <= token < (known or math.inf)), None)
 
     @property
     def _pads_to_max_length(self) -> bool:
-        return self.pad_to_max_length or self._of_model("sees_padding", False)
+        return self.pad_to_max_length or self._model.sees_padding
 
     def _say_padding(self) -> None:
         if self._pads_to_max_length and not self.pad_to_max_length:
-            name = self._of_model("backbone_name", None)
+            name = self._model.backbone_name
             rank_zero_info(
                 f"The network of model.backbone {name!r} sees the padding of a text, so all are padded to "
                 f"data.max_length {self.max_length}, as with data.pad_to_max_length."

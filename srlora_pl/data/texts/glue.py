@@ -128,6 +128,10 @@ class GLUEData(TextDataModule):
         self.num_classes = len(self.class_names) or 1
         self.problem = "single_label" if self.class_names else "regression"
         self.score_names = list(self.task.scores)
+        self.split_names = {
+            "val": ("val", "val_mm")[: len(self.splits("val")) or 1],
+            "test": ("test", "test_mm")[: len(self.splits("test"))],
+        }
         self.folder = _local_folder(root, self.task)
 
     def splits(self, use: str) -> list[str]:

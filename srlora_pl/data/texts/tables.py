@@ -76,7 +76,7 @@ def read_table(
 
     Args:
         path: ends in one of `SUFFIXES`.
-        columns: the columns, each with who asks for it, as the end of a sentence (``that data.text_column names``).
+        columns: each with the reason for it, as the end of a sentence (``that data.text_column names``).
         optional: columns that the file may lack; the table then lacks them too.
         separator: between the fields of a CSV or TSV; by default the comma or the tab.
         header: the column names of a CSV or TSV without a header line.

@@ -54,7 +54,7 @@ class Tokens:
 
 
 def load_tokenizer(name: str, options: Mapping[str, Any] | None = None) -> Any:
-    """The fast tokenizer of a hub name or a local folder; the hub is asked for what is not on this machine.
+    """The fast tokenizer of a hub name or a local folder; the hub is asked for missing files.
 
     ``options``: of transformers, such as ``revision``.
 
@@ -69,7 +69,7 @@ def load_tokenizer(name: str, options: Mapping[str, Any] | None = None) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(name, **{**options, "local_files_only": True})
         except OSError:
             tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except Exception as error:  # transformers, the hub client and the network raise what they like
+    except Exception as error:  # of any type, from transformers, the hub client or the network
         raise UserError(
             f"The tokenizer of model.backbone {name!r} could not be loaded ({one_line(error)}); without a network, "
             f"put the model's files, tokenizer.json among them, into a folder and set model.backbone to it."

@@ -147,7 +147,7 @@ def test_a_label_that_means_nothing_is_refused(
 def test_numbers_that_may_be_names_or_places_are_refused(tmp_path: Path) -> None:
     train = table(ClassLabel(names=["1", "2", "3"]), ["1", "2", "3"])
     root = as_saved(tmp_path / "root", {"train": train, "test": table(NUMBER, [1, 2])})
-    with pytest.raises(UserError, match=mentions("label 1", "'1'", "'2'", "'3'")):
+    with pytest.raises(UserError, match=mentions("is 1", "'1'", "'2'", "'3'")):
         names(root, "test")
 
 

@@ -122,7 +122,7 @@ def test_a_broken_line_of_a_hidden_test_is_refused(tmp_path: Path) -> None:
     """Left out it would move all that follow to wrong places of the submission."""
     root = write_task(tmp_path, "qqp")
     append(tmp_path / "QQP" / "test.tsv", "1\tw1 cut\n")
-    with pytest.raises(UserError, match=mentions("Line 3", "test.tsv", "2 fields", "3")):
+    with pytest.raises(UserError, match=mentions("Line 3", "test.tsv", "2", "3 fields")):
         GLUEData("qqp", root).read("test")
 
 
@@ -224,7 +224,7 @@ def test_folders_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("split", "content", "words"),
     [
-        ("train", None, ["RTE/train.tsv'", "RTE/dev.tsv"]),
+        ("train", None, ["RTE/train.tsv'", "does not exist"]),
         ("train", b"index\tsentence1\tlabel\n0\ta\tentailment\n", ["'sentence2'", "'sentence1'"]),
         (
             "train",
@@ -234,7 +234,7 @@ def test_folders_that_are_not_there(tmp_path: Path) -> None:
         ("dev", b"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t\n", ["'label'", "missing", "line 2"]),
         ("dev", b"index\tsentence1\tsentence2\tlabel\n0\ta\t \tentailment\n", ["'sentence2'", "empty", "line 2"]),
         ("dev", b"index\tsentence1\tsentence2\tlabel\n0\ta\xff\tb\tentailment\n", ["Line 2", "dev.tsv", "0xff"]),
-        ("dev", b"index\tsentence1\tsentence2\tlabel\n0\ta\tentailment\n", ["Line 2", "dev.tsv", "3 fields"]),
+        ("dev", b"index\tsentence1\tsentence2\tlabel\n0\ta\tentailment\n", ["Line 2", "dev.tsv", "3", "4 fields"]),
     ],
 )
 def test_bad_files(split: str, content: bytes | None, words: list[str], tmp_path: Path) -> None:

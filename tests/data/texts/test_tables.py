@@ -137,13 +137,13 @@ def test_broken_rows_are_left_out_where_that_is_asked_for(tmp_path: Path) -> Non
         ("a.csv", '"id";"text"\na,b;1\n', ['";"']),
         ("a.csv", "text\tlabel\na\t1\n", ['"\\t"']),
         ("a.tsv", "text,label\na,1\n", ['"\\t"', '","']),
-        ("a.csv", "text,label\na,1\n\na, b,1\n", ["Line 4", "a.csv", "3 fields", "2"]),
-        ("a.tsv", "text\tlabel\nalone\n", ["Line 2", "a.tsv", "1 field"]),
+        ("a.csv", "text,label\na,1\n\na, b,1\n", ["Line 4", "a.csv", "3", "2 fields", "quotes"]),
+        ("a.tsv", "text\tlabel\nalone\n", ["Line 2", "a.tsv", "1", "2 fields"]),
         ("a.csv", 'text,label\na,1\n"open,1\nb,1\n', ["line 3", "a.csv"]),
         ("a.csv", b"text,label\na,1\ncaf\xe9,1\n", ["Line 3", "a.csv", "0xe9", "UTF-8"]),
         ("a.csv", b"\xef\xbb\xbftext,label\na,1\ncaf\xe9,1\n", ["Line 3", "0xe9"]),
         ("a.csv", "text,label\n", ["no rows"]),
-        ("a.csv", "", ["a.csv'", "empty"]),
+        ("a.csv", "", ["a.csv'", "no rows"]),
         ("a.jsonl", "", ["no rows"]),
         ("a.jsonl", '{"text": "a", "label": 0}\n{"text": \n', ["Line 2", "a.jsonl", "JSON"]),
         ("a.jsonl", '["a", 0]\n', ["Line 1", "a.jsonl", "JSON"]),
@@ -171,6 +171,10 @@ def test_errors_name_the_file_and_the_place(
     ],
 )
 def test_a_text_must_be_text(line: str, words: list[str], tmp_path: Path) -> None:
-    table = read(tmp_path / "a.jsonl", '{"text": "good", "label": 0}\n' + line)
     with pytest.raises(UserError, match=mentions(*words)):
-        table.texts("text")
+        read(tmp_path / "a.jsonl", '{"text": "good", "label": 0}\n' + line).texts("text")
+
+
+def test_half_a_character_of_another_column_is_nobodys_business(tmp_path: Path) -> None:
+    line = '{"text": "\\ud83d\\ude00", "label": 0, "other": "\\ud83d"}'
+    assert read(tmp_path / "a.jsonl", line).texts("text") == ["\U0001f600"]

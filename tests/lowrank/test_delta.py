@@ -6,9 +6,10 @@ from torch import nn
 
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, PiSSA
-from srlora_pl.lowrank.delta import change, overall_error, plain_copy
+from srlora_pl.lowrank.delta import change, merged_copy, overall_error
+from srlora_pl.lowrank.export import plain_copy
 from tests.helpers.errors import mentions
-from tests.helpers.toys import SRLORA, changes, toy_batches, toy_net, trained
+from tests.helpers.toys import SRLORA, assert_same_state, changes, toy_batches, toy_net, trained
 
 METHODS = {
     "lora": (LoRA(rank=2, alpha=5.0), 0, 1),
@@ -21,22 +22,22 @@ METHODS = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_plain_copy_computes_the_same(name):
+def test_the_merged_copy_computes_the_same(name):
     method, switches, _ = METHODS[name]
     adaptation, _ = trained(method)
-    assert adaptation.switches_done == switches
-    net = plain_copy(adaptation)
+    assert adaptation.controller.progress().done == switches
+    net = adaptation.merged_copy()
     assert not any(isinstance(module, LowRankLinear) or module.training for module in net.modules())
     x = toy_batches(1, seed=3)[0][0]
     torch.testing.assert_close(net(x), adaptation.net(x), atol=1e-6, rtol=1e-5)
     assert list(net.state_dict()) == list(toy_net().state_dict())
 
 
-def test_the_plain_copy_leaves_the_network_alone():
+def test_the_merged_copy_leaves_the_network_alone():
     adaptation, _ = trained(SRLORA(target_rank=8), dtype=torch.float64)
     adaptation.net.register_buffer("mean", torch.ones(3, dtype=torch.float64))
     before = {name: value.clone() for name, value in adaptation.net.state_dict().items()}
-    net = plain_copy(adaptation)
+    net = adaptation.merged_copy()
     assert {value.dtype for value in net.state_dict().values()} == {torch.float32}
     for value in net.state_dict().values():
         value.zero_()
@@ -46,19 +47,20 @@ def test_the_plain_copy_leaves_the_network_alone():
     assert adaptation.net.training
 
 
-def test_the_plain_copy_of_a_merged_network():
+def test_the_merged_copy_of_a_merged_network():
     adaptation, _ = trained(SRLORA(target_rank=8))
-    apart = plain_copy(adaptation)
+    apart = adaptation.merged_copy()
     adaptation.merge()
-    for value, other in zip(plain_copy(adaptation).state_dict().values(), apart.state_dict().values(), strict=True):
+    for value, other in zip(adaptation.merged_copy().state_dict().values(), apart.state_dict().values(), strict=True):
         assert torch.equal(value, other)
 
 
-def test_the_plain_copy_takes_other_weights():
+def test_the_merged_copy_takes_other_weights():
     adaptation, before = trained(SRLORA(target_rank=8))
     with torch.no_grad():
         before.head.load_state_dict(adaptation.net.head.state_dict())
-    net = plain_copy(adaptation, {name: before.get_parameter(f"{name}.weight") for name in adaptation.layers})
+    weights = {name: before.get_parameter(f"{name}.weight") for name in adaptation.layers}
+    net = merged_copy(adaptation.net, adaptation.layers, weights)
     for name, value in before.state_dict().items():
         assert torch.equal(net.state_dict()[name], value)
 
@@ -69,8 +71,9 @@ def test_the_factors_are_the_whole_change(name):
     adaptation, before = trained(method, dim=48, hidden=64)
     factors, exact = change(adaptation), changes(adaptation, before)
     sides = 1 if isinstance(method, LoRA) else 2
-    pairs = method.rank if isinstance(method, LoRA) else adaptation.states[adaptation.matrices[0]].next_direction
-    assert pairs == (directions if sides == 2 else 2)
+    # every pair came out of the weight and went, or may still go, back into it
+    pairs = method.rank if isinstance(method, LoRA) else directions
+    assert {ledger.rank + 2 for ledger in adaptation.ledgers.values()} == {sides * pairs}
     assert list(factors) == list(adaptation.layers)
     for layer, each in factors.items():
         assert each.rank == sides * pairs * adaptation.layers[layer].parts
@@ -81,12 +84,12 @@ def test_the_factors_are_the_whole_change(name):
         assert each.size == pytest.approx(float(exact[layer].norm()), rel=1e-4)
 
 
-@pytest.mark.parametrize("export", [plain_copy, change])
+@pytest.mark.parametrize("export", [Adaptation.merged_copy, change])
 def test_a_reduced_matmul_precision_does_not_reach_what_is_exported(export, monkeypatch):
     """Not every processor computes differently at a lower setting, so look at the setting itself."""
     adaptation, _ = trained(SRLORA(target_rank=8), pretrained=toy_net().state_dict)
-    for state in adaptation.states.values():
-        state.fused = None  # so that the difference of weights is computed
+    for ledger in adaptation.ledgers.values():
+        ledger.updates = None  # so that the difference of weights is computed
     seen, merge = [], LowRankLinear.merged_weight
 
     def watched(layer):
@@ -144,8 +147,8 @@ def test_without_a_ledger_it_is_the_difference_of_the_weights(dim):
     # 40: fewer directions than the smaller side
     kept, _ = trained(SRLORA(target_rank=9), steps=9, dim=dim)
     adaptation, before = trained(SRLORA(target_rank=9), steps=9, dim=dim, pretrained=toy_net(dim=dim).state_dict)
-    for state in adaptation.states.values():
-        state.fused = None
+    for ledger in adaptation.ledgers.values():
+        ledger.updates = None
     exact, factors, others = changes(adaptation, before), change(adaptation), change(kept)
     for layer, each in factors.items():
         assert each.rank == others[layer].rank == min(2 * 8 * adaptation.layers[layer].parts, *exact[layer].shape)
@@ -206,8 +209,13 @@ def test_what_is_shared_in_the_network_is_shared_in_the_copy():
     net.again, net.head.weight = net.blocks[0], nn.Parameter(net.head.weight.double())
     net.tied = nn.Linear(12, 3)
     net.tied.weight = net.head.weight
-    copied = plain_copy(Adaptation(net, LoRA(rank=2, target_modules=[r"blocks\.1\.fc1"])))
+    copied = Adaptation(net, LoRA(rank=2, target_modules=[r"blocks\.1\.fc1"])).merged_copy()
     assert copied.again is copied.blocks[0]
     assert copied.tied.weight is copied.head.weight
     assert copied.head.weight.dtype == torch.float32
     assert isinstance(copied.blocks[1].fc1, nn.Linear)
+
+
+def test_the_former_name_of_the_merged_copy():
+    adaptation, _ = trained(SRLORA(target_rank=8))
+    assert_same_state(plain_copy(adaptation), adaptation.merged_copy())
