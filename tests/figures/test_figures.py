@@ -387,7 +387,7 @@ def test_several_runs_share_one_figure_of_losses(tmp_path: Path) -> None:
     assert names(drawn) == LOSSES | {"SRLoRA-version_0", "PiSSA-version_0"}
     for name in ("SRLoRA", "PiSSA"):
         assert names(drawn / f"{name}-version_0") == FILES - LOSSES
-    assert out.startswith("LoRA/version_0: LoRA has drawn no new directions, so only the training loss is drawn\n")
+    assert out.startswith("LoRA/version_0: LoRA draws no singular directions, so only the training loss is drawn\n")
     found = [row["run"] for row in table(drawn / "training_loss.csv")]
     assert found == [f"{name}/version_0" for name in ("SRLoRA", "LoRA", "PiSSA") for _ in range(3)]
     assert not any((run / "figures").exists() for run in runs)
@@ -397,7 +397,7 @@ def test_a_run_without_directions_is_no_error(tmp_path: Path) -> None:
     run = save_run(tmp_path / "lora", "LoRA")
     code, out, err = cli("figures", "--run", run, "--layer", 99, home=tmp_path)
     assert (code, err) == (0, "")
-    assert "LoRA has drawn no new directions" in out
+    assert "LoRA draws no singular directions" in out
     assert names(run / "figures") == LOSSES
 
 
