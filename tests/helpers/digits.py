@@ -53,7 +53,8 @@ def trainer(folder, *callbacks, **options):
 
 
 def final(module):
-    return {**module.state_dict(), **module.adaptation.controller.importance.state_dict()}
+    scores = module.adaptation.controller.state_dict()
+    return {**module.state_dict(), **{name: value for name, value in scores.items() if isinstance(value, torch.Tensor)}}
 
 
 def assert_equal(one, other):
