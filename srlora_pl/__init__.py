@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
+    "Adaptation": "srlora_pl.lowrank",
     "LoRA": "srlora_pl.lowrank",
+    "Method": "srlora_pl.lowrank",
     "PiSSA": "srlora_pl.lowrank",
     "SRLoRA": "srlora_pl.lowrank",
     "SRLoRAMixin": "srlora_pl.training.mixin",

@@ -1,6 +1,7 @@
 """What the package promises before anything runs."""
 
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -24,6 +25,28 @@ def test_every_public_name_can_be_had():
         assert getattr(srlora_pl, name).__name__ == name
     with pytest.raises(AttributeError, match=mentions("'SRLora'", "attribute")):
         _ = srlora_pl.SRLora
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "srlora_pl.checkpoints.read",
+        "srlora_pl.comparison.results.Difference",
+        "srlora_pl.data.labels.class_names",
+        "srlora_pl.data.sources.find_source",
+        "srlora_pl.data.transforms.ImageTransform",
+        "srlora_pl.export.export_model",
+        "srlora_pl.figures.direction_intervals",
+        "srlora_pl.figures.training_loss",
+        "srlora_pl.lowrank.export.plain_copy",
+        "srlora_pl.lowrank.precision.full_precision",
+        "srlora_pl.lowrank.recompose.lowest",
+        "srlora_pl.tasks.backbones.build_backbone",
+    ],
+)
+def test_a_path_that_was_shown_once_still_leads_there(path):
+    module, _, name = path.rpartition(".")
+    assert getattr(import_module(module), name).__name__ == name
 
 
 @given(

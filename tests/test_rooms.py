@@ -18,7 +18,8 @@ FLOORS = (
     ("run",),
     ("tasks", "reporting"),
     ("models", "figures"),
-    ("data", "training"),
+    ("data",),
+    ("training",),
     ("lowrank",),
     ("util",),
 )
@@ -44,7 +45,11 @@ MODULES = {name_of(file): file for file in FILES}
 
 def imports(file: Path) -> Iterator[str]:
     """The modules of the package that ``file`` imports, wherever in it."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    tree = ast.parse(file.read_text())
+    for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []  # no import while the program runs
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"

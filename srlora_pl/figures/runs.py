@@ -25,7 +25,7 @@ class TrainedRun:
     """What a run's folder tells about its training.
 
     Attributes:
-        histories: as far as ``last_step``; empty where no direction was drawn or fused after the start.
+        histories: as far as ``last_step``; empty for a method that draws no singular directions.
         curve: optimizer steps, counted from 1, and the training losses logged there.
     """
 
@@ -133,7 +133,7 @@ def draw_runs(folders: Sequence[str], output: str | None = None, layer: int | No
     target = Path(output).expanduser().resolve() if output else paths[0] / "figures"
     runs = dict(zip(_names(paths), (read_run(relative(path)) for path in paths), strict=True))
     notes = [
-        f"{run.folder}: {run.method} has drawn no new directions, so only the training loss is drawn"
+        f"{run.folder}: {run.method} draws no singular directions, so only the training loss is drawn"
         for run in runs.values()
         if not run.histories
     ]

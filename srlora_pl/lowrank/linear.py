@@ -174,7 +174,7 @@ class AdaptedLinear(Adapter):
 
 
 class LowRankLinear(AdaptedLinear):
-    """LoRA's layer: ``lora_A`` (r, in) and ``lora_B`` (out, r) train; of a fused linear (p, r, in) and (p, out, r)."""
+    """The layer of LoRA: ``lora_A`` (r, in) and ``lora_B`` (out, r) train; where the linear is fused, p of each."""
 
     adapter_names = ("lora_A", "lora_B")
 

@@ -105,7 +105,7 @@ def loggers(folder: Path) -> list[Logger]:
 def plugins(settings: Any) -> list[Any]:
     """The user's plugins, and our way of writing a checkpoint unless theirs has another."""
     users = as_list(settings.plugins)
-    theirs = [*users, getattr(settings.strategy, "_checkpoint_io", None)]
+    theirs = [*users, internals.checkpoint_io(settings.strategy)]
     return users if has(theirs, CheckpointIO) else [*users, AtomicCheckpointIO()]
 
 

@@ -3,9 +3,8 @@
 import argparse
 import contextlib
 import shlex
-import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from inspect import Parameter, signature
 from pathlib import Path
@@ -22,6 +21,7 @@ from srlora_pl.reporting.progress import closing_line
 from srlora_pl.run import config, defaults, finders, folders, settings
 from srlora_pl.run.explain import explain, missing_package, written_at
 from srlora_pl.run.messages import close, note, quieten
+from srlora_pl.run.processes import ending_together
 from srlora_pl.tasks.base import Task
 from srlora_pl.training import checkpoints
 from srlora_pl.training import lightning_internals as internals
@@ -32,7 +32,6 @@ from srlora_pl.util.errors import Interrupted, UserError, causes
 from srlora_pl.util.files import alone_in, relative
 
 ROOT = "runs"
-_GRACE = 3  # seconds that the first process gets to end this one, if it has met the same error
 TRAINER_DEFAULTS = {
     "default_root_dir": ROOT,
     # The DataModules deal their order out to the devices themselves, so that a resumed run finds its place.
@@ -305,23 +304,8 @@ class Run(LightningCLI):
 
     def start(self) -> None:
         """Run the subcommand."""
-        with self.interrupts.watch(self.trainer), self._ending_together():
+        with self.interrupts.watch(self.trainer), ending_together(self.trainer.strategy.launcher):
             getattr(self, self.command)()
-
-    @contextlib.contextmanager
-    def _ending_together(self) -> Iterator[None]:
-        """An error of one process ends all of them, and the user reads it once."""
-        try:
-            yield
-        except Exception as error:
-            if rank_zero_only.rank and isinstance(error, UserError):  # type: ignore[attr-defined]
-                time.sleep(_GRACE)
-            children = getattr(self.trainer.strategy.launcher, "procs", [])
-            if not isinstance(error, UserError) and any(_has_refused(child) for child in children):
-                raise SystemExit(2) from error
-            for child in children:
-                child.kill()
-            raise
 
     def fit(self) -> None:
         if self.folder is None or rank_zero_only.rank:  # type: ignore[attr-defined]
@@ -393,10 +377,3 @@ class Run(LightningCLI):
         count, whole = self.writer.rows, sum(map(len, defaults.as_list(self.datamodule.predict_set)))
         part = f" of {whole}" if count < whole else ""
         close({}, [f"{count}{part} predictions written to {files}"])
-
-
-def _has_refused(child: subprocess.Popen) -> bool:
-    """Whether a process that was started ends by itself, after it has told the user why."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        return child.wait(2 * _GRACE) == 2
-    return False

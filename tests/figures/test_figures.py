@@ -37,7 +37,6 @@ TOY = {
     "blocks.1.attn.qkv[q]": torch.tensor([[0, 4], [0, 4], [4, -1], [4, -1]]),
     "blocks.1.mlp.fc1": torch.tensor([[0, 7], [0, -1], [7, -1]]),
 }
-STILL = {name: torch.tensor([[0, -1], [0, -1]]) for name in TOY}  # of a run without switches
 LENGTHS = {
     "blocks.0.attn.qkv[q]": [10, 4, 3, 3],
     "blocks.0.mlp.fc1": [4, 7, 6, 3],
@@ -380,26 +379,25 @@ def test_the_layer_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_several_runs_share_one_figure_of_losses(tmp_path: Path) -> None:
-    histories = {"SRLoRA": TOY, "LoRA": STILL, "Other": TOY}
-    runs = [save_run(tmp_path / f"{name}/version_0", name, histories=each) for name, each in histories.items()]
+    runs = [save_run(tmp_path / f"{name}/version_0", name) for name in ("SRLoRA", "LoRA", "PiSSA")]
     options = [option for run in runs for option in ("--run", run)]
     code, out, err = cli("figures", *options, "--output", "drawn", home=tmp_path)
     assert (code, err) == (0, "")
     drawn = tmp_path / "drawn"
-    assert names(drawn) == LOSSES | {"SRLoRA-version_0", "Other-version_0"}
-    for name in ("SRLoRA", "Other"):
+    assert names(drawn) == LOSSES | {"SRLoRA-version_0", "PiSSA-version_0"}
+    for name in ("SRLoRA", "PiSSA"):
         assert names(drawn / f"{name}-version_0") == FILES - LOSSES
-    assert out.startswith("LoRA/version_0: LoRA has drawn no new directions, so only the training loss is drawn\n")
+    assert out.startswith("LoRA/version_0: LoRA draws no singular directions, so only the training loss is drawn\n")
     found = [row["run"] for row in table(drawn / "training_loss.csv")]
-    assert found == [f"{name}/version_0" for name in histories for _ in range(3)]
+    assert found == [f"{name}/version_0" for name in ("SRLoRA", "LoRA", "PiSSA") for _ in range(3)]
     assert not any((run / "figures").exists() for run in runs)
 
 
 def test_a_run_without_directions_is_no_error(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "lora", "LoRA", histories=STILL)
+    run = save_run(tmp_path / "lora", "LoRA")
     code, out, err = cli("figures", "--run", run, "--layer", 99, home=tmp_path)
     assert (code, err) == (0, "")
-    assert "LoRA has drawn no new directions" in out
+    assert "LoRA draws no singular directions" in out
     assert names(run / "figures") == LOSSES
 
 

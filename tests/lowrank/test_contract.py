@@ -251,6 +251,7 @@ def test_an_overflow_leaves_the_state_alone(kind, poison):
 def test_attached_to_an_optimizer_it_needs_no_more(kind, run):
     attached = Loop(kind)
     attached.adaptation.attach(attached.optimizer, STEPS)
+    attached.adaptation.attach(attached.optimizer, STEPS)  # as once
     for batch in batches(STEPS, torch.float64):
         attached.optimizer.zero_grad()
         loss_of(attached.net, batch).backward()

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from srlora_pl import UserError
 from srlora_pl.cli import main
 from srlora_pl.data.loader import Share
-from srlora_pl.run.run import Run
+from srlora_pl.run.processes import ending_together
 from tests.helpers import ddp_program
 from tests.helpers.ddp_program import FewDigits, classifier, trainer
 from tests.helpers.errors import mentions
@@ -283,9 +283,7 @@ def test_copies_of_the_model_are_not_trained_from_python_either(alone):
 
 def ending(error: Exception, *children: subprocess.Popen) -> None:
     """``error`` in the process that started ``children``."""
-    run: Any = Run.__new__(Run)
-    run.trainer = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=children)))
-    with run._ending_together():
+    with ending_together(SimpleNamespace(procs=children)):
         raise error
 
 
@@ -313,7 +311,7 @@ def test_a_bug_stays_one():
 
 def test_the_first_process_speaks_first(monkeypatch):
     waits: list[float] = []
-    monkeypatch.setattr("srlora_pl.run.run.time.sleep", waits.append)
+    monkeypatch.setattr("srlora_pl.run.processes.time.sleep", waits.append)
     with pytest.raises(UserError):
         ending(UserError("said once"))
     assert not waits
