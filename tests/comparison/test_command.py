@@ -268,6 +268,7 @@ def test_runs_of_other_settings_are_not_mixed(task, tmp_path, capsys):
     assert "holds runs with other config files or options" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_mistyped_comparison_leaves_nothing_that_refuses_the_right_one(task, tmp_path, capsys):
     arguments = [
         "compare",
