@@ -110,7 +110,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     text = "draw a run's training loss, and which singular directions were active when"
     add = command("figures", text, written).add_argument
     add("--run", required=True, action="append", help="a run's folder; the losses of several are drawn into one figure")
-    add("--layer", type=int, metavar="N", help="the layer whose directions are drawn, from 0; by default the middle one")
+    add(
+        "--layer", type=int, metavar="N", help="the layer whose directions are drawn, from 0; by default the middle one"
+    )
     add("--output", help="where to write, by default figures/ in the run's folder")
     return whole, commands.choices
 

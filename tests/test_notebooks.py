@@ -93,7 +93,11 @@ def _jupyter(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("_jupyter")
-@pytest.mark.parametrize("file", NOTEBOOKS, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file",
+    [pytest.param(file, marks=() if file.stem == "03_your_own_model" else pytest.mark.slow) for file in NOTEBOOKS],
+    ids=lambda file: file.stem,
+)
 def test_a_notebook_runs_from_top_to_bottom(file, tmp_path):
     folder = tmp_path / "notebooks"
     folder.mkdir()

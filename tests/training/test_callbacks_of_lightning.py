@@ -75,7 +75,13 @@ def test_refused_in_a_sentence(name: str, tmp_path: Path) -> None:
     assert not [*tmp_path.glob("runs/*")]
 
 
-@pytest.mark.parametrize("name", [*WITH_STATE, *(pytest.param(each, marks=pytest.mark.slow) for each in WITHOUT_STATE)])
+QUICK = set(WITH_STATE) - {"BatchSizeFinder", "LearningRateFinder"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(each, marks=() if each in QUICK else pytest.mark.slow) for each in (*WITH_STATE, *WITHOUT_STATE)],
+)
 def test_from_fit_over_resume_to_test(name: str, tmp_path: Path) -> None:
     write(tmp_path, name, {**WITH_STATE, **WITHOUT_STATE}[name])
     folder = tmp_path / "runs/small-lora/version_0"

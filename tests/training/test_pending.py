@@ -154,7 +154,10 @@ def callbacks(case, folder):
     return [best(folder), *stops]
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ["every second epoch", "epochs, four validations in each", "epochs, stopped early"]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES])
 def test_no_validation_is_lost_or_done_twice(case, tmp_path):
     whole, (chooses, *stops) = Rows(), callbacks(case, tmp_path / "best")
     expected = fit(whole, *stops, SaveEverywhere(tmp_path / "files"), chooses, **CASES[case])

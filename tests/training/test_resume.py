@@ -61,7 +61,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ["accumulate 3 over a short epoch"]
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES])
 def test_interrupted_anywhere_and_resumed(case, tmp_path):
     options = CASES[case]
     expected = fit(tmp_path / "whole", **options)
