@@ -76,8 +76,11 @@ class Adaptation(Inference, FormerNames):
         self._resumes = False  # from a loaded state that no plan has followed yet
         self._hooks: list[RemovableHandle] = []
         self._watch = checks.GradientWatch(self.layers)
-        self.run_on_rank_zero: Callable[[Callable[[], Any]], Any] = lambda compute: compute()
+        self.run_on_rank_zero: Callable[[Callable[[], Any]], Any] = loop.run_here
         self.controller: Controller = method.controller(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_hooks": []}  # of an optimizer that stays behind
 
     @property
     def step(self) -> int:

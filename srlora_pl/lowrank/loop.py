@@ -1,6 +1,6 @@
-"""The hooks of an optimizer that make a plain training loop adapt."""
+"""A plain training loop: the hooks of its optimizer, and its one process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -43,3 +43,8 @@ def attach(steps: Steps, optimizer: Optimizer) -> list[RemovableHandle]:
         steps.after_optimizer(steps.step + 1, optimizer)
 
     return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+
+
+def run_here(compute: Callable[[], Any]) -> Any:
+    """``compute`` in the one process there is; a function with a name, so that an adaptation can be pickled."""
+    return compute()

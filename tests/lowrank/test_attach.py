@@ -1,5 +1,6 @@
 """`attach`: a plain loop that trains, to the bit, as one that calls every hook itself."""
 
+import pickle
 from copy import deepcopy
 from functools import partial
 
@@ -206,3 +207,11 @@ def test_a_second_run_is_counted_once(same):
     if not same:
         plain_loop(net, optimizer, toy_batches(1))
         assert adaptation.step == 12
+
+
+def test_what_is_attached_can_be_pickled():
+    """Without the hooks of the optimizer, which stays behind."""
+    net, adaptation, _ = attached(srlora())
+    again = pickle.loads(pickle.dumps(adaptation))
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), again.net.parameters(), strict=True))
+    again.attach(torch.optim.SGD([p for p in again.net.parameters() if p.requires_grad], lr=0.1), 20)
