@@ -269,7 +269,7 @@ TEXTS: dict[str, Case] = {
     "label column": (texts("reviews", "--data.label_column=lable"), ["'lable'", "'label'", "data.label_column"]),
     "separator": (texts("semicolons.csv"), ["semicolons.csv", 'data.separator to ";"']),
     "long separator": (texts("reviews", "--data.separator=||"), ["data.separator", "'||'"]),
-    "fields": (texts("fields.csv"), ["Line 3 of fields.csv", "3 fields"]),
+    "fields": (texts("fields.csv"), ["line 3", "fields.csv", "3", "2"]),
     "open quote": (texts("quote.csv"), ["line 3 of quote.csv", "quote"]),
     "no rows": (texts("rowless.csv"), ["rowless.csv", "no rows"]),
     "empty text": (texts("empty.csv"), ["'text'", "line 5 of empty.csv"]),
