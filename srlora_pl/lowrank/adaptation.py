@@ -236,7 +236,6 @@ class Adaptation(Inference, FormerNames):
         return {
             "format": FORMAT,
             "method": self.method.spec(),
-            "starts_from": self.method.starts_from,
             "compact": compact,
             "started": self.started,
             "steps_before": self.steps_before,

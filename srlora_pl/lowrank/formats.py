@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from srlora_pl.lowrank.linear import Matrix
@@ -26,14 +25,11 @@ def upgraded(state: dict[str, Any], matrices: Sequence[Matrix]) -> dict[str, Any
 
 
 def histories(state: dict[str, Any]) -> Mapping[str, Tensor]:
-    """`Controller.histories` of a saved ``state``; where a method keeps the singular directions of its start, those."""
-    matrices = state["matrices"].items()
+    """`Controller.histories` of a saved ``state``: empty for methods without."""
     if state.get("format", 0) > 0:
-        kept = matrices if state["starts_from"] == "spectrum" else ()
-        start = {name: torch.tensor([[0, -1]]).repeat(each["rank"], 1) for name, each in kept}
-        return state["controller"].get("intervals", start)
-    moved = any(each["drawn"] is not None or each["fused"] is None for _, each in matrices)
-    return {name: each["intervals"] for name, each in matrices if moved}
+        return state["controller"].get("intervals", {})
+    scored = state["smoothed"] is not None
+    return {name: matrix["intervals"] for name, matrix in state["matrices"].items() if scored}
 
 
 def _from_0(state: dict[str, Any], matrices: Mapping[str, Matrix]) -> dict[str, Any]:

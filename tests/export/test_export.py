@@ -733,4 +733,4 @@ def test_the_config_names_the_class(run, tmp_path):
 def test_help_is_answered_at_once(tmp_path):
     code, out, _ = cli("export", "--help", home=tmp_path)
     assert code == 0
-    assert "--format peft" in out
+    assert "--format merged|peft" in out

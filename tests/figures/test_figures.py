@@ -294,7 +294,6 @@ def save_run(folder: Path, method: str = "SRLoRA", last: int = LAST, file: str =
     state = {
         "format": 1,
         "method": spec,
-        "starts_from": "nothing" if method == "LoRA" else "spectrum",
         "matrices": {name: {"rank": 2} for name in TOY},
         "controller": {"intervals": TOY} if method == "SRLoRA" else {},
     }
@@ -384,10 +383,10 @@ def test_several_runs_share_one_figure_of_losses(tmp_path: Path) -> None:
     code, out, err = cli("figures", *options, "--output", "drawn", home=tmp_path)
     assert (code, err) == (0, "")
     drawn = tmp_path / "drawn"
-    assert names(drawn) == LOSSES | {"SRLoRA-version_0", "PiSSA-version_0"}
-    for name in ("SRLoRA", "PiSSA"):
-        assert names(drawn / f"{name}-version_0") == FILES - LOSSES
-    assert out.startswith("LoRA/version_0: LoRA draws no singular directions, so only the training loss is drawn\n")
+    assert names(drawn) == LOSSES | {"SRLoRA-version_0"}
+    assert names(drawn / "SRLoRA-version_0") == FILES - LOSSES
+    for name in ("LoRA", "PiSSA"):
+        assert f"{name}/version_0: {name} draws no singular directions, so only the training loss is drawn\n" in out
     found = [row["run"] for row in table(drawn / "training_loss.csv")]
     assert found == [f"{name}/version_0" for name in ("SRLoRA", "LoRA", "PiSSA") for _ in range(3)]
     assert not any((run / "figures").exists() for run in runs)

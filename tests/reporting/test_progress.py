@@ -134,7 +134,7 @@ def test_the_table_counts_every_matrix_and_every_parameter():
     assert sum(int(row[-1].replace(",", "")) for row in rows.values()) == pairs
     everything = sum(p.numel() for p in module.parameters())
     assert parameter_line(module).startswith(f"{pairs} of {everything:,} parameters train")
-    assert f"{pairs} in pairs of 12 matrices, 0 beside them" in parameter_line(module)
+    assert f"{pairs} in adapters of 12 matrices, 0 beside them" in parameter_line(module)
 
 
 def test_a_method_without_a_spectrum_has_no_directions():
