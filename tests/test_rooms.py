@@ -45,11 +45,7 @@ MODULES = {name_of(file): file for file in FILES}
 
 def imports(file: Path) -> Iterator[str]:
     """The modules of the package that ``file`` imports, wherever in it."""
-    tree = ast.parse(file.read_text())
-    for node in tree.body:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []  # no import while the program runs
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"

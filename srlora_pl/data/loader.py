@@ -4,16 +4,13 @@ import signal
 from collections.abc import Iterator, Mapping, Sized
 from itertools import count
 from multiprocessing.connection import wait
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from srlora_pl.data.protocols import Batch
 from srlora_pl.util.errors import WORKER_DIED, UserError
-
-if TYPE_CHECKING:
-    from srlora_pl.data.base import DataModule
 
 # A key is what a sampler asks a data set for: (index, epoch) in training, the index alone elsewhere.
 Key = tuple[int, int] | int
@@ -24,9 +21,12 @@ class EpochBatches:
 
     A batch of W devices is cut from one order, so that W devices see together what one would see with a batch W
     times as large. An order that does not divide by W is filled up from its own start.
+
+    Args:
+        data: a DataModule of this package.
     """
 
-    def __init__(self, data: "DataModule") -> None:
+    def __init__(self, data: Any) -> None:
         self.data = data
         self.position = (0, 0)
 
@@ -155,5 +155,6 @@ def _outlive_a_signal(worker: int) -> None:
         signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
-def rank_and_world(data: "DataModule") -> tuple[int, int]:
+def rank_and_world(data: Any) -> tuple[int, int]:
+    """The place of this process among those that train with the DataModule ``data``."""
     return (data.trainer.global_rank, data.trainer.world_size) if data.trainer else (0, 1)

@@ -1,7 +1,7 @@
 """How a task scores a split: the protocol, and scores of logits."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,6 @@ from torchmetrics import Metric, MetricCollection
 
 from srlora_pl.data.protocols import Batch
 from srlora_pl.tasks.scores import Mean, OneClass
-
-if TYPE_CHECKING:
-    from srlora_pl.tasks.base import Task
 
 _ONE_CLASS = "one_class"  # among the metrics, but no score
 
@@ -26,8 +23,8 @@ class Evaluation(Protocol):
     def reset(self, split: str) -> None:
         """Begin to score ``split``."""
 
-    def update(self, task: "Task", split: str, batch: Batch) -> None:
-        """Add a batch of ``split``."""
+    def update(self, task: Any, split: str, batch: Batch) -> None:
+        """Add a batch of ``split``, with the outputs and losses that ``task`` computes of it."""
 
     def compute(self, split: str) -> dict[str, Tensor]:
         """The scores by name, the same in every process; each process has called `reset`, one at least `update`."""
@@ -63,7 +60,7 @@ class LogitScores(nn.Module):
         self._splits[split] = self._fresh.clone()
         self._one_class.pop(split, None)
 
-    def update(self, task: "Task", split: str, batch: Batch) -> None:
+    def update(self, task: Any, split: str, batch: Batch) -> None:
         logits, label = task.logits(batch), batch["label"]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self._splits[split].update(preds=task.scored(logits), target=label, value=task.losses(logits, label))
