@@ -20,15 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+Parts = tuple[int, ...] | None  # the adapted parts of a fused weight; None: all
+
 
 def low_rank_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    adapted: tuple[int, ...] | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, adapted: Parts
 ) -> Tensor:
     """y = x (W + s B A)^T + bias, with gradients for all but the frozen weight.
 
@@ -51,13 +47,7 @@ def low_rank_linear(
 
 
 def merge_on_the_fly(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    adapted: tuple[int, ...] | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, adapted: Parts
 ) -> Tensor:
     """x (W + s B A)^T + bias as one product; shapes as in `low_rank_linear`."""
     with _outside_autocast(x, bias) as (x, bias):
@@ -71,7 +61,7 @@ def two_branches(
     A: Tensor,
     B: Tensor,
     scaling: float,
-    adapted: tuple[int, ...] | None,
+    adapted: Parts,
     pairs_input: Tensor | None = None,
 ) -> Tensor:
     """x W^T + bias + s (x A^T) B^T; the pairs may see ``pairs_input``, x after dropout, instead of x."""
@@ -96,7 +86,7 @@ def _outside_autocast(x: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, 
         yield x, bias
 
 
-def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float, adapted: tuple[int, ...] | None) -> Tensor:
+def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float, adapted: Parts) -> Tensor:
     """W + s B A, (out, in), in the weight's precision; shapes as in `low_rank_linear`."""
     if A.dim() == 2:
         return torch.addmm(weight, B, A, alpha=scaling)
@@ -112,14 +102,7 @@ def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float, adapted: tuple[
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        scaling: float,
-        adapted: tuple[int, ...] | None,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, adapted: Parts
     ) -> Tensor:
         ctx.save_for_backward(x, weight, A, B)  # not W_eff: it would be kept for every layer at once
         ctx.scaling, ctx.adapted = scaling, adapted
@@ -151,7 +134,7 @@ class _TwoBranches(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scaling: float,
-        adapted: tuple[int, ...] | None,
+        adapted: Parts,
     ) -> Tensor:
         seen = x if pairs_input is None else pairs_input
         B_T = _transposed(B, weight.shape[0], adapted)  # (p r, out)
@@ -190,7 +173,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _pair_gradients(
-    dy: Tensor, x: Tensor, low: Tensor, A: Tensor, B: Tensor, s: float, adapted: tuple[int, ...] | None
+    dy: Tensor, x: Tensor, low: Tensor, A: Tensor, B: Tensor, s: float, adapted: Parts
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dY B (rows, p r), dA = s (dY B)^T X and dB = s dY^T X A^T, the last two in the pairs' precision.
 
@@ -211,7 +194,7 @@ def _pair_gradients(
     return dlow, dA.view(A.shape).to(A.dtype), dB_T.mT.to(B.dtype)
 
 
-def _transposed(B: Tensor, out: int, adapted: tuple[int, ...] | None) -> Tensor:
+def _transposed(B: Tensor, out: int, adapted: Parts) -> Tensor:
     """B^T, (p r, out); of p parts of a fused weight one below the other, zero outside their own columns."""
     if B.dim() == 2:
         return B.T.contiguous()
@@ -221,7 +204,7 @@ def _transposed(B: Tensor, out: int, adapted: tuple[int, ...] | None) -> Tensor:
     return B_T
 
 
-def _blocks(B_T: Tensor, B: Tensor, adapted: tuple[int, ...] | None) -> Iterator[tuple[Tensor, slice]]:
+def _blocks(B_T: Tensor, B: Tensor, adapted: Parts) -> Iterator[tuple[Tensor, slice]]:
     """For each of p adapted parts its r rows of ``B_T``, (p r, out), and its own columns in them."""
     width = B.shape[1]
     for part, rows in zip(adapted or range(len(B)), B_T.split(B.shape[2]), strict=True):
