@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from srlora_pl.lowrank.linear import Adapter
+from srlora_pl.lowrank.optimizer_state import parameters_of
 from srlora_pl.lowrank.target_settings import is_below
 from srlora_pl.util.errors import UserError, did_you_mean
 
@@ -47,7 +48,7 @@ def require_untrained(layers: Mapping[str, Adapter]) -> None:
 
 def require_trained(layers: Mapping[str, Adapter], optimizer: Optimizer) -> None:
     """Refuse an ``optimizer`` that does not train the adapters, as one made before they were there."""
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = set(map(id, parameters_of(optimizer)))
     if not trained:
         return  # Lightning's stand-in for no optimizer
     for name, layer in layers.items():

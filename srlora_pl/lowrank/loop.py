@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from srlora_pl.lowrank.optimizer_state import gradients_of
 from srlora_pl.util.errors import UserError
 
 
@@ -36,8 +37,8 @@ def attach(steps: Steps, optimizer: Optimizer) -> list[RemovableHandle]:
             raise UserError("attach() takes no optimizer.step(closure): call backward() before, and step() without one")
         # A GradScaler leaves unscaling to an optimizer that is fused.
         scale = getattr(optimizer, "grad_scale", None)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        steps.before_optimizer(steps.step + 1, gradients, None if scale is None else scale.reciprocal())
+        inverse_scale = None if scale is None else scale.reciprocal()
+        steps.before_optimizer(steps.step + 1, gradients_of(optimizer), inverse_scale)
 
     def after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         steps.after_optimizer(steps.step + 1, optimizer)

@@ -15,6 +15,16 @@ FIRST_MOMENTS = {"exp_avg", "momentum_buffer", "grad_avg"}
 SECOND_MOMENTS = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
 
 
+def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    """All that ``optimizer`` trains."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def gradients_of(optimizer: Optimizer) -> list[Tensor]:
+    """The gradients that ``optimizer`` is about to use."""
+    return [parameter.grad for parameter in parameters_of(optimizer) if parameter.grad is not None]
+
+
 def recycle(
     optimizer: Optimizer,
     parameter: Tensor,

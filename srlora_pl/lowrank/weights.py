@@ -61,6 +61,7 @@ class FrozenWeights:
         self.net, self.names, self.matrices, self.reload = net, list(names), matrices, reload
         self.fingerprint: str | None = None
         self.changed: set[str] = set()
+        self.layers = {matrix.layer_name: matrix.layer for matrix in matrices}
         self.ledgers = {matrix: Ledger(matrix.shape) for matrix in matrices}
         self.device: torch.device | None = None
         # Torch's counts of writes.
@@ -68,11 +69,15 @@ class FrozenWeights:
         # W0 by layer, on the CPU, and its digest: from a start until training, for a load in between; from a load until
         # a start.
         self._kept: tuple[dict[str, Tensor], str] | None = None
-        self._is_replaced = False  # by W0
 
     def _parameters(self) -> dict[str, Tensor]:
         parameters = dict(self.net.named_parameters())
         return {name: parameters[name] for name in self.names}
+
+    @property
+    def _have_moved(self) -> bool:
+        """Whether a weight is no longer W0, merged adapters aside."""
+        return any(ledger.rank for ledger in self.ledgers.values())
 
     # --- identity
 
@@ -119,8 +124,7 @@ class FrozenWeights:
 
     def keep_pretrained(self) -> None:
         """Keep W0, which the weights are now."""
-        layers = {matrix.layer_name: matrix.layer for matrix in self.matrices}
-        kept = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in layers.items()}
+        kept = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in self.layers.items()}
         self._kept = kept, self.fingerprint or fingerprint(self._parameters())
 
     def forget_pretrained(self) -> None:
@@ -130,7 +134,7 @@ class FrozenWeights:
         """Refuse where W0 is not at hand, neither in place nor kept."""
         if self._kept is not None:
             self.require(self._kept[1])
-        elif any(ledger.rank for ledger in self.ledgers.values()):
+        elif self._have_moved:
             raise UserError(
                 "the model has already started and its pretrained weights are gone, so their singular directions "
                 "cannot be computed: call start() before loading weights, or let the trainer load with ckpt_path"
@@ -144,18 +148,17 @@ class FrozenWeights:
     @full_precision()
     def pretrained(self) -> dict[str, Tensor]:
         """W0 of every adapted layer, new tensors; equal to rounding where only W and the ledgers are left."""
-        layers = {matrix.layer_name: matrix.layer for matrix in self.matrices}
-        if self._is_replaced:
-            return {name: layer.weight.detach().clone() for name, layer in layers.items()}
-        weights = {name: layer.unmerged_weight.clone() for name, layer in layers.items()}
-        if not any(ledger.rank for ledger in self.ledgers.values()):
+        if any(layer.disabled for layer in self.layers.values()):  # W0 is in place
+            return {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
+        weights = {name: layer.unmerged_weight.clone() for name, layer in self.layers.items()}
+        if not self._have_moved:
             return weights
         if self._kept is not None and self._kept[1] == self.fingerprint:
             source: Mapping[str, Tensor] = self._kept[0]
         elif self.reload is not None:
             state = self.reload()
             self.require(fingerprint({name: state[name] for name in self.names}))
-            source = {name: state[f"{name}.weight"] for name in layers}
+            source = {name: state[f"{name}.weight"] for name in self.layers}
         else:
             for matrix, ledger in self.ledgers.items():
                 ledger.undo(matrix.of_weight(weights[matrix.layer_name]))
@@ -165,20 +168,15 @@ class FrozenWeights:
     @contextmanager
     def replaced_by_pretrained(self) -> Iterator[None]:
         """Inside, W0 stands in place of W."""
-        if self._is_replaced:
-            yield
-            return
-        weights = {matrix.layer_name: (matrix.layer, matrix.layer.weight.data) for matrix in self.matrices}
+        weights = {name: layer.weight.data for name, layer in self.layers.items()}
         pretrained = self.pretrained()
         try:
-            for name, (layer, _) in weights.items():
+            for name, layer in self.layers.items():
                 layer.weight.data = pretrained[name]
-            self._is_replaced = True
             yield
         finally:
-            self._is_replaced = False
-            for layer, weight in weights.values():
-                layer.weight.data = weight
+            for name, layer in self.layers.items():
+                layer.weight.data = weights[name]
 
     # --- state
 
@@ -205,7 +203,7 @@ class FrozenWeights:
         Raises:
             UserError: it is a state of other layers or of other pretrained weights.
         """
-        moved = any(ledger.rank for ledger in self.ledgers.values())
+        moved = self._have_moved
         if compact and self.fingerprint is None:
             self.fingerprint = fingerprint(self._parameters())
         self._require_same(state)

@@ -4,28 +4,25 @@ import contextlib
 import subprocess
 import time
 from collections.abc import Iterator
-from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.errors import UserError
 
 _GRACE = 3  # seconds that the first process gets to end this one, if it has met the same error
 
 
 @contextlib.contextmanager
-def ending_together(launcher: Any) -> Iterator[None]:
-    """An error of one process ends all of them, and the user reads it once.
-
-    Args:
-        launcher: of Lightning's strategy; None where it started no process.
-    """
+def ending_together(trainer: Trainer) -> Iterator[None]:
+    """An error of one process ends all of them, and the user reads it once."""
     try:
         yield
     except Exception as error:
         if rank_zero_only.rank and isinstance(error, UserError):  # type: ignore[attr-defined]
             time.sleep(_GRACE)
-        children = getattr(launcher, "procs", [])
+        children = internals.child_processes(trainer)
         if not isinstance(error, UserError) and any(_has_refused(child) for child in children):
             raise SystemExit(2) from error
         for child in children:

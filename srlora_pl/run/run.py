@@ -304,7 +304,7 @@ class Run(LightningCLI):
 
     def start(self) -> None:
         """Run the subcommand."""
-        with self.interrupts.watch(self.trainer), ending_together(self.trainer.strategy.launcher):
+        with self.interrupts.watch(self.trainer), ending_together(self.trainer):
             getattr(self, self.command)()
 
     def fit(self) -> None:

@@ -19,6 +19,7 @@ from srlora_pl.lowrank import Adaptation, Method
 from srlora_pl.lowrank.checks import require_trained, require_unmerged
 from srlora_pl.lowrank.linear import Matrix
 from srlora_pl.lowrank.methods import imported
+from srlora_pl.lowrank.optimizer_state import gradients_of, parameters_of
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.cache import cache_folder
 from srlora_pl.util.errors import UserError
@@ -226,10 +227,10 @@ class SRLoRAMixin(_Module):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         super().on_before_optimizer_step(optimizer)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         trainer: Any = self.trainer
         step = trainer.global_step + 1
-        self.adaptation.before_optimizer(step, gradients, internals.inverse_loss_scale(trainer, optimizer))
+        inverse_scale = internals.inverse_loss_scale(trainer, optimizer)
+        self.adaptation.before_optimizer(step, gradients_of(optimizer), inverse_scale)
         if trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0:
             # Said before it is done, so that a file written at the end of this step has the step's whole row.
             self.log_dict({f"srlora/{name}": value for name, value in self.adaptation.controller.metrics(step).items()})
@@ -282,7 +283,7 @@ class SRLoRAMixin(_Module):
 
     def _trained(self) -> list[Tensor]:
         optimizers: Sequence[Optimizer] = [] if internals.trainer_of(self) is None else self.trainer.optimizers
-        return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        return [parameter for optimizer in optimizers for parameter in parameters_of(optimizer)]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from srlora_pl.lowrank import Adaptation
-from tests.helpers.toys import toy_batches, toy_net
+from tests.helpers.toys import toy_batches, toy_net, train
 
 
 def batches(count: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -31,12 +31,7 @@ def _train(kind: type, steps: int, rank: int, share: slice, wrap, once) -> dict[
     adaptation.plan(steps)
     wrapped = wrap(net)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
-    for step, (x, y) in enumerate(batches(steps, torch.float64), start=1):
-        optimizer.zero_grad()
-        loss_of(wrapped, (x[share], y[share])).backward()
-        adaptation.before_optimizer(step)
-        optimizer.step()
-        adaptation.after_optimizer(step, optimizer)
+    train(wrapped, adaptation, optimizer, [(x[share], y[share]) for x, y in batches(steps, torch.float64)])
     return copy.deepcopy(net.state_dict())
 
 

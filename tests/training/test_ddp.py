@@ -283,7 +283,8 @@ def test_copies_of_the_model_are_not_trained_from_python_either(alone):
 
 def ending(error: Exception, *children: subprocess.Popen) -> None:
     """``error`` in the process that started ``children``."""
-    with ending_together(SimpleNamespace(procs=children)):
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(launcher=SimpleNamespace(procs=children)))
+    with ending_together(trainer):
         raise error
 
 
