@@ -7,7 +7,7 @@ sampler at ``divmod(processed, batches per epoch)``.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -35,6 +35,7 @@ from srlora_pl.util.randomness import derive, run_seed
 # Streams keep the uses of one seed apart; large numbers, so that no step or epoch is mistaken for one.
 _ORDER = int.from_bytes(b"order")
 _SPLIT = int.from_bytes(b"split")
+_SAMPLE = int.from_bytes(b"sample")
 
 _SHOWN = 10  # classes, and kinds of files or rows left out, that a run's first line names
 
@@ -184,6 +185,21 @@ class DataModule(L.LightningDataModule):
         """
         keys: list[Key] = [(index, 0) for index in sorted(set(self._train().extremes()))]
         return raise_user_error(self._train().__getitems__(keys))
+
+    def sampled_batches(self, samples: float) -> Iterator[Batch]:
+        """This process's share of random training samples, in batches; moves no loader and no random state.
+
+        Args:
+            samples: how many; below 1 a share of all, of at least 2 samples.
+        """
+        total = len(self._train())
+        count = max(2, round(samples * total)) if samples < 1 else int(samples)
+        generator = torch.Generator().manual_seed(derive(run_seed(), _SAMPLE))
+        rank, world = rank_and_world(self)
+        own = torch.randperm(total, generator=generator)[:count][rank::world]
+        for start in range(0, len(own), self.batch_size):
+            keys: list[Key] = [(index, 0) for index in own[start : start + self.batch_size].tolist()]
+            yield raise_user_error(self._train().__getitems__(keys))
 
     # -- loaders
 

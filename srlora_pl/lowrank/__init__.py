@@ -6,8 +6,9 @@
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
-from srlora_pl.lowrank.methods import LoRA, LoRAXS, PiSSA, SRLoRA
+from srlora_pl.lowrank.methods import LoRA, LoRAGA, LoRASB, LoRAXS, PiSSA, SRLoRA
 from srlora_pl.lowrank.schedule import Schedule
+from srlora_pl.lowrank.starts.gradient import gradients
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "Adapter",
     "Controller",
     "LoRA",
+    "LoRAGA",
+    "LoRASB",
     "LoRAXS",
     "LowRankLinear",
     "Method",
@@ -23,4 +26,5 @@ __all__ = [
     "SRLoRA",
     "Schedule",
     "Spectrum",
+    "gradients",
 ]

@@ -1,8 +1,10 @@
 """The base of the tasks: a network that a method adapts, its optimizer and schedule, its loss and its scores."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import Any, Literal
 
 import lightning as L
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from srlora_pl.data.protocols import Batch, DataForTask, data_of
-from srlora_pl.lowrank import Method
+from srlora_pl.lowrank import Method, gradients
+from srlora_pl.lowrank.method import Sources
 from srlora_pl.lowrank.methods import from_spec
 from srlora_pl.models.family import ModelFamily
 from srlora_pl.models.heads import FoundHead, settle
@@ -21,6 +24,7 @@ from srlora_pl.models.peft_folder import PeftFolder
 from srlora_pl.tasks.evaluation import Evaluation
 from srlora_pl.tasks.guards import (
     FiniteLoss,
+    on_device,
     require,
     require_finite_weights,
     require_known_scores,
@@ -32,6 +36,7 @@ from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
 from srlora_pl.training.mixin import SRLoRAMixin
 from srlora_pl.training.resume import ExactResume
+from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import MatmulPrecision
 from srlora_pl.util.yaml_text import plain
 
@@ -171,6 +176,24 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     def take_data_settings(self, class_path: str, arguments: Mapping[str, Any]) -> None:
         """Put what `card` needs of the run's settings of its data into place."""
+
+    def gradients(self) -> Sources:
+        datamodule, sampled_batches = self.trainer.datamodule, self._data.sampled_batches  # type: ignore[attr-defined]
+        if sampled_batches is None:
+            name = type(self.adaptation.method).__name__
+            raise UserError(
+                f"{name} starts from gradients, but {type(datamodule).__name__} has no sampled_batches(samples) to "
+                "estimate them from: derive it from a DataModule of this package, or take another method."
+            )
+        factors = (schedule_factor(self.schedule, step, math.inf, self.warmup_steps) for step in count())
+        first = next(factor for factor in factors if factor > 0)
+
+        def losses(batch: Batch) -> Tensor:
+            loss = self.training_loss(on_device(self, datamodule, batch))
+            return loss.expand(len(batch["label"]))
+
+        samples = self.adaptation.method.gradient_samples  # type: ignore[attr-defined]
+        return gradients(losses, sampled_batches(samples), first * self.lr, self._progress)
 
     # A run
 

@@ -15,9 +15,9 @@ from torch.func import functional_call
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LowRankLinear
 from srlora_pl.lowrank.delta import change
-from srlora_pl.lowrank.methods import REGISTRY, LoRAXS
+from srlora_pl.lowrank.methods import REGISTRY, LoRASB, LoRAXS
 from srlora_pl.models import peft_folder
-from tests.helpers.contract_program import batches, loss_of, parallel, trained_in_one_process
+from tests.helpers.contract_program import batches, loss_of, parallel, sources_of, trained_in_one_process
 from tests.helpers.methods import Bottlenecks, Core
 from tests.helpers.toys import ToyNet, toy_net
 
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "igno
 # How many numbers train besides the head, of adapted ``matrices``; where it is not r (out + in) for each.
 SIZES = {
     Core: lambda matrices: sum(m.rank**2 for m in matrices),
+    LoRASB: lambda matrices: sum(m.rank**2 for m in matrices),
     LoRAXS: lambda matrices: sum(m.rank**2 for m in matrices),
     Bottlenecks: lambda matrices: 2 * (RANK * 12 * 2),
 }
@@ -47,7 +48,7 @@ class Loop:
         method = kind(**{"rank": RANK, "alpha": 8.0, **settings})
         self.adaptation = Adaptation(self.net, method, ["head"], pretrained=lambda: self.W0)
         self.optimizer = optimizer([p for p in self.net.parameters() if p.requires_grad], lr=0.01)
-        self.adaptation.start()
+        self.adaptation.start(sources_of(self.net, method))
         self.adaptation.plan(STEPS)
         self.events: list[int] = []
 
@@ -104,7 +105,7 @@ def test_injection_and_start_leave_the_output(kind):
     before = net(x)
     adaptation = Adaptation(net, kind(rank=RANK, alpha=8.0))
     assert torch.equal(net(x), before)
-    adaptation.start()
+    adaptation.start(sources_of(net, adaptation.method))
     if kind.compensates:
         torch.testing.assert_close(net(x), before, rtol=0, atol=1e-13)
     else:

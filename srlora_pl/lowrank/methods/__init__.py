@@ -2,13 +2,15 @@
 
 from srlora_pl.lowrank.method import Method
 from srlora_pl.lowrank.methods.lora import LoRA
+from srlora_pl.lowrank.methods.lora_ga import LoRAGA
+from srlora_pl.lowrank.methods.lora_sb import LoRASB
 from srlora_pl.lowrank.methods.lora_xs import LoRAXS
 from srlora_pl.lowrank.methods.pissa import PiSSA
 from srlora_pl.lowrank.methods.srlora import SRLoRA
 from srlora_pl.util.errors import UserError, did_you_mean
 
-__all__ = ["LoRA", "LoRAXS", "PiSSA", "SRLoRA"]
-REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS]
+__all__ = ["LoRA", "LoRAGA", "LoRASB", "LoRAXS", "PiSSA", "SRLoRA"]
+REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS, LoRASB, LoRAGA]
 
 
 def from_spec(spec: dict[str, object]) -> Method:
