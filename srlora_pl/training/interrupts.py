@@ -132,14 +132,11 @@ class Interrupts(Callback):
         if self.folder and self.checkpoint:
             config, checkpoint = relative(self.folder / "config.yaml"), relative(self.checkpoint)
             arguments = ["fit", "--config", str(config), "--ckpt_path", str(checkpoint)]
-            what += f"; go on with: {_program()} {shlex.join(arguments)}"
+            program = "srlora" if Path(sys.argv[0]).stem == "srlora" else "python cli.py"
+            what += f"; go on with: {program} {shlex.join(arguments)}"
         return Interrupted(f"interrupted by {signal.Signals(number).name}{what}", 128 + number)
 
 
 def _set(number: int, handler: Any) -> None:
     if threading.current_thread() is threading.main_thread():  # no other may
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-def _program() -> str:
-    return "srlora" if Path(sys.argv[0]).stem == "srlora" else "python cli.py"
