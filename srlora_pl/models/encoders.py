@@ -57,11 +57,7 @@ _NOT_OURS = {
 
 
 def resolve(name: str) -> str:
-    """The folder or hub name that transformers knows ``name`` by, for the network and for its tokenizer.
-
-    Raises:
-        UserError: a packaged encoder that is not installed, or a folder that does not exist or lacks config.json.
-    """
+    """The folder or hub name that transformers knows ``name`` by, for the network and for its tokenizer."""
     if name in PACKAGED:
         module, folder = PACKAGED[name]
         spec = find_spec(module)

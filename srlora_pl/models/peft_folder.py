@@ -137,11 +137,7 @@ class PeftFolder:
 
     @classmethod
     def read(cls, folder: str) -> "PeftFolder":
-        """Read a folder; nothing in it can run code.
-
-        Raises:
-            UserError: a file is missing or damaged, or it holds something else than a plain LoRA.
-        """
+        """Read a folder, of which nothing can run code; one that is damaged or no plain LoRA is refused."""
         path = Path(folder).expanduser()
         config = _read_config(path)
         tensors, class_names = _read_weights(path)
@@ -160,10 +156,8 @@ class PeftFolder:
         """Turn a freshly built ``net`` into the pretrained network of a run that starts from this folder, in place.
 
         Modules that were trained whole are loaded; one of ``heads`` keeps its new weights if those of the folder have
-        another shape. The pairs are merged into the weights, unless ``method`` continues a LoRA, see `load_into`.
-
-        Raises:
-            UserError: the folder does not fit the network.
+        another shape. The pairs are merged into the weights, unless ``method`` continues a LoRA, see `load_into`. A
+        folder that does not fit the network is refused.
         """
         own = net.state_dict()
         for key, value in self.others.items():
@@ -182,12 +176,9 @@ class PeftFolder:
 
     def head(self, net: nn.Module, heads: Sequence[str], outputs: int) -> FoundHead | None:
         """The head of ``outputs`` outputs that `prepare` loaded into ``net``, if the folder holds one."""
-        weights = {name: self.others.get(f"{name}.weight") for name in output_layers(net, heads, outputs)}
-        layers = tuple(
-            name
-            for name, weight in weights.items()
-            if weight is not None and weight.shape == net.get_parameter(f"{name}.weight").shape
-        )
+        shapes = {key: value.shape for key, value in self.others.items()}
+        found = output_layers(net, heads, outputs)
+        layers = tuple(n for n in found if net.get_submodule(n).weight.shape == shapes.get(f"{n}.weight"))
         return FoundHead(f"model.adapter {self.path}", layers, self.class_names) if layers else None
 
     def _misfit(self, name: str, known: Mapping[str, Tensor]) -> UserError:
@@ -200,11 +191,7 @@ class PeftFolder:
         )
 
     def load_into(self, adaptation: Adaptation) -> None:
-        """Load the pairs into a method that continues a LoRA, just injected into the prepared network.
-
-        Raises:
-            UserError: layers, ranks or scalings differ.
-        """
+        """Load the pairs into a method that continues a LoRA with the same layers, ranks and scalings, if it does."""
         if not adaptation.method.continues_lora:
             return
         layers = {matrix.layer_name: matrix.layer for matrix in adaptation.matrices}

@@ -39,9 +39,9 @@ class Finder:
     """
 
     def __init__(self, settings: Namespace) -> None:
+        kind = _PATHS[settings.class_path]
         self.arguments = dict(vars(settings.init_args))
-        self.finds_rate = _PATHS[settings.class_path] is LearningRateFinder
-        self.name = _PATHS[settings.class_path].__name__
+        self.name, self.finds_rate = kind.__name__, kind is LearningRateFinder
         self.part = "model" if self.finds_rate else "data"
         self.key = (self.arguments["attr_name"] or "lr") if self.finds_rate else self.arguments["batch_arg_name"]
 
