@@ -145,8 +145,8 @@ def _best(folder: Path) -> ModelCheckpoint:
 
 def _saves_last(callbacks: Sequence[Callback]) -> bool:
     """Whether a ModelCheckpoint of the user writes a ``last.ckpt`` into the run's folder that a run can resume from."""
-    kinds = [each for each in callbacks if isinstance(each, ModelCheckpoint)]
-    return any(each.save_last and not each.save_weights_only and each.dirpath is None for each in kinds)
+    kinds = [each for each in callbacks if isinstance(each, ModelCheckpoint) and each.dirpath is None]
+    return any(each.save_last and not each.save_weights_only for each in kinds)
 
 
 class Last(ModelCheckpoint):
