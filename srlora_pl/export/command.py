@@ -141,8 +141,7 @@ def _write_adapter(task: Task, plain: nn.Module, new: Path, rank: int | None, cl
     modules = {name: plain.get_submodule(name).state_dict() for name in names}
     _require_finite({f"{name}.{side}": getattr(each, side) for name, each in factors.items() for side in "BA"})
     _require_untouched(base, plain, (*(f"{name}.weight" for name in factors), *(f"{name}." for name in modules)))
-    base_settings = (family.base_name, family.task_type, family.revision)
-    size = peft_folder.write(new, factors, modules, *base_settings, class_names)
+    size = peft_folder.write(new, factors, modules, family.base, family.task_type, class_names)
     trained = example_outputs(family, task.net, task.net)
     installed = find_spec("peft") is not None
     notes = [f"it belongs on {family.recipe}"]

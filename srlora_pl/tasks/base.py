@@ -37,7 +37,7 @@ from srlora_pl.training.checkpoints import class_names, keep_settings, keep_to_o
 from srlora_pl.training.mixin import SRLoRAMixin
 from srlora_pl.training.resume import ExactResume
 from srlora_pl.util.errors import UserError
-from srlora_pl.util.precision import MatmulPrecision
+from srlora_pl.util.precision import restorer
 from srlora_pl.util.yaml_text import plain
 
 # What a checkpoint holds: the changes since the pretrained weights, or the whole network.
@@ -202,7 +202,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         return data_of(internals.trainer_of(self))
 
     def setup(self, stage: str) -> None:
-        self._precision_before = MatmulPrecision.now()
+        self._restore_precision = restorer()
         torch.set_float32_matmul_precision(self.hparams["matmul_precision"])
         if stage == "fit":
             self._began_with = settings_of(self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -212,7 +212,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
-        self._precision_before.restore()
+        self._restore_precision()
 
     def _settle_head(self) -> None:
         """Make a pretrained head mean the data's classes, before its first use, unless a checkpoint was loaded."""

@@ -1,6 +1,6 @@
 """Errors that a user can cause, and the helper that finds the nearest right name."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -49,10 +49,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def listed(names: Iterable[Any], most: int | None = None) -> str:
-    """``a, b, c``, in one line whatever the names hold; ``a, b, ...`` where there are more than ``most``."""
+    """``a, b, c``, in one line whatever the names hold; ``a, b and 7 more`` where there are more than ``most``."""
     every = [str(name) for name in names]
-    shown = every[:most] + ["..."] * (most is not None and len(every) > most)
-    return " ".join(", ".join(shown).split())
+    more = f" and {len(every) - most} more" if most is not None and len(every) > most else ""
+    return " ".join(", ".join(every[:most]).split()) + more
 
 
 def one_line(error: BaseException) -> str:
@@ -64,9 +64,3 @@ def one_line(error: BaseException) -> str:
 def is_utf8(name: str) -> bool:
     """Whether a name, of a file for example, can be written into a text; other bytes are surrogates in it."""
     return name.encode(errors="ignore").decode() == name
-
-
-def some(items: Sequence[str]) -> str:
-    """The first two of ``items``, and how many more there are."""
-    more = f" and {len(items) - 2} more" if len(items) > 2 else ""
-    return ", ".join(items[:2]) + more

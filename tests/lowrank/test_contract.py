@@ -203,7 +203,7 @@ def test_the_change_is_one_lora_for_peft(kind, tmp_path):
         with pytest.raises(UserError, match=kind.__name__):
             change(run.adaptation)
         return
-    peft_folder.write(tmp_path, change(run.adaptation), {}, "base", None)
+    peft_folder.write(tmp_path, change(run.adaptation), {}, ("base", None), None)
     net = SplitNet.made(dtype=torch.float64)
     net.head.load_state_dict(run.net.head.state_dict())
     loaded = peft.PeftModel.from_pretrained(net, str(tmp_path))
