@@ -21,7 +21,6 @@ from srlora_pl.models.peft_folder import PeftFolder
 from srlora_pl.tasks.evaluation import Evaluation
 from srlora_pl.tasks.guards import (
     FiniteLoss,
-    require,
     require_finite_weights,
     require_known_scores,
     require_that_a_batch_passes,
@@ -32,12 +31,9 @@ from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
 from srlora_pl.training.mixin import SRLoRAMixin
 from srlora_pl.training.resume import ExactResume
+from srlora_pl.util.errors import require_one_of
 from srlora_pl.util.precision import MatmulPrecision
 from srlora_pl.util.yaml_text import plain
-
-# What a checkpoint holds: the changes since the pretrained weights, or the whole network.
-CHECKPOINTS = ("compact", "full")
-MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
 class Task(ExactResume, SRLoRAMixin, L.LightningModule):
@@ -98,8 +94,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         shared = arguments_of(locals())
         super().__init__()
         require_optimizer(optimizer, lr, head_lr, momentum, weight_decay, schedule, warmup_steps)
-        require("matmul_precision", matmul_precision, "highest, high or medium", matmul_precision in MATMUL_PRECISIONS)
-        require("checkpoints", checkpoints, "compact or full", checkpoints in CHECKPOINTS)
+        require_one_of("model.matmul_precision", matmul_precision, ("highest", "high", "medium"))
+        require_one_of("model.checkpoints", checkpoints, ("compact", "full"))
         self.optimizer, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
         self.lr, self.head_lr, self.schedule, self.warmup_steps = lr, head_lr, schedule, warmup_steps
         self.whole_checkpoints = checkpoints == "full"

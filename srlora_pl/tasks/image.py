@@ -15,8 +15,7 @@ from srlora_pl.models.family import Timm
 from srlora_pl.models.timm_models import data_config
 from srlora_pl.tasks.base import Batch, Task, arguments_of
 from srlora_pl.tasks.evaluation import LogitScores
-from srlora_pl.tasks.guards import require
-from srlora_pl.util.errors import UserError
+from srlora_pl.util.errors import UserError, require
 
 
 class ImageClassifier(Task):
@@ -61,10 +60,10 @@ class ImageClassifier(Task):
     ) -> None:
         arguments = arguments_of(locals())
         super().__init__(method, lr=lr, schedule=schedule, **kwargs)
-        require("num_classes", num_classes, "at least 2", num_classes >= 2)
-        require("label_smoothing", label_smoothing, "from 0 up to, but not, 1", 0 <= label_smoothing < 1)
-        require("mixup", mixup, "0 or positive", mixup >= 0)
-        require("cutmix", cutmix, "0 or positive", cutmix >= 0)
+        require("model.num_classes", num_classes, "at least 2", num_classes >= 2)
+        require("model.label_smoothing", label_smoothing, "from 0 up to, but not, 1", 0 <= label_smoothing < 1)
+        require("model.mixup", mixup, "0 or positive", mixup >= 0)
+        require("model.cutmix", cutmix, "0 or positive", cutmix >= 0)
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.mix = _mix(mixup, cutmix, num_classes)

@@ -14,7 +14,7 @@ from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from srlora_pl.util.errors import UserError, did_you_mean
+from srlora_pl.util.errors import require, require_one_of
 from srlora_pl.util.precision import float64_device
 
 
@@ -200,12 +200,7 @@ def metrics(problem: str, names: Sequence[str], num_classes: int) -> dict[str, M
         UserError: there is no name, or one that the problem does not have.
     """
     known = SCORES[problem]
-    if not names:
-        raise UserError(f"model.score_names is empty: give some of {', '.join(known)}, the main one first.")
+    require("model.score_names", names, f"one or more of {', '.join(known)}, the main one first", bool(names))
     for name in names:
-        if name not in known:
-            raise UserError(
-                f"model.score_names has {name!r}{did_you_mean(name, known)}, but a {problem} problem has "
-                f"{', '.join(known)}."
-            )
+        require_one_of(f"model.score_names of a {problem} problem", name, known)
     return {name: known[name](num_classes) for name in names}

@@ -134,7 +134,7 @@ def test_multi_label_scores(case):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ([], ["model.score_names", "empty"]),
+        ([], ["model.score_names", "[]"]),
         (["mathews"], ["'mathews'", "'matthews'"]),
         (["pearson"], ["'pearson'", "single_label", "accuracy, f1, matthews"]),
     ],

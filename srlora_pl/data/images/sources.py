@@ -16,7 +16,7 @@ from srlora_pl.data.base import is_hub_name
 from srlora_pl.data.images.folders import Folder
 from srlora_pl.data.images.hub import Hub, is_table
 from srlora_pl.data.images.pictures import Source, Split
-from srlora_pl.util.errors import UserError, did_you_mean, listed, one_line
+from srlora_pl.util.errors import UserError, listed, one_line, require_one_of
 
 
 class NamesOnly(Source):
@@ -127,15 +127,9 @@ class Torchvision(Source):
 
 def find_source(name: str | None, root: str, image_column: str, label_column: str) -> Source:
     """The source that a config's ``data.name`` and ``data.root`` mean."""
-    if name is not None and name not in NAMES:
-        raise UserError(
-            f"data.name is {name!r}{did_you_mean(name, NAMES)}; it is one of {listed(NAMES)}, or absent for a "
-            f"folder of your own at data.root."
-        )
-    if name == "digits":
-        return Digits()
     if name is not None:
-        return Torchvision(name, root)
+        require_one_of("data.name", name, NAMES)
+        return Digits() if name == "digits" else Torchvision(name, root)
     path = Path(root)
     if path.is_dir():
         if is_table(path):
