@@ -51,10 +51,17 @@ class KeyedDataset(Dataset):
     rows: Tensor
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self.rows)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         raise NotImplementedError
+
+    def labelled(self, index: Tensor, **content: Any) -> Batch:
+        """The batch of the samples at ``index`` among `rows`, with their labels if there are any."""
+        batch: Batch = {**content, "index": index}
+        if self.labels is not None:
+            batch["label"] = self.labels[self.rows[index]]
+        return batch
 
     def extremes(self) -> tuple[int, int]:
         """The easiest and the hardest sample for a network, such as the shortest and the longest, if that is known."""
@@ -192,7 +199,7 @@ class DataModule(L.LightningDataModule):
             "to test": self.test_set,
             "to predict": self.predict_set,
         }
-        sets = {use: each if isinstance(each, list) else [each] for use, each in splits.items() if each is not None}
+        sets = {use: _as_list(each) for use, each in splits.items() if each is not None}
         parts = [", ".join(f"{sum(map(len, each)):,} {use}" for use, each in sets.items()) or "none"]
         first = next((each[0] for each in sets.values()), None)  # a DataModule of the user's own may load nothing
         labels = None if first is None or first.labels is None else first.labels[first.rows]
@@ -248,15 +255,12 @@ class DataModule(L.LightningDataModule):
 
     def _evaluation(self, sets: Sets) -> Loaders:
         """One loader, one for each of several data sets, or none."""
-        if sets is None:
-            return []
-        if isinstance(sets, list):
-            return [self._in_turn(each) for each in sets]
-        return self._in_turn(sets)
-
-    def _in_turn(self, dataset: KeyedDataset) -> Loader:
-        share = Share(dataset, self.batch_size, *rank_and_world(self))
-        return loader(dataset, self.num_workers, sampler=share, batch_size=self.batch_size)
+        shares = [Share(each, self.batch_size, *rank_and_world(self)) for each in _as_list(sets)]
+        loaders = [
+            loader(each, self.num_workers, sampler=share, batch_size=self.batch_size)
+            for each, share in zip(_as_list(sets), shares, strict=True)
+        ]
+        return loaders[0] if isinstance(sets, KeyedDataset) else loaders
 
     # -- order and position
 
@@ -338,6 +342,10 @@ class DataModule(L.LightningDataModule):
                     f"go on where that one stopped; give it the same value, or start anew without --ckpt_path."
                 )
         self._resumed = state_dict["processed"]
+
+
+def _as_list(sets: Sets) -> list[KeyedDataset]:
+    return sets if isinstance(sets, list) else [] if sets is None else [sets]
 
 
 def _with_counts(names: Sequence[str], labels: Tensor | None) -> str:

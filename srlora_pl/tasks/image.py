@@ -64,8 +64,7 @@ class ImageClassifier(Task):
         require("model.label_smoothing", label_smoothing, "from 0 up to, but not, 1", 0 <= label_smoothing < 1)
         require("model.mixup", mixup, "0 or positive", mixup >= 0)
         require("model.cutmix", cutmix, "0 or positive", cutmix >= 0)
-        self.num_classes = num_classes
-        self.label_smoothing = label_smoothing
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
         self.mix = _mix(mixup, cutmix, num_classes)
         self.evaluation = LogitScores(_scores(num_classes), "accuracy")
         self.build(Timm(backbone, num_classes, backbone_kwargs, self.hparams["backbone_checkpoint"]), arguments)
@@ -117,9 +116,6 @@ def _scores(num_classes: int) -> dict[str, Metric]:
 
 def _mix(mixup: float, cutmix: float, num_classes: int) -> v2.Transform | None:
     """Mixes the images of a batch and makes their labels probabilities (B, classes); None where both are off."""
-    mixes: list[v2.Transform] = []
-    if mixup:
-        mixes.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
-    if cutmix:
-        mixes.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+    kinds = {v2.MixUp: mixup, v2.CutMix: cutmix}
+    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds.items() if alpha]
     return v2.RandomChoice(mixes) if len(mixes) > 1 else mixes[0] if mixes else None

@@ -29,7 +29,7 @@ def _exactly(formula: Callable[..., Tensor], *values: Tensor) -> Tensor:
 class ScoreOfAll(Metric):
     """A ``formula`` of all values of a split, float64 (n,) each, so that it does not matter how the batches were cut.
 
-    The values, called ``names``, are kept as they come until its end: ranks need them all.
+    `update` takes the values by their ``names``, float (B,), and keeps them until the end: ranks need them all.
     """
 
     full_state_update = False
@@ -40,6 +40,10 @@ class ScoreOfAll(Metric):
         for name in names:
             self.add_state(name, [], dist_reduce_fx="cat")
 
+    def update(self, **values: Tensor) -> None:
+        for name in self.names:
+            getattr(self, name).append(values[name])
+
     def compute(self) -> Tensor:
         return _exactly(self.formula, *(dim_zero_cat(getattr(self, name)) for name in self.names))
 
@@ -47,32 +51,6 @@ class ScoreOfAll(Metric):
 def _gather(values: Tensor, group: Any = None) -> list[Tensor]:
     """The ``values`` of each rank; in float64, so that one without any sends the same type as the others."""
     return gather_all_tensors(values.double(), group)
-
-
-class Mean(ScoreOfAll):
-    """The mean of ``value``, float (B,)."""
-
-    value: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__(torch.mean, "value")
-
-    def update(self, value: Tensor) -> None:
-        self.value.append(value)
-
-
-class Correlation(ScoreOfAll):
-    """A ``formula`` of ``preds`` and ``target``, float (B,)."""
-
-    preds: list[Tensor]
-    target: list[Tensor]
-
-    def __init__(self, formula: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__(formula, "preds", "target")
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        self.preds.append(preds)
-        self.target.append(target)
 
 
 class ConfusionScore(Metric):
@@ -183,7 +161,7 @@ _LABELS: dict[str, Callable[[int], Metric]] = {
     "accuracy": partial(MultilabelExactMatch, validate_args=False),
 }
 _NUMBERS: dict[str, Callable[[int], Metric]] = {
-    formula.__name__: lambda _, formula=formula: Correlation(formula)  # type: ignore[misc]
+    formula.__name__: lambda _, formula=formula: ScoreOfAll(formula, "preds", "target")  # type: ignore[misc]
     for formula in (pearson, spearman)
 }
 SCORES = {"single_label": _CLASSES, "multi_label": _LABELS, "regression": _NUMBERS}

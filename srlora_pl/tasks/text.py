@@ -155,13 +155,10 @@ class TextClassifier(Task):
     def logits(self, batch: Batch) -> Tensor:
         return self(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
 
-    def losses(self, logits: Tensor, label: Tensor) -> Tensor:
-        return self._losses(logits, label)
-
     def training_loss(self, batch: Batch) -> Tensor:
-        return self._losses(self.logits(batch), batch["label"], self.label_smoothing).mean()
+        return self.losses(self.logits(batch), batch["label"], self.label_smoothing).mean()
 
-    def _losses(self, logits: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
+    def losses(self, logits: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
         """Losses (B,): cross entropy, binary cross entropy averaged over the classes, or squared error."""
         weights: Any = self.class_weights
         if self.problem == "regression":

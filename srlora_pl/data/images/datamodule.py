@@ -156,22 +156,13 @@ class _Images(KeyedDataset):
         self.images, self.labels, self.transform = images, labels, transform
         self.rows = torch.arange(len(images)) if rows is None else rows
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _batch(self, images: Tensor, whole: bool, index: Tensor) -> Batch:
-        batch: Batch = {"image": images, "whole": whole, "index": index}
-        if self.labels is not None:
-            batch["label"] = self.labels[self.rows[index]]
-        return batch
-
 
 class MemoryImages(_Images):
     """Images of one size, uint8 (n, c, h, w), handed out whole, in training with their crops."""
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         index, epoch = split_keys(keys)
-        batch = self._batch(self.images[self.rows[index]], True, index)
+        batch = self.labelled(index, image=self.images[self.rows[index]], whole=True)
         if epoch is not None:
             batch["crops"] = self.transform.crops(torch.stack([epoch, index], 1), *self.images.shape[2:])
         return batch
@@ -187,7 +178,7 @@ class FileImages(_Images):
             images = self._test(rows) if epoch is None else self._train(rows, torch.stack([epoch, index], 1))
         except UserError as error:
             return user_error_as_batch(error)
-        return self._batch(images, False, index)
+        return self.labelled(index, image=images, whole=False)
 
     def _test(self, rows: list[int]) -> Tensor:
         return torch.stack([self.images.decode(row, self.transform.test_one) for row in rows])

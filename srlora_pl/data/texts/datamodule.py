@@ -82,19 +82,19 @@ class TextDataModule(DataModule):
 
     def load(self, stage: str) -> None:
         """Tokenise the splits of ``stage`` and report how many texts were cut."""
-        self._require_room()
-        self._say_padding()
+        longest = self._model.max_tokens
+        if longest is not None:
+            most = f"at most {longest}, the tokens that this model has positions for"
+            require("data.max_length", self.max_length, most, self.max_length <= longest)
+        if self._pads_to_max_length and not self.pad_to_max_length:
+            rank_zero_info(
+                f"The network of model.backbone {self._model.backbone_name!r} sees the padding of a text, so all are "
+                f"padded to data.max_length {self.max_length}, as with data.pad_to_max_length."
+            )
         super().load(stage)
         for split in self.needed(stage):
             self._require_known(split)
             self._say_truncated(split)
-
-    def _require_room(self) -> None:
-        longest = self._model.max_tokens
-        if longest is not None and self.max_length > longest:
-            raise UserError(
-                f"data.max_length is {self.max_length}, but this model has positions for {longest} tokens: lower it."
-            )
 
     def _require_known(self, split: str) -> None:
         """Refuse a token without an embedding, which would end the run with an error of the device in some batch."""
@@ -166,14 +166,6 @@ class TextDataModule(DataModule):
     def _pads_to_max_length(self) -> bool:
         return self.pad_to_max_length or self._model.sees_padding
 
-    def _say_padding(self) -> None:
-        if self._pads_to_max_length and not self.pad_to_max_length:
-            name = self._model.backbone_name
-            rank_zero_info(
-                f"The network of model.backbone {name!r} sees the padding of a text, so all are padded to "
-                f"data.max_length {self.max_length}, as with data.pad_to_max_length."
-            )
-
     def _say_truncated(self, split: str) -> None:
         tokens = self._tokens(split)[0]
         if tokens.truncated and split not in self._said:
@@ -233,15 +225,11 @@ class TokenSet(KeyedDataset):
         pad_left: bool,
     ) -> None:
         self.tokens, self.labels, self.rows = tokens, labels, rows
-        self.max_length, self.pad_to_max_length = max_length, pad_to_max_length
         self.pad, self.pad_left = pad, pad_left
         lengths = tokens.lengths[rows]
-        self.padded_lengths = (-(-lengths // _ROUND) * _ROUND).clamp(max=max_length)
-        in_turn = torch.arange(len(rows))
-        self.turns = lengths.argsort(descending=True, stable=True) if by_length else in_turn
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        rounded = (-(-lengths // _ROUND) * _ROUND).clamp(max=max_length)
+        self.padded_lengths = torch.full_like(rounded, max_length) if pad_to_max_length else rounded
+        self.turns = lengths.argsort(descending=True, stable=True) if by_length else torch.arange(len(rows))
 
     def extremes(self) -> tuple[int, int]:
         """The longest and the shortest text, so that one of them is padded."""
@@ -250,9 +238,5 @@ class TokenSet(KeyedDataset):
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         index = self.turns[split_keys(keys)[0]]
-        rows = self.rows[index]
-        length = self.max_length if self.pad_to_max_length else int(self.padded_lengths[index].max())
-        batch: Batch = {**self.tokens.padded(rows, length, self.pad, self.pad_left), "index": index}
-        if self.labels is not None:
-            batch["label"] = self.labels[rows]
-        return batch
+        length = int(self.padded_lengths[index].max())
+        return self.labelled(index, **self.tokens.padded(self.rows[index], length, self.pad, self.pad_left))
