@@ -167,7 +167,12 @@ class DataModule(L.LightningDataModule):
         stage = str(getattr(stage, "value", stage))  # Lightning's is an enumeration, and would be shown as one
         if stage == "fit":
             self._resumed = None  # of an earlier fit; a checkpoint to resume from is loaded after this hook
-        self._check_head()
+        head = model_of(self.trainer).num_classes
+        if head is not None and head != self.num_classes:
+            raise UserError(
+                f"The model's head has {head} classes, but the data has {self.num_classes}; "
+                f"set model.num_classes to {self.num_classes} or leave it out."
+            )
         self.load(stage)
         devices = rank_and_world(self)[1]
         if stage == "fit" and devices * self.batch_size > len(self._train()):
@@ -214,14 +219,6 @@ class DataModule(L.LightningDataModule):
                 shown.append(f"{others:,} others")
             parts.append(f"left out: {listed(shown)}")
         return f"data: {'; '.join(parts)}"
-
-    def _check_head(self) -> None:
-        head = model_of(self.trainer).num_classes
-        if head is not None and head != self.num_classes:
-            raise UserError(
-                f"The model's head has {head} classes, but the data has {self.num_classes}; "
-                f"set model.num_classes to {self.num_classes} or leave it out."
-            )
 
     def _train(self) -> KeyedDataset:
         if self.train_set is None:

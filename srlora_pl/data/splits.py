@@ -40,13 +40,10 @@ def hold_out(strata: Tensor, fraction: float, seed: int, kind: str) -> tuple[Ten
     kept, held = stratified_split(strata, fraction, seed)
     counts = strata.bincount()
     if fraction > 0 and not len(held):
-        if counts.max() < 2:
-            raise UserError(
-                f"data.val_fraction is {fraction}, but no class has two training {kind}s, so that none can be held "
-                f"out; set it to 0, or give a validation split of your own."
-            )
+        why = f"is not one {kind}" if counts.max() > 1 else f"holds none out, as no class has two {kind}s"
         raise UserError(
-            f"data.val_fraction {fraction} of {len(strata)} training {kind}s is not one {kind}; use a larger fraction."
+            f"data.val_fraction {fraction} of {len(strata)} training {kind}s {why}; use a larger fraction, or 0 and a "
+            f"validation split of your own."
         )
     unseen = (counts > 0) & (strata[held].bincount(minlength=len(counts)) == 0)
     if len(held) and unseen.any():

@@ -1,7 +1,7 @@
 """Image classification on any timm model."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,6 @@ class ImageClassifier(Task):
         method: ``srlora_pl.LoRA``, ``PiSSA`` or ``SRLoRA``, or its ``{class_path, init_args}``.
         backbone_kwargs: for timm's constructor, such as ``drop_path_rate``; ``pretrained: false`` starts from
             random weights.
-        lr: the largest learning rate.
-        schedule: the learning rate after the warm-up: ``cosine`` or ``linear`` down to 0 at the last step, or
-            ``constant``.
         label_smoothing: in the training loss only, from 0 up to 1.
         mixup: alpha of mixup (Zhang et al. 2018); 0 is off. With cutmix too, each batch takes one at random.
         cutmix: alpha of cutmix (Yun et al. 2019); 0 is off.
@@ -51,15 +48,13 @@ class ImageClassifier(Task):
         method: Method,
         backbone_kwargs: dict[str, Any] | None = None,
         *,
-        lr: float = 1e-3,
-        schedule: Literal["cosine", "linear", "constant"] = "cosine",
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         **kwargs: Any,
     ) -> None:
         arguments = arguments_of(locals())
-        super().__init__(method, lr=lr, schedule=schedule, **kwargs)
+        super().__init__(method, **kwargs)
         require("model.num_classes", num_classes, "at least 2", num_classes >= 2)
         require("model.label_smoothing", label_smoothing, "from 0 up to, but not, 1", 0 <= label_smoothing < 1)
         require("model.mixup", mixup, "0 or positive", mixup >= 0)

@@ -173,8 +173,7 @@ class TextClassifier(Task):
         return (logits > 0).long() if self.problem == "multi_label" else logits
 
     def card(self) -> dict[str, Any]:
-        names = {"single_label": "single_label_classification", "multi_label": "multi_label_classification"}
-        return {"problem_type": names.get(self.problem, self.problem)}
+        return {"problem_type": self.problem + "_classification" * (self.problem != "regression")}
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
         """``index`` (B,) and: the most probable ``label`` (B,) and its ``probability`` (B,); for several labels

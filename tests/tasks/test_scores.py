@@ -154,7 +154,7 @@ def test_a_mean_does_not_depend_on_how_the_batches_are_cut():
             metric.update(value=batch)
         means.append(float(metric.compute()))
     assert means == pytest.approx([float(values.double().mean())] * 3, rel=1e-14)
-    metric.update(torch.tensor([torch.nan]))
+    metric.update(value=torch.tensor([torch.nan]))
     assert metric.compute().isnan()
 
 

@@ -67,7 +67,6 @@ class TextDataModule(DataModule):
         self.cache = cache_folder("tokens") if cache_dir is None else Path(cache_dir).expanduser()
         self._tokenizer: tuple[str, dict[str, Any], Any] = ("", {}, None)  # its name, its options and itself
         self._read: dict[str, tuple[Tokens, Tensor | None]] = {}
-        self._said: set[str] = set()  # splits whose cut texts were reported
 
     def read(self, split: str) -> Texts:
         """The texts and labels of a split."""
@@ -81,7 +80,7 @@ class TextDataModule(DataModule):
             self._tokens(split)
 
     def load(self, stage: str) -> None:
-        """Tokenise the splits of ``stage`` and report how many texts were cut."""
+        """Tokenise the splits of ``stage``."""
         longest = self._model.max_tokens
         if longest is not None:
             most = f"at most {longest}, the tokens that this model has positions for"
@@ -91,10 +90,9 @@ class TextDataModule(DataModule):
                 f"The network of model.backbone {self._model.backbone_name!r} sees the padding of a text, so all are "
                 f"padded to data.max_length {self.max_length}, as with data.pad_to_max_length."
             )
-        super().load(stage)
         for split in self.needed(stage):
             self._require_known(split)
-            self._say_truncated(split)
+        super().load(stage)
 
     def _require_known(self, split: str) -> None:
         """Refuse a token without an embedding, which would end the run with an error of the device in some batch."""
@@ -124,12 +122,17 @@ class TextDataModule(DataModule):
         )
 
     def _tokens(self, split: str) -> tuple[Tokens, Tensor | None]:
-        """Tokens and labels of a split, read once."""
+        """Tokens and labels of a split, read once, with a note on how many texts were cut."""
         tokenizer = self._load_tokenizer()
         if split not in self._read:
             texts = self.read(split)
             tokens = tokenize(tokenizer, texts.first, texts.second, self.max_length, self.cache)
             self._read[split] = (tokens, texts.labels)
+            if tokens.truncated:
+                rank_zero_info(
+                    f"{tokens.truncated} of the {len(tokens)} samples in '{split}' are longer than data.max_length "
+                    f"{self.max_length} tokens and were cut."
+                )
         return self._read[split]
 
     def _load_tokenizer(self) -> Any:
@@ -143,7 +146,6 @@ class TextDataModule(DataModule):
         if (name, options) != self._tokenizer[:2]:
             self._tokenizer = (name, options, load_tokenizer(name, options))
             self._read.clear()
-            self._said.clear()
         return self._tokenizer[-1]
 
     @property
@@ -165,15 +167,6 @@ class TextDataModule(DataModule):
     @property
     def _pads_to_max_length(self) -> bool:
         return self.pad_to_max_length or self._model.sees_padding
-
-    def _say_truncated(self, split: str) -> None:
-        tokens = self._tokens(split)[0]
-        if tokens.truncated and split not in self._said:
-            self._said.add(split)
-            rank_zero_info(
-                f"{tokens.truncated} of the {len(tokens)} samples in '{split}' are longer than data.max_length "
-                f"{self.max_length} tokens and were cut."
-            )
 
     # -- order
 

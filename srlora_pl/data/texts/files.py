@@ -52,8 +52,6 @@ class TextData(TextDataModule):
         UserError: a file, column, text or label is missing or wrong; an argument is out of its range.
     """
 
-    names_numbers = False  # whether the classes are those of a ClassLabel, which older checkpoints call by number
-
     def __init__(
         self,
         root: str,
@@ -129,7 +127,7 @@ class TextData(TextDataModule):
                 f"where they are one class."
             )
         names = train.class_labels.get(self.label_column)
-        self.names_numbers = names is not None
+        self.names_numbers = names is not None  # older checkpoints call the classes of a ClassLabel by number
         return classes if names is None else names
 
     def _encode(self, table: Table) -> Tensor:
