@@ -111,9 +111,9 @@ class TextDataModule(DataModule):
         tokens, labels = self._tokens(split)
         left = self._model.pads_left
         return TokenSet(
-            tokens,
-            None if use == "predict" else labels,
-            torch.arange(len(tokens)) if rows is None else rows,
+            tokens=tokens,
+            labels=None if use == "predict" else labels,
+            rows=torch.arange(len(tokens)) if rows is None else rows,
             by_length=use != "train",
             max_length=self.max_length,
             pad_to_max_length=self._pads_to_max_length,
@@ -199,6 +199,7 @@ def in_buckets(order: Tensor, lengths: Tensor, size: int, generator: torch.Gener
     return torch.cat([pieces[torch.randperm(whole, generator=generator)].flatten(), short])
 
 
+@dataclass(eq=False, kw_only=True)
 class TokenSet(KeyedDataset):
     """Tokenised texts, padded by the batch.
 
@@ -206,23 +207,21 @@ class TokenSet(KeyedDataset):
     batch too large for the memory fails at once), each with its position among ``rows`` as ``index``.
     """
 
-    def __init__(
-        self,
-        tokens: Tokens,
-        labels: Tensor | None,
-        rows: Tensor,
-        by_length: bool,
-        max_length: int,
-        pad_to_max_length: bool,
-        pad: int,
-        pad_left: bool,
-    ) -> None:
-        self.tokens, self.labels, self.rows = tokens, labels, rows
-        self.pad, self.pad_left = pad, pad_left
-        lengths = tokens.lengths[rows]
-        rounded = (-(-lengths // _ROUND) * _ROUND).clamp(max=max_length)
-        self.padded_lengths = torch.full_like(rounded, max_length) if pad_to_max_length else rounded
-        self.turns = lengths.argsort(descending=True, stable=True) if by_length else torch.arange(len(rows))
+    tokens: Tokens
+    labels: Tensor | None
+    rows: Tensor
+    by_length: bool
+    max_length: int
+    pad_to_max_length: bool
+    pad: int
+    pad_left: bool
+
+    def __post_init__(self) -> None:
+        lengths = self.tokens.lengths[self.rows]
+        rounded = (-(-lengths // _ROUND) * _ROUND).clamp(max=self.max_length)
+        self.padded_lengths = torch.full_like(rounded, self.max_length) if self.pad_to_max_length else rounded
+        longest_first = lengths.argsort(descending=True, stable=True)
+        self.turns = longest_first if self.by_length else torch.arange(len(self.rows))
 
     def extremes(self) -> tuple[int, int]:
         """The longest and the shortest text, so that one of them is padded."""

@@ -15,7 +15,7 @@ from srlora_pl.data.texts.tables import Table, read_table
 from srlora_pl.util.errors import UserError, one_line, require_one_of
 
 
-@dataclass(frozen=True)
+@dataclass
 class GLUETask:
     """The layout of one task's files, and its scores.
 
@@ -36,21 +36,12 @@ class GLUETask:
     parts: tuple[str, ...] = ("",)
     skip_broken: bool = False
 
-    @property
-    def dev(self) -> tuple[str, ...]:
-        """Names of the dev files, without their ending."""
-        return tuple(f"dev{part}" for part in self.parts)
-
-    @property
-    def test(self) -> tuple[str, ...]:
-        """Names of the test files, without their ending."""
-        return tuple(f"test{part}" for part in self.parts)
-
-    @property
-    def submissions(self) -> tuple[str, ...]:
-        """Names of the files that GLUE's server takes, one for each of `test`."""
+    def __post_init__(self) -> None:
         short = {"": "", "_matched": "-m", "_mismatched": "-mm"}
-        return tuple(f"{self.folder}{short[part]}.tsv" for part in self.parts)
+        self.dev = [f"dev{part}" for part in self.parts]  # the files' names, without their ending
+        self.test = [f"test{part}" for part in self.parts]
+        # The files that GLUE's server takes, one for each of `test`.
+        self.submissions = [f"{self.folder}{short[part]}.tsv" for part in self.parts]
 
 
 _PAIR = ("sentence1", "sentence2")
@@ -128,8 +119,8 @@ class GLUEData(TextDataModule):
         if use == "train":
             return ["train"]
         if use == "val":
-            return [] if self.val_fraction > 0 else list(self.task.dev)
-        return list(self.task.dev if use == "test" else self.task.test)
+            return [] if self.val_fraction > 0 else self.task.dev
+        return self.task.dev if use == "test" else self.task.test
 
     def read(self, split: str) -> Texts:
         return self._read_hub(split) if self.folder is None else self._read_tsv(self.folder, split)
