@@ -25,24 +25,26 @@ from srlora_pl.tasks.evaluation import Evaluation
 from srlora_pl.tasks.guards import (
     FiniteLoss,
     on_device,
-    require,
     require_finite_weights,
     require_known_scores,
     require_that_a_batch_passes,
 )
 from srlora_pl.tasks.identity import require_same_classes, require_same_model
-from srlora_pl.tasks.optim import build_optimizer, param_groups, require_length, require_optimizer, schedule_factor
+from srlora_pl.tasks.optim import (
+    SCHEDULES,
+    build_optimizer,
+    optimizer_class,
+    param_groups,
+    require_length,
+    schedule_factor,
+)
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
 from srlora_pl.training.mixin import SRLoRAMixin
 from srlora_pl.training.resume import ExactResume
-from srlora_pl.util.errors import UserError
+from srlora_pl.util.errors import UserError, require, require_one_of
 from srlora_pl.util.precision import restorer
 from srlora_pl.util.yaml_text import plain
-
-# What a checkpoint holds: the changes since the pretrained weights, or the whole network.
-CHECKPOINTS = ("compact", "full")
-MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
 class Task(ExactResume, SRLoRAMixin, L.LightningModule):
@@ -102,9 +104,15 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     ) -> None:
         shared = arguments_of(locals())
         super().__init__()
-        require_optimizer(optimizer, lr, head_lr, momentum, weight_decay, schedule, warmup_steps)
-        require("matmul_precision", matmul_precision, "highest, high or medium", matmul_precision in MATMUL_PRECISIONS)
-        require("checkpoints", checkpoints, "compact or full", checkpoints in CHECKPOINTS)
+        optimizer_class(optimizer)
+        require_one_of("model.schedule", schedule, SCHEDULES)
+        require("model.lr", lr, "positive", 0 < lr < math.inf)
+        require("model.head_lr", head_lr, "positive", head_lr is None or 0 < head_lr < math.inf)
+        require("model.momentum", momentum, "from 0 up to, but not, 1", 0 <= momentum < 1)
+        require("model.weight_decay", weight_decay, "0 or positive", 0 <= weight_decay < math.inf)
+        require("model.warmup_steps", warmup_steps, "0 or positive", warmup_steps >= 0)
+        require_one_of("model.matmul_precision", matmul_precision, ("highest", "high", "medium"))
+        require_one_of("model.checkpoints", checkpoints, ("compact", "full"))
         self.optimizer, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
         self.lr, self.head_lr, self.schedule, self.warmup_steps = lr, head_lr, schedule, warmup_steps
         self.whole_checkpoints = checkpoints == "full"

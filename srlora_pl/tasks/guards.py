@@ -17,12 +17,6 @@ from srlora_pl.models.family import in_evaluation
 from srlora_pl.util.errors import UserError, did_you_mean, one_line
 
 
-def require(key: str, value: Any, condition: str, holds: bool) -> None:
-    """Refuse the ``value`` that a user gave as ``model.<key>`` unless the ``condition`` holds."""
-    if not holds:
-        raise UserError(f"model.{key} is {value}: it must be {condition}.")
-
-
 def require_known_scores(callbacks: Sequence[Any], known: Sequence[str], validates: bool) -> None:
     """Refuse a callback that monitors a score which the run does not have.
 

@@ -31,6 +31,18 @@ WORKER_DIED = (
 )
 
 
+def require(key: str, value: Any, condition: str, holds: bool) -> None:
+    """Refuse the ``value`` that a user gave to the setting ``key`` unless the ``condition`` holds."""
+    if not holds:
+        raise UserError(f"{key} is {value!r}: it must be {condition}.")
+
+
+def require_one_of(key: str, value: str, known: Iterable[str]) -> None:
+    """Refuse the ``value`` of the setting ``key`` unless it is one of ``known``."""
+    if value not in (names := list(known)):
+        raise UserError(f"{key} is {value!r}{did_you_mean(str(value), names)}: it must be one of {listed(names)}.")
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """``error`` and, one after the other, what brought it about."""
     while error is not None:
