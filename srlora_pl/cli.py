@@ -33,8 +33,6 @@ examples:
   python cli.py fit --config configs/quickstart.yaml
   python cli.py fit --config configs/quickstart.yaml --config configs/methods/lora.yaml --seed_everything 1
   python cli.py test --config runs/quickstart-srlora/version_0/config.yaml --ckpt_path last"""
-# The command line as a process of its own, for comparisons.
-_AGAIN = (sys.executable, "-c", "from srlora_pl.cli import main; raise SystemExit(main())")
 # Of an OSError these mean the disk and not a bug: full, over quota, broken, read-only.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
@@ -138,7 +136,7 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "compare":
         from srlora_pl.comparison.command import compare
 
-        return compare(given, settings, _AGAIN)
+        return compare(given, settings)
     if settings:
         parsers[command].error(f"unrecognized arguments: {' '.join(settings)}")
     if command == "export":

@@ -17,7 +17,7 @@ from srlora_pl.figures.numbers import Curve, in_block, interval_rows, middle_blo
 from srlora_pl.lowrank.formats import histories
 from srlora_pl.training import checkpoints
 from srlora_pl.util.errors import UserError, did_you_mean
-from srlora_pl.util.files import relative, replacing
+from srlora_pl.util.files import relative, write_whole
 
 
 @dataclass(frozen=True)
@@ -93,24 +93,24 @@ class Drawing:
         self.figure.savefig(png, format="png", dpi=200)
         with matplotlib.rc_context({"svg.hashsalt": "srlora_pl"}):  # the same data give the same file
             self.figure.savefig(svg, format="svg", metadata={"Date": None})
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, list(self.rows[0]))
-        writer.writeheader()
-        writer.writerows(self.rows)
-        contents = {".png": png.getvalue(), ".svg": svg.getvalue(), ".csv": table.getvalue().encode()}
+        contents = {".png": png.getvalue(), ".svg": svg.getvalue(), ".csv": csv_of(self.rows)}
         return {self.path.with_name(self.path.name + suffix): content for suffix, content in contents.items()}
 
 
-def write(drawings: Iterable[Drawing]) -> None:
-    """Write the files of all ``drawings``, once all of them are drawn.
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The content of a CSV with the columns of all ``rows``."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
 
-    Raises:
-        OSError: their folder takes no files.
-    """
-    files = {path: content for drawing in drawings for path, content in drawing.files().items()}
-    for path, content in files.items():
-        with replacing(path) as file:
-            file.write(content)
+
+def write(drawings: Iterable[Drawing]) -> None:
+    """Write the files of all ``drawings``, once all of them are drawn."""
+    files = [file for drawing in drawings for file in drawing.files().items()]
+    for path, content in files:
+        write_whole(path, content)
 
 
 def draw_runs(folders: Sequence[str], output: str | None = None, layer: int | None = None) -> list[str]:
@@ -131,11 +131,14 @@ def draw_runs(folders: Sequence[str], output: str | None = None, layer: int | No
     if output is None and len(paths) > 1:
         raise UserError("several runs are drawn into one folder, name it with --output")
     target = Path(output).expanduser().resolve() if output else paths[0] / "figures"
-    runs = dict(zip(_names(paths), (read_run(relative(path)) for path in paths), strict=True))
+    for depth in count(2):  # as many of the last parts of the paths as tell them apart
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(paths):
+            break
+    runs = dict(zip(names, (read_run(relative(path)) for path in paths), strict=True))
+    silent = [run for run in runs.values() if not run.histories]
     notes = [
-        f"{run.folder}: {run.method} draws no singular directions, so only the training loss is drawn"
-        for run in runs.values()
-        if not run.histories
+        f"{run.folder}: {run.method} draws no singular directions, so only the training loss is drawn" for run in silent
     ]
     drawings = [drawing_of_losses({name: run.curve for name, run in runs.items()}, target)]
     for name, run in runs.items():
@@ -146,15 +149,6 @@ def draw_runs(folders: Sequence[str], output: str | None = None, layer: int | No
     except OSError as error:
         raise UserError(f"--output {target} cannot be written to ({error.strerror}): name another folder") from error
     return notes + [f"{relative(drawing.path)}.png, .svg and .csv" for drawing in drawings]
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart and at least two."""
-    for depth in count(2):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(paths):
-            break
-    return names
 
 
 def drawing_of_losses(curves: Mapping[str, Curve], folder: Path) -> Drawing:

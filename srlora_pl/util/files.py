@@ -44,6 +44,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path``, see `replacing`."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
 def relative(path: str | Path) -> Path:
     """``path`` as seen from here, where that is shorter."""
     path, here = Path(path).resolve(), Path.cwd()
