@@ -140,10 +140,10 @@ def _dispatch(arguments: list[str]) -> int:
     if settings:
         parsers[command].error(f"unrecognized arguments: {' '.join(settings)}")
     if command == "export":
-        from srlora_pl.export.command import export_checkpoint
+        from srlora_pl.export.command import export_model, load_task
 
-        words = (given.ckpt_path, given.format, given.output, given.rank, given.force, given.config)
-        print("\n".join(export_checkpoint(*words).lines()))
+        task = load_task(Path(given.ckpt_path), given.config)
+        print("\n".join(export_model(task, given.output, given.format, given.rank, given.force).lines()))
     else:
         from srlora_pl.figures.runs import draw_runs
 
