@@ -171,18 +171,11 @@ def _for_the_user(error: BaseException) -> str | None:
         return f"{name} could not be written ({disk.strerror}): see to the disk, {START_AGAIN}"
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):  # raised at any line, by a signal
         return WORKER_DIED
-    misconfigured = type(error).__name__ == "MisconfigurationException"
-    if misconfigured or (type(error) in (ValueError, RuntimeError) and _comes_from_lightning(error)):
+    raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
+    refused = type(error) in (ValueError, RuntimeError) and any(name.startswith("lightning.") for name in raised_in)
+    if refused or type(error).__name__ == "MisconfigurationException":
         return f"Lightning refuses these settings: {error}"
     return _for_the_user(error.__cause__) if error.__cause__ else None
-
-
-def _comes_from_lightning(error: BaseException) -> bool:
-    lightning = sys.modules.get("lightning")
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or lightning is None or lightning.__file__ is None:
-        return False
-    return Path(frames[-1].filename).is_relative_to(Path(lightning.__file__).parent)
 
 
 def _say(message: str, code: int) -> int:

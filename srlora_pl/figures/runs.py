@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -33,7 +33,7 @@ class TrainedRun:
     method: str
     last_step: int
     histories: dict[str, Tensor]
-    curve: tuple[list[int], list[float]]
+    curve: Curve
 
 
 def read_run(folder: Path) -> TrainedRun:
@@ -57,23 +57,16 @@ def read_run(folder: Path) -> TrainedRun:
     method = state["method"]["class_path"].rpartition(".")[2]
     drawn = {name: intervals.clone() for name, intervals in histories(state).items()}
     last_step += state.get("steps_before", 0)
-    return TrainedRun(folder, method, last_step, drawn, loss_curve(folder / "metrics.csv"))
+    return TrainedRun(folder, method, last_step, drawn, _loss_curve(folder / "metrics.csv"))
 
 
-def loss_curve(file: Path) -> tuple[list[int], list[float]]:
-    """Optimizer steps, counted from 1 (a run's metrics.csv counts from 0), and the training losses logged there.
-
-    Raises:
-        UserError: the file is missing, or holds no training loss.
-    """
+def _loss_curve(file: Path) -> Curve:
     try:
         with file.open(encoding="utf-8", newline="") as lines:
             rows = [row for row in csv.DictReader(lines) if row.get("train/loss")]
         steps, losses = [int(row["step"]) + 1 for row in rows], [float(row["train/loss"]) for row in rows]
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist, and the training loss is drawn from it: give another run") from None
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"{file} is not a run's table of steps and losses ({error}), give another run") from error
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read as a run's steps and losses ({error}), give another run") from error
     if not steps:
         raise UserError(f"{file} has no value of train/loss: lower trainer.log_every_n_steps, or give another run")
     return steps, losses
@@ -161,18 +154,18 @@ def drawing_of_losses(curves: Mapping[str, Curve], folder: Path) -> Drawing:
     return Drawing(folder / "training_loss", training_loss(curves), rows)
 
 
-def _of_directions(run: TrainedRun, folder: Path, layer: int | None) -> Iterator[Drawing]:
-    histories, last = run.histories, run.last_step
-    block = middle_block(histories) if layer is None else layer
+def _of_directions(run: TrainedRun, folder: Path, layer: int | None) -> list[Drawing]:
+    drawn, last = run.histories, run.last_step
+    block = middle_block(drawn) if layer is None else layer
     try:
-        chosen = in_block(histories, block)
+        chosen = in_block(drawn, block)
     except UserError as error:
         raise UserError(f"--layer {layer}: in {run.folder} {error}") from error
-    all_rows = list(interval_rows(histories, last))
-    yield Drawing(
-        folder / f"direction_intervals_{'outside_layers' if block is None else f'layer_{block}'}",
-        direction_intervals(histories, last, block),
-        [row for row in all_rows if row["matrix"] in chosen],
-    )
-    yield Drawing(folder / "length_variance", length_variance(histories, last), list(variance_rows(histories, last)))
-    yield Drawing(folder / "directions_overview", directions_overview(histories, last), all_rows)
+    rows = interval_rows(drawn, last)
+    name = f"direction_intervals_{'outside_layers' if block is None else f'layer_{block}'}"
+    shown = [row for row in rows if row["matrix"] in chosen]
+    return [
+        Drawing(folder / name, direction_intervals(drawn, last, block), shown),
+        Drawing(folder / "length_variance", length_variance(drawn, last), variance_rows(drawn, last)),
+        Drawing(folder / "directions_overview", directions_overview(drawn, last), rows),
+    ]
