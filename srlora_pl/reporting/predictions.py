@@ -13,7 +13,7 @@ from torch import Tensor, distributed
 
 from srlora_pl.data.protocols import data_of
 from srlora_pl.util.errors import UserError
-from srlora_pl.util.files import replacing
+from srlora_pl.util.files import write_whole
 
 Row = dict[str, Any]
 
@@ -76,9 +76,8 @@ class PredictionWriter(BasePredictionWriter):
         lines = [writer.writeheader(), *map(writer.writerow, rows)]
         text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
         try:
-            with replacing(path) as file:
-                # A name that is not UTF-8 keeps its bytes, as Python writes them: \\udce9 for 0xe9.
-                file.write(text.encode(errors="backslashreplace"))
+            # A name that is not UTF-8 keeps its bytes, as Python writes them: \\udce9 for 0xe9.
+            write_whole(path, text.encode(errors="backslashreplace"))
         except OSError as error:
             raise UserError(
                 f"The predictions could not be written to {path} ({error.strerror}): name another place with --output."
