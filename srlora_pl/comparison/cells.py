@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from srlora_pl.reporting.summary import FILE as SUMMARY
 from srlora_pl.util.errors import Interrupted, UserError
-from srlora_pl.util.files import lock
+from srlora_pl.util.files import lock, writing_to
 
 _COMMAND_LINE = (sys.executable, "-c", "from srlora_pl.cli import main; raise SystemExit(main())")
 
@@ -117,15 +117,6 @@ def run(plan: Plan, cell: Cell, held: BinaryIO) -> str | None:
 
 
 @contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """Turns an OSError of a block that writes into ``folder`` for the first time into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be written to ({error.strerror}): give another folder") from error
-
-
-@contextmanager
 def comparing_in(folder: Path) -> Iterator[BinaryIO]:
     """Holds a file in ``folder``, as no other comparison may, for `run`.
 
@@ -138,7 +129,7 @@ def comparing_in(folder: Path) -> Iterator[BinaryIO]:
         words = "the same command goes on from here"
         raise Interrupted(f"interrupted by {signal.Signals(number).name}; {words}", 128 + number)
 
-    with writing_to(folder):
+    with writing_to(f"--output {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("ab")
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

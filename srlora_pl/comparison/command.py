@@ -14,14 +14,14 @@ import lightning.pytorch  # noqa: F401  (before rich: typing keeps the first of 
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from srlora_pl.comparison.cells import Cell, Plan, comparing_in, run, writing_to
+from srlora_pl.comparison.cells import Cell, Plan, comparing_in, run
 from srlora_pl.comparison.paper import NUMBERS, TABLES
 from srlora_pl.comparison.results import Outcome, at_the_edge, best_point, made_with, table, unequal_terms
 from srlora_pl.figures import runs as figures
 from srlora_pl.run import config
 from srlora_pl.util import system, yaml_text
 from srlora_pl.util.errors import UserError, did_you_mean
-from srlora_pl.util.files import relative, write_whole
+from srlora_pl.util.files import relative, write_whole, writing_to
 
 _PLAN = "plan.json"
 _PROBE_STEPS = 4
@@ -49,7 +49,7 @@ def compare(given: Namespace, options: Sequence[str]) -> int:
     failed: list[str] = []
     with comparing_in(Path(given.output)) as held:
         for plan in plans:
-            with writing_to(plan.folder):
+            with writing_to(f"--output {plan.folder}"):
                 _save_plan(plan)
         for plan in plans:
             outcomes, best = _run(plan, held, failed)

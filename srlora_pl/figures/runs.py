@@ -17,7 +17,7 @@ from srlora_pl.figures.numbers import Curve, in_block, interval_rows, middle_blo
 from srlora_pl.lowrank.formats import histories
 from srlora_pl.training import checkpoints
 from srlora_pl.util.errors import UserError, did_you_mean
-from srlora_pl.util.files import relative, write_whole
+from srlora_pl.util.files import relative, write_whole, writing_to
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,8 @@ def draw_runs(folders: Sequence[str], output: str | None = None, layer: int | No
     for name, run in runs.items():
         if run.histories:
             drawings += _of_directions(run, target / name.replace("/", "-") if len(runs) > 1 else target, layer)
-    try:
+    with writing_to(f"--output {target}"):
         write(drawings)
-    except OSError as error:
-        raise UserError(f"--output {target} cannot be written to ({error.strerror}): name another folder") from error
     return notes + [f"{relative(drawing.path)}.png, .svg and .csv" for drawing in drawings]
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from srlora_pl.util.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # Windows: leftovers of dead processes stay
@@ -42,6 +44,15 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         unfinished.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def writing_to(place: str) -> Iterator[None]:
+    """Turns an OSError of the block into a UserError that ``place``, in the user's words, cannot be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place} cannot be written to ({error.strerror}): name another place") from error
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

@@ -294,13 +294,13 @@ def test_a_mistyped_comparison_leaves_nothing_that_refuses_the_right_one(task, t
 def test_an_output_that_is_no_folder_is_refused(task, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert cli.main(["compare", "--config", str(task), "--output", str(tmp_path / "file")]) == 2
-    assert "file cannot be written to (File exists): give another folder" in capsys.readouterr().err
+    assert "file cannot be written to (File exists): name another place" in capsys.readouterr().err
 
 
 def test_a_task_whose_folder_cannot_be_made_is_refused(tmp_path, capsys):
     (tmp_path / "deberta_qnli_srlora").touch()
     assert cli.main(["compare", "--table", "3", "--output", str(tmp_path)]) == 2
-    assert "deberta_qnli_srlora cannot be written to (File exists): give another folder" in capsys.readouterr().err
+    assert "deberta_qnli_srlora cannot be written to (File exists): name another place" in capsys.readouterr().err
 
 
 def test_two_comparisons_do_not_share_a_folder(task, tmp_path, capsys):
