@@ -22,6 +22,7 @@ from srlora_pl.run import config
 from srlora_pl.util import system, yaml_text
 from srlora_pl.util.errors import UserError, did_you_mean
 from srlora_pl.util.files import relative, write_whole, writing_to
+from srlora_pl.util.tables import csv_of
 
 _PLAN = "plan.json"
 _PROBE_STEPS = 4
@@ -256,7 +257,7 @@ def _write(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) ->
         "devices": sorted({each.summary["device"] for each in outcomes}),
         "runs": rows,
     }
-    write_whole(plan.folder / "results.csv", figures.csv_of(rows))
+    write_whole(plan.folder / "results.csv", csv_of(rows))
     write_whole(plan.folder / "results.json", json.dumps(about, indent=1))
     write_whole(plan.folder / "results.md", text)
     curves = {method: each[0].curve("train/loss") for method, each in chosen.items()}
@@ -271,11 +272,10 @@ def _left_out(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell])
     lines, done = [], {outcome.cell for outcome in outcomes}
     for method in (method for method in plan.methods if method not in best):
         failed = [cell.name for cell in plan.trials if cell.method == method and cell not in done]
-        why = "its run with the first seed failed: mend it, or take it out of --methods"
-        if (points := len(plan.points)) > 1:
-            why = f"{len(failed)} of {points} points of the grid failed ({', '.join(failed)}): "
-            why += "take the value out of --grid, or mend it"
-        lines.append(f"* {method} is left out: {why}.")
+        lines.append(
+            f"* {method} is left out: {len(failed)} of its {len(plan.points)} runs with the first seed failed "
+            f"({', '.join(failed)}): mend it, or leave the value out of --grid or the method out of --methods."
+        )
     return lines
 
 

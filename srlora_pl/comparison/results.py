@@ -13,7 +13,7 @@ from scipy.stats import ttest_rel
 
 from srlora_pl.comparison.cells import Cell
 from srlora_pl.run import config
-from srlora_pl.util.markdown import markdown
+from srlora_pl.util.tables import markdown
 
 _ROUNDING = 1e-6  # of scores in single precision; a sample more in 40,000 changes one by 2.5e-5
 QUARTERS = (0.25, 0.5, 0.75, 1.0)

@@ -18,6 +18,7 @@ from srlora_pl.lowrank.formats import histories
 from srlora_pl.training import checkpoints
 from srlora_pl.util.errors import UserError, did_you_mean
 from srlora_pl.util.files import relative, write_whole, writing_to
+from srlora_pl.util.tables import csv_of
 
 
 @dataclass(frozen=True)
@@ -86,17 +87,8 @@ class Drawing:
         self.figure.savefig(png, format="png", dpi=200)
         with matplotlib.rc_context({"svg.hashsalt": "srlora_pl"}):  # the same data give the same file
             self.figure.savefig(svg, format="svg", metadata={"Date": None})
-        contents = {".png": png.getvalue(), ".svg": svg.getvalue(), ".csv": csv_of(self.rows)}
+        contents = {".png": png.getvalue(), ".svg": svg.getvalue(), ".csv": csv_of(self.rows).encode()}
         return {self.path.with_name(self.path.name + suffix): content for suffix, content in contents.items()}
-
-
-def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """The content of a CSV with the columns of all ``rows``."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 def write(drawings: Iterable[Drawing]) -> None:
@@ -155,10 +147,7 @@ def drawing_of_losses(curves: Mapping[str, Curve], folder: Path) -> Drawing:
 def _of_directions(run: TrainedRun, folder: Path, layer: int | None) -> list[Drawing]:
     drawn, last = run.histories, run.last_step
     block = middle_block(drawn) if layer is None else layer
-    try:
-        chosen = in_block(drawn, block)
-    except UserError as error:
-        raise UserError(f"--layer {layer}: in {run.folder} {error}") from error
+    chosen = in_block(drawn, block)
     rows = interval_rows(drawn, last)
     name = f"direction_intervals_{'outside_layers' if block is None else f'layer_{block}'}"
     shown = [row for row in rows if row["matrix"] in chosen]

@@ -21,8 +21,8 @@ from srlora_pl.lowrank.measures import by_kind, drawn_after, scores_by_kind, siz
 from srlora_pl.reporting.curves import ResumableTensorBoardLogger
 from srlora_pl.reporting.progress import MATRICES, adaptation_of, matrix_rows, parameter_line
 from srlora_pl.training import lightning_internals as internals
-from srlora_pl.util.markdown import markdown
 from srlora_pl.util.system import device_name, peak_memory_bytes, versions
+from srlora_pl.util.tables import markdown
 
 _KEY = "monitor"
 _MEASUREMENTS = 10  # of W_eff - W0 in a run, at most

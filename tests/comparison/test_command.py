@@ -252,7 +252,7 @@ def test_a_run_that_fails_is_reported_and_does_not_stop_the_rest(task, tmp_path,
     assert "log.txt" in out
     text, rows = table_and_scores(output)
     assert [row["cell"] for row in rows] == ["pissa-seed0"]
-    line = "* broken is left out: its run with the first seed failed: mend it, or take it out of --methods.\n"
+    line = "* broken is left out: 1 of its 1 runs with the first seed failed (broken-seed0): mend it, or "
     assert line in out
     assert line in text
 
@@ -333,8 +333,8 @@ def test_nothing_is_chosen_from_a_grid_with_a_hole(task, tmp_path, capsys):
     assert "failed: lora-lr-1-seed0: error: " in out
     assert text == (
         "No method has finished all its runs with the first seed, so there is nothing to compare.\n\n"
-        "* lora is left out: 1 of 2 points of the grid failed (lora-lr-1-seed0): take the value out of --grid, or "
-        "mend it.\n"
+        "* lora is left out: 1 of its 2 runs with the first seed failed (lora-lr-1-seed0): mend it, or leave the value "
+        "out of --grid or the method out of --methods.\n"
     )
     assert text in out
     assert not list(output.glob("*-seed1"))

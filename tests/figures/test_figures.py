@@ -426,7 +426,10 @@ REFUSED = {
     "no losses": (["--run", "silent"], "silent/metrics.csv has no value of train/loss"),
     "broken table": (["--run", "garbled"], "garbled/metrics.csv cannot be read"),
     "bytes": (["--run", "bytes"], "bytes/metrics.csv cannot be read"),
-    "layer that is not there": (["--run", "run", "--layer", "7"], "--layer 7: in run layer 7 has no adapted matrix"),
+    "layer that is not there": (
+        ["--run", "run", "--layer", "7"],
+        "layer 7 has no adapted matrix, give one of these layers: 0, 1",
+    ),
     "several without a place": (["--run", "run", "--run", "all/version_0"], "name it with --output"),
     "one of several": (["--run", "run", "--run", "bare", "--output", "new"], "--run bare holds no readable"),
     "output is a file": (["--run", "run", "--output", "file"], "file cannot be written to"),
