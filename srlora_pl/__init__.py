@@ -1,4 +1,4 @@
-"""SRLoRA, PiSSA and LoRA fine-tuning with PyTorch Lightning.
+"""Fine-tuning with SRLoRA and other low-rank adapters in PyTorch Lightning.
 
 Names are loaded on first use, so that ``import srlora_pl.lowrank`` (the maths) loads no Lightning.
 """
@@ -6,12 +6,9 @@ Names are loaded on first use, so that ``import srlora_pl.lowrank`` (the maths) 
 from importlib import import_module
 from typing import Any
 
+_METHODS = ("LoRA", "LoRAXS", "PiSSA", "SRLoRA")
 _HOMES = {
-    "Adaptation": "srlora_pl.lowrank",
-    "LoRA": "srlora_pl.lowrank",
-    "Method": "srlora_pl.lowrank",
-    "PiSSA": "srlora_pl.lowrank",
-    "SRLoRA": "srlora_pl.lowrank",
+    **dict.fromkeys(("Adaptation", "Method", *_METHODS), "srlora_pl.lowrank"),
     "SRLoRAMixin": "srlora_pl.training.mixin",
     "ImageClassifier": "srlora_pl.tasks.image",
     "TextClassifier": "srlora_pl.tasks.text",

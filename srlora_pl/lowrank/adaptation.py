@@ -66,7 +66,7 @@ class Adaptation(Inference, FormerNames):
         self.matrices = [matrix for name, layer in self.layers.items() for matrix in layer.matrices(name)]
         for matrix in self.matrices:
             method.initialize(matrix)
-        frozen = freeze(net, self.layers, method.frozen_adapter(), self.trainable, self.new)
+        frozen = freeze(net, self.layers, method.frozen_adapter(), method.trains, self.trainable, self.new)
         self.weights = FrozenWeights(net, frozen, self.matrices, pretrained)
         self.ledgers = self.weights.ledgers
         self.started = method.starts_from == "nothing"

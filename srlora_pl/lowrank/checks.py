@@ -92,7 +92,8 @@ class GradientWatch:
     """
 
     def __init__(self, layers: Mapping[str, Adapter]) -> None:
-        self.layers, self._silent, self._watched = layers, list(layers), 0
+        self.layers, self._watched = layers, 0
+        self._silent = [n for n, layer in layers.items() if any(p.requires_grad for p in layer.adapter_parameters())]
 
     def observe(self) -> None:
         """Look at the gradients of one step."""

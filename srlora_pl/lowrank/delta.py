@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from srlora_pl.lowrank.ledger import Ledger
-from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, Matrix
+from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, Matrix, SharedFactors
 from srlora_pl.lowrank.method import AdaptedNetwork
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision
@@ -70,13 +70,20 @@ def merged_copy(
     """
     kept: dict[int, object] = {id(p): nn.Parameter(_plain(p), p.requires_grad) for p in net.parameters()}
     kept |= {id(buffer): _plain(buffer) for buffer in net.buffers()}
+    shared = [name for name, layer in layers.items() if isinstance(layer, SharedFactors)]
     for name, layer in layers.items():
+        if name in shared:
+            continue
         if not isinstance(layer, AdaptedLinear):
             raise UserError(f"{name} is a {type(layer).__name__}, which is no part of a weight, so it cannot be merged")
         weight = layer.merged_weight() if weights is None else weights[name]
         kept[id(layer)] = _linear(weight, None if layer.bias is None else kept[id(layer.bias)])
     # deepcopy takes what it finds here for copies that it has made already
-    return copy.deepcopy(net, kept).eval()
+    copied = copy.deepcopy(net, kept).eval()
+    for name in shared:
+        parent, _, child = name.rpartition(".")
+        delattr(copied.get_submodule(parent), child)
+    return copied
 
 
 def _plain(tensor: Tensor) -> Tensor:

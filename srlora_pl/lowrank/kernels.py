@@ -119,8 +119,9 @@ class _Merged(torch.autograd.Function):
             dx = dy @ merged(weight, A, B, s, adapted).to(dy.dtype)
         dy, x = _rows(dy), _rows(x)
         if needs_A or needs_B:
-            _, dA, dB = _pair_gradients(dy, x, x @ A.to(x.dtype).flatten(0, -2).T, A, B, s, adapted)
-        return dx, None, dy.sum(0) if needs_bias else None, dA if needs_A else None, dB if needs_B else None, None, None
+            low = x @ A.to(x.dtype).flatten(0, -2).T if needs_B else None
+            _, dA, dB = _pair_gradients(dy, x if needs_A else None, low, A, B, s, adapted)
+        return dx, None, dy.sum(0) if needs_bias else None, dA, dB, None, None
 
 
 class _TwoBranches(torch.autograd.Function):
@@ -155,7 +156,8 @@ class _TwoBranches(torch.autograd.Function):
         seen, low, weight, A, B = ctx.saved_tensors
         needs_x, needs_seen, _, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
         rows, s = _rows(dy), ctx.scaling
-        dlow, dA, dB = _pair_gradients(rows, _rows(seen), low[:, :-1], A, B, s, ctx.adapted)
+        of_A, of_B = (_rows(seen) if needs_A else None), (low[:, :-1] if needs_B else None)
+        dlow, dA, dB = _pair_gradients(rows, of_A, of_B, A, B, s, ctx.adapted)
         dx = dseen = None
         if needs_x or needs_seen:
             of_pairs = (s * dlow) @ A.to(dy.dtype).flatten(0, -2)
@@ -164,7 +166,7 @@ class _TwoBranches(torch.autograd.Function):
             W = weight.to(dy.dtype)
             dx = dy @ W if needs_seen else of_pairs.addmm_(rows, W).view(seen.shape)
         dbias = rows.sum(0) if needs_bias else None
-        return dx, dseen, None, dbias, dA if needs_A else None, dB if needs_B else None, None, None
+        return dx, dseen, None, dbias, dA, dB, None, None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -173,8 +175,8 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _pair_gradients(
-    dy: Tensor, x: Tensor, low: Tensor, A: Tensor, B: Tensor, s: float, adapted: Parts
-) -> tuple[Tensor, Tensor, Tensor]:
+    dy: Tensor, x: Tensor | None, low: Tensor | None, A: Tensor, B: Tensor, s: float, adapted: Parts
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dY B (rows, p r), dA = s (dY B)^T X and dB = s dY^T X A^T, the last two in the pairs' precision.
 
     Which side of these thin products is transposed, and which lies in memory so, decides how fast BLAS is: on a CPU
@@ -183,15 +185,19 @@ def _pair_gradients(
 
     Args:
         dy: dY, (rows, out).
-        x: X, (rows, in).
-        low: X A^T, (rows, p r) for p adapted parts.
+        x: X, (rows, in); None: A does not train.
+        low: X A^T, (rows, p r) for p adapted parts; None: B does not train.
     """
     dlow = dy @ _transposed(B, dy.shape[1], adapted).to(dy.dtype).T
-    dA = s * (dlow.T.contiguous() @ x)
-    dB_T = s * (low.T.contiguous() @ dy)  # (p r, out)
-    if B.dim() == 3:
-        dB_T = torch.stack([each[:, columns] for each, columns in _blocks(dB_T, B, adapted)])
-    return dlow, dA.view(A.shape).to(A.dtype), dB_T.mT.to(B.dtype)
+    dA = dB = None
+    if x is not None:
+        dA = (s * (dlow.T.contiguous() @ x)).view(A.shape).to(A.dtype)
+    if low is not None:
+        dB_T = s * (low.T.contiguous() @ dy)  # (p r, out)
+        if B.dim() == 3:
+            dB_T = torch.stack([each[:, columns] for each, columns in _blocks(dB_T, B, adapted)])
+        dB = dB_T.mT.to(B.dtype)
+    return dlow, dA, dB
 
 
 def _transposed(B: Tensor, out: int, adapted: Parts) -> Tensor:

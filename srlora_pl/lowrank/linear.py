@@ -97,6 +97,10 @@ class AdaptedLinear(Adapter):
         """B (..., out, r) and A (..., r, in), differentiable."""
         raise NotImplementedError
 
+    def training_factors(self) -> tuple[Tensor, Tensor]:
+        """The factors that a forward pass in training mode uses, where they are others."""
+        return self.factors()
+
     @property
     def merged(self) -> bool:  # type: ignore[override]
         """Whether the update is at present part of ``weight``."""
@@ -111,7 +115,7 @@ class AdaptedLinear(Adapter):
         """(..., in) -> (..., out)."""
         if self.merged or self.disabled:
             return F.linear(x, self.weight, self.bias)
-        B, A = self.factors()
+        B, A = self.training_factors() if self.training else self.factors()
         operands = (x, self.weight, self.bias, A, B, self.scaling, self._some_parts)
         if self.training and self.dropout.p > 0:
             return two_branches(*operands, pairs_input=self.dropout(x))
@@ -184,6 +188,29 @@ class LowRankLinear(AdaptedLinear):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.lora_B, self.lora_A
+
+
+class SharedFactors(Adapter):
+    """Factors that several layers use, so that they stand once in a network and in its state.
+
+    A layer refers to it without owning it: ``self.shared = [holder]``.
+
+    Args:
+        shared_A: (..., r, in).
+        shared_B: (..., out, r).
+    """
+
+    adapter_names = ("shared_A", "shared_B")
+
+    def __init__(self, shared_A: Tensor, shared_B: Tensor) -> None:
+        super().__init__()
+        self.shared_A, self.shared_B = nn.Parameter(shared_A), nn.Parameter(shared_B)
+
+    def merge(self) -> None:
+        """The layers do."""
+
+    def unmerge(self) -> None:
+        """The layers do."""
 
 
 class Matrix:

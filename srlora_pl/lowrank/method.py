@@ -1,10 +1,11 @@
 """The two roles of a method: its settings (`Method`), and all that it changes while training (`Controller`)."""
 
-import inspect
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -12,6 +13,7 @@ from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear, Matr
 from srlora_pl.lowrank.target_settings import TargetSettings
 from srlora_pl.lowrank.targets import select
 from srlora_pl.lowrank.weights import FrozenWeights
+from srlora_pl.util.signatures import arguments_of_class
 
 
 class AdaptedNetwork(Protocol):
@@ -31,6 +33,12 @@ class AdaptedNetwork(Protocol):
 
 ShowProgress = Callable[[list[Matrix]], Iterable[Matrix]]
 Sources = Callable[[AdaptedNetwork], Mapping[str, Any]]
+
+
+def generator_for(name: str) -> torch.Generator:
+    """The random numbers of ``name`` alone, such as a matrix: a function of torch's seed, whose own stream stays."""
+    digest = hashlib.sha256(f"{torch.initial_seed()} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 class Progress(NamedTuple):
@@ -127,6 +135,7 @@ class Method(TargetSettings):
         layer: the class that replaces the chosen linears.
         starts_from: the source of the start, by matrix: nothing, the `Spectrum` of the pretrained weight, or the
             gradient (out, in) of the loss with respect to it. Until such a start all adapter parameters are 0.
+        compensates: the start leaves the network's output as it was.
         moves_weights: changes frozen weights, so that none may be in half precision.
         averages: a parameter means the same throughout, so that weights may be averaged.
         additive: W_eff - W0 is the sum of low-rank updates, so that it can be written as one LoRA.
@@ -135,6 +144,7 @@ class Method(TargetSettings):
 
     layer: ClassVar[type[AdaptedLinear]] = LowRankLinear
     starts_from: ClassVar[Literal["nothing", "spectrum", "gradient"]] = "nothing"
+    compensates: ClassVar[bool] = True
     moves_weights: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     additive: ClassVar[bool] = True
@@ -169,6 +179,10 @@ class Method(TargetSettings):
         """Names of adapter parameters that do not train."""
         return ()
 
+    def trains(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether a parameter of the network itself trains, whose dotted name is ``name``."""
+        return False
+
     def initialize(self, matrix: Matrix) -> None:
         """Set the values right after injection; they must leave the network's output as it was."""
 
@@ -193,16 +207,9 @@ class Method(TargetSettings):
 
     def spec(self) -> dict[str, Any]:
         """``{"class_path", "init_args"}`` in plain containers: what a config holds and a checkpoint keeps."""
-        names = [
-            name
-            for cls in type(self).__mro__
-            if "__init__" in vars(cls) and cls is not object
-            for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items()
-            if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
-        ]
         home = type(self).__module__
         path = "srlora_pl" if home.startswith("srlora_pl.lowrank.") else home
         return {
             "class_path": f"{path}.{type(self).__qualname__}",
-            "init_args": {name: getattr(self, name) for name in dict.fromkeys(names)},
+            "init_args": {name: getattr(self, name) for name in arguments_of_class(type(self))},
         }

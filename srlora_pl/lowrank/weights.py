@@ -19,24 +19,31 @@ Reload = Callable[[], Mapping[str, Tensor]]
 
 
 def freeze(
-    net: nn.Module, layers: Mapping[str, Adapter], still: Sequence[str], trainable: Sequence[str], new: Sequence[str]
+    net: nn.Module,
+    layers: Mapping[str, Adapter],
+    still: Sequence[str],
+    trains_too: Callable[[str, nn.Parameter], bool],
+    trainable: Sequence[str],
+    new: Sequence[str],
 ) -> list[str]:
-    """Freeze all of ``net`` but its adapters and ``trainable``.
+    """Freeze all of ``net`` but its adapters, ``trainable``, and the parameters that the method trains too.
 
     Args:
         layers: the adapters.
         still: names of adapter parameters that do not train either.
+        trains_too: of a parameter's dotted name and the parameter; see `Method.trains`.
         trainable: dotted names that train whole.
         new: dotted names that the pretrained state dict does not hold.
 
     Returns:
         The names of the frozen parameters that it holds.
     """
-    trains = {id(getattr(layer, name)): name not in still for layer in layers.values() for name in layer.adapter_names}
+    ours = {id(getattr(layer, name)): name not in still for layer in layers.values() for name in layer.adapter_names}
     frozen = []
     for name, parameter in net.named_parameters():
-        parameter.requires_grad_(trains.get(id(parameter), False) or is_below(name, trainable))
-        if not parameter.requires_grad and id(parameter) not in trains and not is_below(name, new):
+        trains = ours[id(parameter)] if id(parameter) in ours else trains_too(name, parameter)
+        parameter.requires_grad_(trains or is_below(name, trainable))
+        if not parameter.requires_grad and id(parameter) not in ours and not is_below(name, new):
             frozen.append(name)
     return frozen
 

@@ -5,13 +5,13 @@ Nothing here imports torch or Lightning, so that a mistyped file name is answere
 
 from collections.abc import Sequence
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from srlora_pl.util.errors import UserError, did_you_mean
+from srlora_pl.util.signatures import arguments_of_class
 from srlora_pl.util.yaml_text import load
 
 Node = dict[str, Any]
@@ -173,14 +173,9 @@ def _arguments_of(class_path: Any) -> set[str]:
     """The arguments of a class and of those that it passes arguments on to; none where there is no such class."""
     module, _, name = str(class_path).rpartition(".")
     try:
-        return set(arguments(getattr(import_module(module or "srlora_pl"), name)))
+        return set(arguments_of_class(getattr(import_module(module or "srlora_pl"), name)))
     except (ImportError, AttributeError):  # for the parser to refuse
         return set()
-
-
-def arguments(cls: Any) -> list[str]:
-    """The names of the arguments of a class and of its bases."""
-    return [name for base in cls.__mro__ for name in signature(base.__init__).parameters]
 
 
 # -- merging

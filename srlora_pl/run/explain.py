@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from srlora_pl.run.config import arguments
 from srlora_pl.util.errors import did_you_mean
+from srlora_pl.util.signatures import arguments_of_class
 
 
 def explain(message: str, known: Sequence[str], files: Sequence[str], options: Sequence[str]) -> str:
@@ -69,7 +69,7 @@ def _unknown(key: str, owner: list[str], known: Sequence[str], files: Sequence[s
         near = did_you_mean(same, [same])
     elif owner:
         module, _, name = owner[0].rpartition(".")
-        near = did_you_mean(last, arguments(getattr(import_module(module), name)))
+        near = did_you_mean(last, arguments_of_class(getattr(import_module(module), name)))
     else:
         near = did_you_mean(key, others)
     return f"{written_at(key, files, options)} is unknown{''.join(f' to {each}' for each in owner)}{near}"

@@ -5,7 +5,6 @@ from pathlib import Path
 from srlora_pl.lowrank.linear import Matrix
 from srlora_pl.lowrank.method import AdaptedNetwork, Method, ShowProgress, Sources
 from srlora_pl.lowrank.starts.spectrum import Spectrum, spectra
-from srlora_pl.util.errors import UserError
 
 
 class PiSSA(Method):
@@ -18,11 +17,7 @@ class PiSSA(Method):
         return spectra(progress, cache)
 
     def start(self, adaptation: AdaptedNetwork, matrix: Matrix, source: Spectrum) -> None:
-        if len(source) < matrix.rank:
-            raise UserError(
-                f"rank {matrix.rank} is above the {len(source)} singular directions that the weight of {matrix.name} "
-                "has, lower rank or give this layer its own in rank_pattern"
-            )
+        source.require(matrix.rank, matrix.name)
         B, A = source.pairs(0, matrix.rank, matrix.scaling, like=matrix.weight)
         adaptation.add(matrix, B, A, -matrix.scaling)
         matrix.B.copy_(B)

@@ -62,6 +62,14 @@ class Spectrum:
     def __len__(self) -> int:
         return len(self.sigma)
 
+    def require(self, count: int, name: str) -> None:
+        """Refuse a spectrum of fewer than ``count`` triplets, that of the weight of ``name``."""
+        if len(self) < count:
+            raise UserError(
+                f"rank {count} is above the {len(self)} singular directions that the weight of {name} has, lower rank "
+                "or give this layer its own in rank_pattern"
+            )
+
     def first(self, count: int) -> "Spectrum":
         """The first ``count`` triplets, in memory of their own: a view would keep the whole decomposition alive."""
         parts = self.U[:, :count], self.sigma[:count], self.Vh[:count]
