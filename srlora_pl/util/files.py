@@ -46,6 +46,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def writing_to(place: str) -> Iterator[None]:
+    """Turns an OSError of the block into a UserError that ``place``, in the user's words, cannot be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place} cannot be written to ({error.strerror}): name another place") from error
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path``, see `replacing`."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
 def relative(path: str | Path) -> Path:
     """``path`` as seen from here, where that is shorter."""
     path, here = Path(path).resolve(), Path.cwd()
