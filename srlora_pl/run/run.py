@@ -10,7 +10,6 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, get_args
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -22,6 +21,7 @@ from srlora_pl.run import config, defaults, finders, folders, settings
 from srlora_pl.run.explain import explain, missing_package, written_at
 from srlora_pl.run.messages import close, note, quieten
 from srlora_pl.run.processes import ending_together
+from srlora_pl.run.trainer import Trainer
 from srlora_pl.tasks.base import Task
 from srlora_pl.training import checkpoints
 from srlora_pl.training import lightning_internals as internals
@@ -62,6 +62,7 @@ class Run(LightningCLI):
         super().__init__(
             Task,
             DataModule,
+            trainer_class=Trainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_defaults=TRAINER_DEFAULTS,
@@ -256,7 +257,7 @@ class Run(LightningCLI):
         internals.seed_again(self)
         return found
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
         given = self.config_init.trainer
         users = defaults.as_list(given.callbacks)
         if self.command == "fit":

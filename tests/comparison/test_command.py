@@ -25,7 +25,6 @@ from srlora_pl.comparison.paper import NUMBERS
 from srlora_pl.util.errors import UserError
 from tests.helpers.errors import mentions
 from tests.helpers.paths import ROOT
-from tests.helpers.waiting import run as run_process
 from tests.helpers.waiting import wait_until, words_of
 
 
@@ -451,16 +450,3 @@ def test_nothing_is_left_of_a_finished_comparison(monkeypatch):
     with command._progress() as bar:
         bar.advance(bar.add_task("lora-seed0", total=1))
     assert "left 0:00:00" in console.file.getvalue()
-
-
-def test_limits_are_whole_numbers_first():
-    """As jsonargparse tries the types in turn, ``limit_train_batches 1`` would else be 1.0: all batches."""
-    code = (
-        "import srlora_pl.comparison.command, inspect; from lightning.pytorch import Trainer; "
-        "print(inspect.signature(Trainer.__init__).parameters['limit_train_batches'].annotation)"
-    )
-    assert (
-        run_process([sys.executable, "-W", "ignore", "-c", code], check=True)
-        .stdout.strip()
-        .endswith("[int, float, NoneType]")
-    )
