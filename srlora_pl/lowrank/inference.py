@@ -7,13 +7,16 @@ from torch import Tensor, nn
 
 from srlora_pl.lowrank.delta import merged_copy
 from srlora_pl.lowrank.linear import Adapter
+from srlora_pl.lowrank.method import Method
 from srlora_pl.lowrank.weights import FrozenWeights
+from srlora_pl.util.errors import UserError
 
 
 class Inference:
     """The part of `Adaptation` that changes nothing for good."""
 
     net: nn.Module
+    method: Method
     layers: dict[str, Adapter]
     weights: FrozenWeights
 
@@ -37,7 +40,13 @@ class Inference:
 
         Parts that train beside the adapters, such as a head, stay as trained, and so do statistics that a forward pass
         updates (BatchNorm).
+
+        Raises:
+            UserError: the method trains the network's own parameters.
         """
+        if self.method.trains_weights:
+            name = type(self.method).__name__
+            raise UserError(f"{name} trains the network itself, so disabled() has nothing to leave out: build it anew")
         if any(layer.disabled for layer in self.layers.values()):
             yield
             return

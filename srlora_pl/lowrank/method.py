@@ -132,20 +132,22 @@ class Method(TargetSettings):
     """The settings of a method: what a config names under ``model.method``. Holds nothing of any network.
 
     Attributes:
-        layer: the class that replaces the chosen linears.
+        layer: the class that replaces the chosen linears; None: nothing is put in.
         starts_from: the source of the start, by matrix: nothing, the `Spectrum` of the pretrained weight, or the
             gradient (out, in) of the loss with respect to it. Until such a start all adapter parameters are 0.
         compensates: the start leaves the network's output as it was.
         moves_weights: changes frozen weights, so that none may be in half precision.
+        trains_weights: trains parameters of the network itself, see `trains`.
         averages: a parameter means the same throughout, so that weights may be averaged.
         additive: W_eff - W0 is the sum of low-rank updates, so that it can be written as one LoRA.
         continues_lora: a LoRA that was trained elsewhere can be the start.
     """
 
-    layer: ClassVar[type[AdaptedLinear]] = LowRankLinear
+    layer: ClassVar[type[AdaptedLinear] | None] = LowRankLinear
     starts_from: ClassVar[Literal["nothing", "spectrum", "gradient"]] = "nothing"
     compensates: ClassVar[bool] = True
     moves_weights: ClassVar[bool] = False
+    trains_weights: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     additive: ClassVar[bool] = True
     continues_lora: ClassVar[bool] = False
@@ -157,6 +159,8 @@ class Method(TargetSettings):
             taken: dotted names of parts that are new or train whole, which no adapter belongs into.
         """
         layers: dict[str, Adapter] = {}
+        if self.layer is None:
+            return layers
         for target in select(net, self, taken):
             parent, _, child = target.name.rpartition(".")
             layers[target.name] = self.layer(

@@ -73,7 +73,7 @@ class TargetSettings:
             raise UserError(f"method.dropout is {dropout}, it must lie in [0, 1)")
         patterns = [target_modules] if isinstance(target_modules, str) else target_modules
         for pattern in [*patterns, *self.exclude_modules, *self.rank_pattern, *self.alpha_pattern]:
-            _require_pattern(pattern)
+            require_pattern(pattern)
 
     def rank_of(self, layer: str) -> int:
         """r of the layer with this dotted name."""
@@ -102,7 +102,8 @@ def _parse_layers(layers: str | int | list[int] | None) -> set[int] | None:
     return chosen
 
 
-def _require_pattern(pattern: str) -> None:
+def require_pattern(pattern: str) -> None:
+    """Refuse a ``pattern`` of the user's that is no regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:

@@ -74,14 +74,14 @@ class MatrixTable(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        adaptation = adaptation_of(pl_module)
         table = Table(*MATRICES)
         for column in table.columns[1:]:
             column.justify = "right"
-        for row in matrix_rows(adaptation):
+        for row in matrix_rows(adaptation_of(pl_module)):
             table.add_row(*row)
         console = Console(highlight=False, soft_wrap=True)
-        console.print(table, markup=False)
+        if table.rows:
+            console.print(table, markup=False)
         console.print(parameter_line(pl_module), markup=False)
 
 
@@ -110,10 +110,10 @@ def _span(numbers: list[int]) -> str:
 def parameter_line(pl_module: LightningModule) -> str:
     """The numbers of trained and of all parameters, in words."""
     pairs, trained, everything = parameter_counts(pl_module).values()
-    return (
-        f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%}): {pairs:,} in adapters of "
-        f"{len(adaptation_of(pl_module).matrices)} matrices, {trained - pairs:,} beside them"
-    )
+    line = f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%})"
+    matrices = len(adaptation_of(pl_module).matrices)
+    where = f"adapters of {matrices} matrices" if matrices else "adapters"
+    return f"{line}: {pairs:,} in {where}, {trained - pairs:,} beside them" if pairs else line
 
 
 def parameter_counts(pl_module: LightningModule) -> dict[str, int]:

@@ -1,6 +1,5 @@
 """The base of the tasks: a network that a method adapts, its optimizer and schedule, its loss and its scores."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -15,6 +14,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from srlora_pl.data.protocols import Batch, DataForTask, data_of
 from srlora_pl.lowrank import Method
 from srlora_pl.lowrank.methods import from_spec
+from srlora_pl.lowrank.target_settings import is_below
+from srlora_pl.lowrank.targets import repeated_blocks
 from srlora_pl.models.family import ModelFamily
 from srlora_pl.models.heads import FoundHead, settle
 from srlora_pl.models.peft_folder import PeftFolder
@@ -144,9 +145,12 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         return self.family.heads(net)
 
     def compile_blocks(self) -> None:
-        """Compile each repeated block that holds adapters: one graph serves all, and start-up stays short."""
-        blocks = {found[1] for name in self.adaptation.layers if (found := re.match(r"((?:.*\.)?\d+)\.", name))}
-        for block in sorted(blocks):
+        """Compile each repeated block that holds adapters: one graph serves all, and start-up stays short.
+
+        Every repeated block where the method puts none in.
+        """
+        blocks, adapters = repeated_blocks(self.net), self.adaptation.layers
+        for block in [b for b in blocks if any(is_below(name, [b]) for name in adapters)] or blocks:
             self.net.get_submodule(block).compile()
 
     def logits(self, batch: Batch) -> Tensor:

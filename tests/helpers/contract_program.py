@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from srlora_pl.lowrank import Adaptation
+from tests.helpers.methods import made
 from tests.helpers.toys import toy_batches, toy_net, train
 
 
@@ -24,7 +25,7 @@ def loss_of(net, batch: tuple[Tensor, Tensor]) -> Tensor:
 def _train(kind: type, steps: int, rank: int, share: slice, wrap, once) -> dict[str, Tensor]:
     torch.manual_seed(3)
     net = toy_net(dtype=torch.float64)
-    adaptation = Adaptation(net, kind(rank=rank, alpha=8.0), ["head"])
+    adaptation = Adaptation(net, made(kind, rank=rank, alpha=8.0), ["head"])
     if once is not None:
         adaptation.run_on_rank_zero = once
     adaptation.start()

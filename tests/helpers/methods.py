@@ -7,6 +7,13 @@ from torch import Tensor, nn
 
 from srlora_pl.lowrank import AdaptedLinear, Adapter, Method, Spectrum
 from srlora_pl.lowrank.methods.pissa import PiSSA
+from srlora_pl.util.signatures import arguments_of_class
+
+
+def made(kind: type[Method], **settings) -> Method:
+    """A method of ``kind`` with those of the ``settings`` that it takes: not all have a rank."""
+    known = arguments_of_class(kind)
+    return kind(**{name: value for name, value in settings.items() if name in known})
 
 
 class CoreLinear(AdaptedLinear):
