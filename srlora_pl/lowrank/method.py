@@ -141,6 +141,7 @@ class Method(TargetSettings):
         averages: a parameter means the same throughout, so that weights may be averaged.
         additive: W_eff - W0 is the sum of low-rank updates, so that it can be written as one LoRA.
         continues_lora: a LoRA that was trained elsewhere can be the start.
+        lr_ratio: see `TargetSettings`; 1 for methods without.
     """
 
     layer: ClassVar[type[AdaptedLinear] | None] = LowRankLinear
@@ -151,6 +152,7 @@ class Method(TargetSettings):
     averages: ClassVar[bool] = True
     additive: ClassVar[bool] = True
     continues_lora: ClassVar[bool] = False
+    lr_ratio: float = 1.0
 
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
         """Put the adapters into ``net``, in place; returns them by dotted name. Here: replace linears by ``layer``.

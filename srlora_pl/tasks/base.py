@@ -28,7 +28,7 @@ from srlora_pl.tasks.guards import (
     require_that_a_batch_passes,
 )
 from srlora_pl.tasks.identity import require_same_classes, require_same_model
-from srlora_pl.tasks.optim import build_optimizer, param_groups, require_length, require_optimizer, schedule_factor
+from srlora_pl.tasks.optim import build_optimizer, require_length, require_optimizer, schedule_factor
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
 from srlora_pl.training.mixin import SRLoRAMixin
@@ -126,7 +126,6 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.family, method = family, self._method
         net, self.found_head = family.build()
         heads = self.trained_heads(net)
-        self.heads = tuple(f"net.{head}." for head in heads)
         folder = self.hparams["adapter"]
         self.adapter = PeftFolder.read(folder) if folder else None
         prepare = partial(_with_adapter, self.adapter, method, heads)
@@ -206,9 +205,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         total = self.trainer.estimated_stepping_batches
         require_length(self.schedule, 0 if self._is_rehearsal else self.warmup_steps, total)
-        groups = param_groups(
-            self.named_parameters(), lambda name: name.startswith(self.heads), self.lr, self.head_lr, self.weight_decay
-        )
+        groups = self.adaptation.param_groups(self.lr, self.weight_decay, self.head_lr, self.parameters())
         scaled = self.trainer.precision == "16-mixed"
         optimizer = build_optimizer(self.optimizer, groups, self.lr, self.momentum, scaled)
 

@@ -17,7 +17,8 @@ from tests.helpers.paths import ROOT
 
 TASKS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 OVERLAYS = {"lora": "LoRA", "lora_xs": "LoRAXS", "pissa": "PiSSA", "srlora": "SRLoRA"}
-OVERLAYS |= {"full": "Full", "linear_probe": "LinearProbe", "bitfit": "BitFit"}
+OVERLAYS |= {"full": "Full", "linear_probe": "LinearProbe", "bitfit": "BitFit", "lora_plus": "LoRA"}
+OVERLAYS["rslora"] = "LoRA"
 SHARED = ("rank", "alpha", "target_modules")
 NOT_IN_THE_PAPER = "# not in the paper"
 
