@@ -6,8 +6,9 @@
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
-from srlora_pl.lowrank.methods import BitFit, Full, LinearProbe, LoRA, LoRAXS, PiSSA, SRLoRA
+from srlora_pl.lowrank.methods import BitFit, Full, LinearProbe, LoRA, LoRAGA, LoRASB, LoRAXS, PiSSA, SRLoRA
 from srlora_pl.lowrank.schedule import Schedule
+from srlora_pl.lowrank.starts.gradient import gradients
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "Full",
     "LinearProbe",
     "LoRA",
+    "LoRAGA",
+    "LoRASB",
     "LoRAXS",
     "LowRankLinear",
     "Method",
@@ -26,4 +29,5 @@ __all__ = [
     "SRLoRA",
     "Schedule",
     "Spectrum",
+    "gradients",
 ]

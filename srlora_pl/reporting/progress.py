@@ -79,10 +79,8 @@ class MatrixTable(Callback):
             column.justify = "right"
         for row in matrix_rows(adaptation_of(pl_module)):
             table.add_row(*row)
-        console = Console(highlight=False, soft_wrap=True)
-        if table.rows:
-            console.print(table, markup=False)
-        console.print(parameter_line(pl_module), markup=False)
+        parts = [table, parameter_line(pl_module)] if table.rows else [parameter_line(pl_module)]
+        Console(highlight=False, soft_wrap=True, markup=False).print(*parts, sep="\n")
 
 
 def matrix_rows(adaptation: Adaptation) -> list[Sequence[str]]:
