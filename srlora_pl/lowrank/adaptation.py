@@ -171,7 +171,7 @@ class Adaptation(Inference, FormerNames):
             UserError: see `start` and `plan`; or the optimizer does not train the adapters.
         """
         checks.require_trained(self.layers, optimizer)
-        groups.require_rates(self.method, self.layers, optimizer)
+        groups.require_suitable(self.method, self.layers, optimizer)
         self.start(sources)
         self.plan(last_step)
         for hook in self._hooks:  # of an earlier run, which would count each step twice

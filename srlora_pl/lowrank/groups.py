@@ -41,8 +41,16 @@ def require_output_factors(method: Method, layers: Mapping[str, Adapter]) -> Non
         )
 
 
-def require_rates(method: Method, layers: Mapping[str, Adapter], optimizer: Optimizer) -> None:
-    """Refuse an ``optimizer`` that was not made from groups with the ``lr_ratio`` of ``method``."""
+def require_suitable(method: Method, layers: Mapping[str, Adapter], optimizer: Optimizer) -> None:
+    """Refuse an ``optimizer`` that is not the method's own, or not made from groups with its ``lr_ratio``."""
+    if not any(group["params"] for group in optimizer.param_groups):
+        return  # Lightning's stand-in for no optimizer
+    name, own = type(method).__name__, method.own_optimizer
+    if own is not None and not isinstance(optimizer, own):
+        raise UserError(
+            f"{name} has an optimizer of its own, and {type(optimizer).__name__} is another: take method.optimizer("
+            "adaptation, adaptation.param_groups(lr))"
+        )
     fast = {id(factor) for factor in output_factors(layers)} if method.lr_ratio != 1 else set()
     for group in optimizer.param_groups:
         if len({id(parameter) in fast for parameter in group["params"]}) > 1:

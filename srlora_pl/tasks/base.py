@@ -231,7 +231,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         require_length(self.schedule, 0 if self._is_rehearsal else self.warmup_steps, total)
         groups = self.adaptation.param_groups(self.lr, self.weight_decay, self.head_lr, self.parameters())
         scaled = self.trainer.precision == "16-mixed"
-        optimizer = build_optimizer(self.optimizer, groups, self.lr, self.momentum, scaled)
+        optimizer = self._method.optimizer(self.adaptation, groups, self.optimizer, self.momentum)
+        optimizer = optimizer or build_optimizer(self.optimizer, groups, self.lr, self.momentum, scaled)
 
         # A closure: LambdaLR stores callable objects in checkpoints, and a resumed run may have another length.
         def factor(step: int) -> float:

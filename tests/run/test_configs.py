@@ -19,10 +19,12 @@ TASKS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 OVERLAYS = {
     "bitfit": "BitFit",
     "full": "Full",
+    "galore": "GaLore",
     "linear_probe": "LinearProbe",
     "lora": "LoRA",
     "lora_ga": "LoRAGA",
     "lora_plus": "LoRA",
+    "lora_pro": "LoRAPro",
     "lora_sb": "LoRASB",
     "lora_xs": "LoRAXS",
     "pissa": "PiSSA",
@@ -102,8 +104,8 @@ def test_overlay_changes_the_method_and_keeps_the_rest(
     before, after = alone.model.init_args.pop("method"), under.model.init_args.pop("method")
     assert after.class_path == f"srlora_pl.{OVERLAYS[overlay]}"
     known = arguments_of_class(getattr(srlora_pl, OVERLAYS[overlay]))
-    own = config.read(str(ROOT / f"configs/methods/{overlay}.yaml"))["model"]["init_args"]["method"].get("init_args", {})
-    taken = [key for key in SHARED if key in known and key not in own]
+    given = config.read(str(ROOT / f"configs/methods/{overlay}.yaml"))["model"]["init_args"]["method"]
+    taken = [key for key in SHARED if key in known and key not in given.get("init_args", {})]
     assert [after.init_args[key] for key in taken] == [before.init_args[key] for key in taken]
     assert alone == under
     assert "note:" not in capsys.readouterr().err
