@@ -6,7 +6,19 @@ Names are loaded on first use, so that ``import srlora_pl.lowrank`` (the maths) 
 from importlib import import_module
 from typing import Any
 
-_METHODS = ("LoRA", "LoRAGA", "LoRASB", "LoRAXS", "PiSSA", "SRLoRA")
+_METHODS = (
+    "BitFit",
+    "Full",
+    "GaLore",
+    "LinearProbe",
+    "LoRA",
+    "LoRAGA",
+    "LoRAPro",
+    "LoRASB",
+    "LoRAXS",
+    "PiSSA",
+    "SRLoRA",
+)
 _HOMES = {
     **dict.fromkeys(("Adaptation", "Method", "gradients", *_METHODS), "srlora_pl.lowrank"),
     "SRLoRAMixin": "srlora_pl.training.mixin",

@@ -6,7 +6,19 @@
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
-from srlora_pl.lowrank.methods import LoRA, LoRAGA, LoRASB, LoRAXS, PiSSA, SRLoRA
+from srlora_pl.lowrank.methods import (
+    BitFit,
+    Full,
+    GaLore,
+    LinearProbe,
+    LoRA,
+    LoRAGA,
+    LoRAPro,
+    LoRASB,
+    LoRAXS,
+    PiSSA,
+    SRLoRA,
+)
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.starts.gradient import gradients
 from srlora_pl.lowrank.starts.spectrum import Spectrum
@@ -15,9 +27,14 @@ __all__ = [
     "Adaptation",
     "AdaptedLinear",
     "Adapter",
+    "BitFit",
     "Controller",
+    "Full",
+    "GaLore",
+    "LinearProbe",
     "LoRA",
     "LoRAGA",
+    "LoRAPro",
     "LoRASB",
     "LoRAXS",
     "LowRankLinear",

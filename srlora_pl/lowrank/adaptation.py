@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from srlora_pl.lowrank import checks, loop, storage
+from srlora_pl.lowrank import checks, groups, loop, storage
 from srlora_pl.lowrank.formats import FORMAT, upgraded
 from srlora_pl.lowrank.former_names import FormerNames
 from srlora_pl.lowrank.inference import Inference
@@ -19,6 +19,7 @@ from srlora_pl.lowrank.methods import from_spec
 from srlora_pl.lowrank.weights import FrozenWeights, Reload, freeze
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision
+from srlora_pl.util.signatures import defaults_of_class
 
 
 class Adaptation(Inference, FormerNames):
@@ -68,6 +69,7 @@ class Adaptation(Inference, FormerNames):
         for matrix in self.matrices:
             method.initialize(matrix)
         frozen = freeze(net, self.layers, method.frozen_adapter(), method.trains, self.trainable, self.new)
+        groups.require_output_factors(method, self.layers)
         self.weights = FrozenWeights(net, frozen, self.matrices, pretrained)
         self.ledgers = self.weights.ledgers
         self.started = method.starts_from == "nothing"
@@ -169,6 +171,7 @@ class Adaptation(Inference, FormerNames):
             UserError: see `start` and `plan`; or the optimizer does not train the adapters.
         """
         checks.require_trained(self.layers, optimizer)
+        groups.require_suitable(self.method, self.layers, optimizer)
         self.start(sources)
         self.plan(last_step)
         for hook in self._hooks:  # of an earlier run, which would count each step twice
@@ -256,7 +259,7 @@ class Adaptation(Inference, FormerNames):
         """
         state = upgraded(state, self.matrices)
         self.unmerge()
-        checks.require_same_method(self.method.spec(), state["method"])
+        checks.require_same_method(self.method.spec(), state["method"], defaults_of_class(type(self.method)))
         asked = self._planned if self._last_step == self.steps_before else None  # by a plan that no step has followed
         self.weights.device = device
         self.weights.load_state_dict(state, state["compact"])

@@ -65,17 +65,22 @@ def require_sources(method: Any) -> NoReturn:
     raise UserError(f"{name} starts from a {kind} of each weight: give start() or attach() its sources")
 
 
-def require_same_method(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Refuse a state of another method, or of the same one with other values; both as `Method.spec` gives them."""
+def require_same_method(ours: dict[str, Any], theirs: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse a state of another method, or of the same one with other values; both as `Method.spec` gives them.
+
+    Args:
+        defaults: of our settings; one that ``theirs`` lacks had this value before there was a choice.
+    """
     if ours["class_path"] != theirs["class_path"]:
         raise UserError(
             f"the checkpoint was made with {theirs['class_path']} and model.method is {ours['class_path']}, "
             "use the checkpoint's method"
         )
+    saved = {**defaults, **theirs["init_args"]}
     differing = [
-        f"{key} {theirs['init_args'].get(key)!r} (now {value!r})"
+        f"{key} {saved.get(key)!r} (now {value!r})"
         for key, value in ours["init_args"].items()
-        if theirs["init_args"].get(key) != value
+        if saved.get(key) != value
     ]
     if differing:
         raise UserError(f"the checkpoint was made with method.{', '.join(differing)}, use the checkpoint's values")

@@ -118,7 +118,10 @@ def change(
     """
     if not adaptation.method.additive:
         name = type(adaptation.method).__name__
-        raise UserError(f"{name} changes the network by more than low-rank updates of weights, which is no LoRA")
+        raise UserError(
+            f"{name} does not train low-rank updates of weights alone, so no LoRA holds what it trained: take the "
+            "merged weights (--format merged)"
+        )
     before, factors, pretrained = before or {}, {}, None
     groups = {name: list(group) for name, group in groupby(adaptation.matrices, lambda matrix: matrix.layer_name)}
     for name in [*groups, *(name for name in before if name not in groups)]:

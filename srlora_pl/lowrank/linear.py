@@ -16,10 +16,12 @@ class Adapter(nn.Module):
 
     Attributes:
         adapter_names: its own parameters, trained or not, in the order of a state.
+        output_factors: which of them are the B of a low-rank update, next to its output; see `lr_ratio`.
         disabled: whether it lets its input pass as the pretrained network would; see `Adaptation.disabled`.
     """
 
     adapter_names: ClassVar[tuple[str, ...]] = ()
+    output_factors: ClassVar[tuple[str, ...]] = ("lora_B",)
     disabled = False
     merged = False
 

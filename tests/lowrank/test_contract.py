@@ -15,20 +15,25 @@ from torch.func import functional_call
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LowRankLinear
 from srlora_pl.lowrank.delta import change
-from srlora_pl.lowrank.methods import REGISTRY, LoRASB, LoRAXS
+from srlora_pl.lowrank.methods import REGISTRY, BitFit, Full, GaLore, LinearProbe, LoRASB, LoRAXS
 from srlora_pl.models import peft_folder
 from tests.helpers.contract_program import batches, loss_of, parallel, sources_of, trained_in_one_process
-from tests.helpers.methods import Bottlenecks, Core
+from tests.helpers.methods import Bottlenecks, Core, made, trainer_of
 from tests.helpers.toys import ToyNet, toy_net
 
 METHODS = [*REGISTRY, Core, Bottlenecks]
 STEPS, RANK = 12, 4
 pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "ignore:.*no whole number of switches")
-# How many numbers train besides the head, of adapted ``matrices``; where it is not r (out + in) for each.
+# How many numbers train besides the head, of adapted ``matrices``; where it is not r (out + in) for each. Two blocks of
+# the network, 12 wide and 20 within, follow an embedding of 5.
+BIASES = 12 + 2 * (3 * 12 + 12 + 20 + 12)
 SIZES = {
     Core: lambda matrices: sum(m.rank**2 for m in matrices),
     LoRASB: lambda matrices: sum(m.rank**2 for m in matrices),
     LoRAXS: lambda matrices: sum(m.rank**2 for m in matrices),
+    **dict.fromkeys((Full, GaLore), lambda matrices: BIASES + 5 * 12 + 2 * (4 * 12 * 12 + 2 * 12 * 20)),
+    LinearProbe: lambda matrices: 0,
+    BitFit: lambda matrices: BIASES,
     Bottlenecks: lambda matrices: 2 * (RANK * 12 * 2),
 }
 
@@ -45,9 +50,9 @@ class Loop:
         self.net = net(dtype=dtype)
         self.W0 = copy.deepcopy(self.net.state_dict())
         torch.manual_seed(3)
-        method = kind(**{"rank": RANK, "alpha": 8.0, **settings})
+        method = made(kind, **{"rank": RANK, "alpha": 8.0, **settings})
         self.adaptation = Adaptation(self.net, method, ["head"], pretrained=lambda: self.W0)
-        self.optimizer = optimizer([p for p in self.net.parameters() if p.requires_grad], lr=0.01)
+        self.optimizer = trainer_of(self.adaptation, optimizer, lr=0.01)
         self.adaptation.start(sources_of(self.net, method))
         self.adaptation.plan(STEPS)
         self.events: list[int] = []
@@ -103,7 +108,7 @@ def run(kind, _trained):
 def test_injection_and_start_leave_the_output(kind):
     net, x = toy_net(dtype=torch.float64), batches(1, torch.float64)[0][0]
     before = net(x)
-    adaptation = Adaptation(net, kind(rank=RANK, alpha=8.0))
+    adaptation = Adaptation(net, made(kind, rank=RANK, alpha=8.0))
     assert torch.equal(net(x), before)
     adaptation.start(sources_of(net, adaptation.method))
     if kind.compensates:
@@ -117,7 +122,8 @@ def test_only_declared_tensors_move(run):
     weights = {id(matrix.layer.weight) for matrix in run.adaptation.matrices}
     moved = set()
     for name, parameter in run.net.named_parameters():
-        declared = id(parameter) in adapters or (id(parameter) in weights and run.adaptation.method.moves_weights)
+        declared = id(parameter) in adapters or run.adaptation.method.trains(name, parameter)
+        declared |= id(parameter) in weights and run.adaptation.method.moves_weights
         if name in run.W0 and not torch.equal(parameter, run.W0[name]):
             moved.add(name)
             assert declared or name.startswith("head")
@@ -169,7 +175,7 @@ def test_as_many_parameters_train_as_the_formula_says(kind, run):
 def test_merging_keeps_the_output_and_is_undone_to_the_bit(run):
     x = batches(1, torch.float64)[0][0]
     before, state = run.net(x), copy.deepcopy(run.net.state_dict())
-    if not run.adaptation.matrices:
+    if run.adaptation.layers and not run.adaptation.matrices:
         with pytest.raises(UserError, match="cannot be merged"):
             run.adaptation.merge()
         with pytest.raises(UserError, match="cannot be merged"):
@@ -188,6 +194,10 @@ def test_merging_keeps_the_output_and_is_undone_to_the_bit(run):
 
 def test_disabled_is_the_pretrained_network(run):
     x = batches(1, torch.float64)[0][0]
+    if run.adaptation.method.trains_weights:
+        with pytest.raises(UserError, match=type(run.adaptation.method).__name__), run.adaptation.disabled():
+            pass
+        return
     pretrained = toy_net(dtype=torch.float64)
     pretrained.head.load_state_dict(run.net.head.state_dict())
     after = run.net(x)
@@ -302,7 +312,9 @@ def test_a_fused_linear_equals_three(kind, run):
     assert three.events == run.events
 
 
-@pytest.mark.parametrize("kind", [kind for kind in METHODS if kind.layer is LowRankLinear and kind.additive])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in METHODS if kind.layer is LowRankLinear and kind.additive and not kind.own_optimizer]
+)
 def test_until_its_first_event_it_trains_as_peft_does(kind):
     peft = pytest.importorskip("peft")
     ours = Loop(kind, torch.optim.SGD, net=SplitNet.made)

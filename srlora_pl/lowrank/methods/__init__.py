@@ -1,16 +1,33 @@
 """One small class a method: what a config names under ``model.method``."""
 
 from srlora_pl.lowrank.method import Method
+from srlora_pl.lowrank.methods.bitfit import BitFit
+from srlora_pl.lowrank.methods.full import Full
+from srlora_pl.lowrank.methods.galore import GaLore
+from srlora_pl.lowrank.methods.linear_probe import LinearProbe
 from srlora_pl.lowrank.methods.lora import LoRA
 from srlora_pl.lowrank.methods.lora_ga import LoRAGA
+from srlora_pl.lowrank.methods.lora_pro import LoRAPro
 from srlora_pl.lowrank.methods.lora_sb import LoRASB
 from srlora_pl.lowrank.methods.lora_xs import LoRAXS
 from srlora_pl.lowrank.methods.pissa import PiSSA
 from srlora_pl.lowrank.methods.srlora import SRLoRA
 from srlora_pl.util.errors import UserError, did_you_mean
 
-__all__ = ["LoRA", "LoRAGA", "LoRASB", "LoRAXS", "PiSSA", "SRLoRA"]
-REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS, LoRASB, LoRAGA]
+__all__ = [
+    "BitFit",
+    "Full",
+    "GaLore",
+    "LinearProbe",
+    "LoRA",
+    "LoRAGA",
+    "LoRAPro",
+    "LoRASB",
+    "LoRAXS",
+    "PiSSA",
+    "SRLoRA",
+]
+REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS, LoRASB, LoRAGA, Full, LinearProbe, BitFit, LoRAPro, GaLore]
 
 
 def from_spec(spec: dict[str, object]) -> Method:
