@@ -215,7 +215,7 @@ def _changed(base: nn.Module, factors: Mapping[str, Factors], modules: Mapping[s
     """``base`` with the content of a PEFT folder merged into its weights, in place."""
     for name, each in factors.items():
         weight = base.get_parameter(f"{name}.weight")
-        weight.copy_(weight.double() + each.B.double() @ each.A.double())
+        weight.copy_(each.applied_to(weight))
     for name, state in modules.items():
         base.get_submodule(name).load_state_dict(state)
     return base

@@ -6,7 +6,7 @@
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
-from srlora_pl.lowrank.methods import LoRA, LoRAXS, PiSSA, SRLoRA
+from srlora_pl.lowrank.methods import DoRA, LoRA, LoRAXS, PiSSA, SRLoRA
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 
@@ -15,6 +15,7 @@ __all__ = [
     "AdaptedLinear",
     "Adapter",
     "Controller",
+    "DoRA",
     "LoRA",
     "LoRAXS",
     "LowRankLinear",

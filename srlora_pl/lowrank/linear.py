@@ -101,6 +101,10 @@ class AdaptedLinear(Adapter):
         """The factors that a forward pass in training mode uses, where they are others."""
         return self.factors()
 
+    def magnitudes(self) -> Tensor | None:
+        """The norms that the rows of W_eff, (out,), are scaled to, where the layer scales them."""
+        return None
+
     @property
     def merged(self) -> bool:  # type: ignore[override]
         """Whether the update is at present part of ``weight``."""
@@ -115,6 +119,10 @@ class AdaptedLinear(Adapter):
         """(..., in) -> (..., out)."""
         if self.merged or self.disabled:
             return F.linear(x, self.weight, self.bias)
+        return self.adapted_forward(x)
+
+    def adapted_forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), with the adapter beside the weight."""
         B, A = self.training_factors() if self.training else self.factors()
         operands = (x, self.weight, self.bias, A, B, self.scaling, self._some_parts)
         if self.training and self.dropout.p > 0:
@@ -180,7 +188,7 @@ class AdaptedLinear(Adapter):
 class LowRankLinear(AdaptedLinear):
     """The layer of LoRA: ``lora_A`` (r, in) and ``lora_B`` (out, r) train; where the linear is fused, p of each."""
 
-    adapter_names = ("lora_A", "lora_B")
+    adapter_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     def build(self, p: tuple[int, ...], out: int, in_: int) -> None:
         self.lora_A = nn.Parameter(self.weight.new_zeros(*p, self.rank, in_))
@@ -229,8 +237,13 @@ class Matrix:
         return tensor.view(self.layer.parts, *self.shape)[self.layer.adapted[self.index]]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """A tensor shaped like one of the layer's adapter parameters -> view of this matrix's part."""
-        return tensor if self.layer.parts == 1 else tensor[self.index]
+        """A tensor shaped like one of the layer's adapter parameters -> view of this matrix's part.
+
+        Vectors of several matrices lie one behind the other: as vectors they are not decayed.
+        """
+        if self.layer.parts == 1:
+            return tensor
+        return tensor.chunk(len(self.layer.adapted))[self.index] if tensor.dim() == 1 else tensor[self.index]
 
     @property
     def weight(self) -> Tensor:

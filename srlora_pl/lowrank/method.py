@@ -1,6 +1,7 @@
 """The two roles of a method: its settings (`Method`), and all that it changes while training (`Controller`)."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -39,6 +40,12 @@ def generator_for(name: str) -> torch.Generator:
     """The random numbers of ``name`` alone, such as a matrix: a function of torch's seed, whose own stream stays."""
     digest = hashlib.sha256(f"{torch.initial_seed()} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def kaiming_uniform(shape: Sequence[int], name: str) -> Tensor:
+    """The A (..., in) that LoRA starts from, uniform in +-1 / sqrt(in), of the random numbers of ``name``."""
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(*shape).uniform_(-bound, bound, generator=generator_for(name))
 
 
 class Progress(NamedTuple):
@@ -139,6 +146,8 @@ class Method(TargetSettings):
         moves_weights: changes frozen weights, so that none may be in half precision.
         averages: a parameter means the same throughout, so that weights may be averaged.
         additive: W_eff - W0 is the sum of low-rank updates, so that it can be written as one LoRA.
+        rescales: W_eff is W0 and low-rank updates with its rows scaled to `AdaptedLinear.magnitudes`, so that it can be
+            written as PEFT's DoRA.
         continues_lora: a LoRA that was trained elsewhere can be the start.
     """
 
@@ -148,6 +157,7 @@ class Method(TargetSettings):
     moves_weights: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     additive: ClassVar[bool] = True
+    rescales: ClassVar[bool] = False
     continues_lora: ClassVar[bool] = False
 
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LowRankLinear
 from srlora_pl.lowrank.delta import change
-from srlora_pl.lowrank.methods import REGISTRY, LoRAXS
+from srlora_pl.lowrank.methods import REGISTRY, DoRA, LoRAXS
 from srlora_pl.models import peft_folder
 from tests.helpers.contract_program import batches, loss_of, parallel, trained_in_one_process
 from tests.helpers.methods import Bottlenecks, Core
@@ -26,10 +26,13 @@ STEPS, RANK = 12, 4
 pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "ignore:.*no whole number of switches")
 # How many numbers train besides the head, of adapted ``matrices``; where it is not r (out + in) for each.
 SIZES = {
+    DoRA: lambda matrices: sum(m.rank * sum(m.shape) + m.shape[0] for m in matrices),
     Core: lambda matrices: sum(m.rank**2 for m in matrices),
     LoRAXS: lambda matrices: sum(m.rank**2 for m in matrices),
     Bottlenecks: lambda matrices: 2 * (RANK * 12 * 2),
 }
+# Functions of a layer whose results a method's gradient takes for constants.
+CONSTANTS = {DoRA: ("norms",)}
 
 
 @pytest.fixture(params=METHODS, ids=lambda kind: kind.__name__)
@@ -141,10 +144,14 @@ def test_the_weight_is_its_pretrained_self_and_the_ledger(run):
     assert all(torch.equal(weight, run.W0[f"{name}.weight"]) for name, weight in pretrained.items())
 
 
-def test_gradients_are_those_of_finite_differences(run):
-    """Along one random direction in each tensor that trains."""
+def test_gradients_are_those_of_finite_differences(run, monkeypatch):
+    """Along one random direction in each tensor that trains, with what the method takes for constant held."""
     batch, generator = batches(1, torch.float64)[0], torch.Generator().manual_seed(5)
     trained = {name: p for name, p in run.net.named_parameters() if p.requires_grad}
+    for layer in run.adaptation.layers.values():
+        for constant in CONSTANTS.get(type(run.adaptation.method), ()):
+            value = getattr(layer, constant)()
+            monkeypatch.setattr(layer, constant, lambda value=value: value)
     gradients = torch.autograd.grad(loss_of(run.net, batch), list(trained.values()))
     for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
         along = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -195,10 +202,10 @@ def test_disabled_is_the_pretrained_network(run):
     assert torch.equal(run.net(x), after)
 
 
-def test_the_change_is_one_lora_for_peft(kind, tmp_path):
+def test_the_change_is_one_lora_or_dora_for_peft(kind, tmp_path):
     peft = pytest.importorskip("peft")
     run = Loop(kind, net=SplitNet.made).train()
-    if not run.adaptation.method.additive:
+    if not (run.adaptation.method.additive or run.adaptation.method.rescales):
         with pytest.raises(UserError, match=kind.__name__):
             change(run.adaptation)
         return

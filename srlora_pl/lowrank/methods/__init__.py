@@ -1,14 +1,15 @@
 """One small class a method: what a config names under ``model.method``."""
 
 from srlora_pl.lowrank.method import Method
+from srlora_pl.lowrank.methods.dora import DoRA
 from srlora_pl.lowrank.methods.lora import LoRA
 from srlora_pl.lowrank.methods.lora_xs import LoRAXS
 from srlora_pl.lowrank.methods.pissa import PiSSA
 from srlora_pl.lowrank.methods.srlora import SRLoRA
 from srlora_pl.util.errors import UserError, did_you_mean
 
-__all__ = ["LoRA", "LoRAXS", "PiSSA", "SRLoRA"]
-REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS]
+__all__ = ["DoRA", "LoRA", "LoRAXS", "PiSSA", "SRLoRA"]
+REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS, DoRA]
 
 
 def from_spec(spec: dict[str, object]) -> Method:
