@@ -6,7 +6,7 @@
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
-from srlora_pl.lowrank.methods import DoRA, LoRA, LoRAXS, PiSSA, SRLoRA
+from srlora_pl.lowrank.methods import DoRA, LoRA, LoRAXS, PiSSA, SRLoRA, TiedLoRA, VeRA
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 
@@ -24,4 +24,6 @@ __all__ = [
     "SRLoRA",
     "Schedule",
     "Spectrum",
+    "TiedLoRA",
+    "VeRA",
 ]

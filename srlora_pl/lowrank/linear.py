@@ -1,5 +1,6 @@
 """The adapted linear layer, and the matrices inside it."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -61,7 +62,12 @@ class AdaptedLinear(Adapter):
         adapted: which of these blocks have factors.
         dropout: probability with which an input element is dropped on the way to the factors only.
         options: of the subclass, from `Method.layer_options`; handed to `build`.
+
+    Attributes:
+        shared: factors that other layers use too; in a list, so that they are no submodules.
     """
+
+    shared: "Sequence[SharedFactors]" = ()
 
     def __init__(
         self,
@@ -201,7 +207,7 @@ class LowRankLinear(AdaptedLinear):
 class SharedFactors(Adapter):
     """Factors that several layers use, so that they stand once in a network and in its state.
 
-    A layer refers to it without owning it: ``self.shared = [holder]``.
+    A layer refers to it without owning it, see `AdaptedLinear`.
 
     Args:
         shared_A: (..., r, in).

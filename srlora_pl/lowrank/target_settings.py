@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable
+from typing import ClassVar
 
 from srlora_pl.util.errors import UserError
 
@@ -35,9 +36,14 @@ class TargetSettings:
         dropout: on the input of the pairs, in [0, 1).
         use_rslora: s = alpha / sqrt(rank) (rsLoRA).
 
+    Attributes:
+        limits_rank: a rank above min(out, in) is refused.
+
     Raises:
         UserError: a value outside its range.
     """
+
+    limits_rank: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -15,7 +15,8 @@ from torch.func import functional_call
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LowRankLinear
 from srlora_pl.lowrank.delta import change
-from srlora_pl.lowrank.methods import REGISTRY, DoRA, LoRAXS
+from srlora_pl.lowrank.methods import REGISTRY, DoRA, LoRAXS, TiedLoRA, VeRA
+from srlora_pl.lowrank.targets import block_and_kind
 from srlora_pl.models import peft_folder
 from tests.helpers.contract_program import batches, loss_of, parallel, trained_in_one_process
 from tests.helpers.methods import Bottlenecks, Core
@@ -30,6 +31,11 @@ SIZES = {
     Core: lambda matrices: sum(m.rank**2 for m in matrices),
     LoRAXS: lambda matrices: sum(m.rank**2 for m in matrices),
     Bottlenecks: lambda matrices: 2 * (RANK * 12 * 2),
+    VeRA: lambda matrices: sum(m.rank + m.shape[0] for m in matrices),
+    TiedLoRA: lambda matrices: (
+        sum(m.rank * sum(m.shape) for m in {block_and_kind(m.name)[1]: m for m in matrices}.values())
+        + sum(m.rank + m.shape[0] for m in matrices)
+    ),
 }
 # Functions of a layer whose results a method's gradient takes for constants.
 CONSTANTS = {DoRA: ("norms",)}
@@ -298,11 +304,19 @@ class Three(nn.Module):
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
 
 
+def shared_of(matrix):
+    """The factors that this matrix shares with others; a fused layer has one for all of its parts or one for each."""
+    shared = matrix.layer.shared
+    return shared[matrix.index :][:1] if len(shared) > 1 else shared
+
+
 def test_a_fused_linear_equals_three(kind, run):
     three, fused, x = Loop(kind, net=SplitNet.made), Loop(kind), batches(1, torch.float64)[0][0]
     for theirs, ours in zip(fused.adaptation.matrices, three.adaptation.matrices, strict=True):
         for name in ours.layer.adapter_names:  # a random start depends on the name of the matrix
             ours.of(getattr(ours.layer, name).data).copy_(theirs.of(getattr(theirs.layer, name).data))
+        for shared, their_shared in zip(shared_of(ours), shared_of(theirs), strict=True):
+            shared.load_state_dict(their_shared.state_dict())
     three.train()
     torch.testing.assert_close(three.net(x), run.net(x), rtol=0, atol=1e-10)
     assert three.events == run.events

@@ -14,7 +14,15 @@ from srlora_pl.run.run import Run
 from tests.helpers.paths import ROOT
 
 TASKS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-OVERLAYS = {"dora": "DoRA", "lora": "LoRA", "lora_xs": "LoRAXS", "pissa": "PiSSA", "srlora": "SRLoRA"}
+OVERLAYS = {
+    "dora": "DoRA",
+    "lora": "LoRA",
+    "lora_xs": "LoRAXS",
+    "pissa": "PiSSA",
+    "srlora": "SRLoRA",
+    "tied_lora": "TiedLoRA",
+    "vera": "VeRA",
+}
 SHARED = ("rank", "alpha", "target_modules")
 NOT_IN_THE_PAPER = "# not in the paper"
 

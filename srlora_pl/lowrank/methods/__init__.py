@@ -6,10 +6,12 @@ from srlora_pl.lowrank.methods.lora import LoRA
 from srlora_pl.lowrank.methods.lora_xs import LoRAXS
 from srlora_pl.lowrank.methods.pissa import PiSSA
 from srlora_pl.lowrank.methods.srlora import SRLoRA
+from srlora_pl.lowrank.methods.tied_lora import TiedLoRA
+from srlora_pl.lowrank.methods.vera import VeRA
 from srlora_pl.util.errors import UserError, did_you_mean
 
-__all__ = ["DoRA", "LoRA", "LoRAXS", "PiSSA", "SRLoRA"]
-REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS, DoRA]
+__all__ = ["DoRA", "LoRA", "LoRAXS", "PiSSA", "SRLoRA", "TiedLoRA", "VeRA"]
+REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS, DoRA, VeRA, TiedLoRA]
 
 
 def from_spec(spec: dict[str, object]) -> Method:
