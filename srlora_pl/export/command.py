@@ -94,7 +94,8 @@ def export_model(
         folder: new or empty, unless ``force``.
         format: ``merged``, plain weights in timm's or transformers' own layout; or ``peft``, a LoRA on the pretrained
             weights.
-        rank: compresses the LoRA to this rank; None for the exact one.
+        rank: compresses the LoRA to this rank; None for the exact one. Where the method's first pairs are a model of
+            their own, it takes so many of each matrix, in either format.
         force: write into a folder that holds files already; those of other names stay, but for weights and adapters
             of another export: the libraries would load them too.
         class_names: one per class.
@@ -105,8 +106,6 @@ def export_model(
     """
     if format not in FORMATS:
         raise UserError(f"--format {format} is unknown, it is one of {', '.join(FORMATS)}")
-    if rank is not None and format != "peft":
-        raise UserError(f"--rank {rank} belongs to --format peft, leave it out for merged weights")
     target = require_free(folder, force)
     if not isinstance(task, Task):
         raise UserError(
@@ -114,6 +113,15 @@ def export_model(
             "layout: take model.adaptation.merged_copy()"
         )
     class_names = class_names if len(class_names) == task.hparams.get("num_classes") else ()
+    if rank is not None and task.adaptation.method.nested:
+        with task.adaptation.at_rank(rank):
+            return _export(task, target, format, None, class_names)
+    if rank is not None and format != "peft":
+        raise UserError(f"--rank {rank} belongs to --format peft, leave it out for merged weights")
+    return _export(task, target, format, rank, class_names)
+
+
+def _export(task: Task, target: Path, format: str, rank: int | None, class_names: Sequence[str]) -> Report:
     plain = task.adaptation.merged_copy()
     _require_finite(plain.state_dict())
     with _whole_or_nothing(target) as new:

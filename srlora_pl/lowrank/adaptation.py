@@ -259,7 +259,7 @@ class Adaptation(Inference, FormerNames):
         """
         state = upgraded(state, self.matrices)
         self.unmerge()
-        checks.require_same_method(self.method.spec(), state["method"])
+        checks.require_same_method(self.method.spec(), state["method"], self.method.free_settings)
         asked = self._planned if self._last_step == self.steps_before else None  # by a plan that no step has followed
         self.weights.device = device
         self.weights.load_state_dict(state, state["compact"])

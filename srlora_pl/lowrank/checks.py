@@ -1,6 +1,6 @@
 """Refusals of a training loop that would go wrong in silence."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,8 +59,11 @@ def require_trained(layers: Mapping[str, Adapter], optimizer: Optimizer) -> None
             )
 
 
-def require_same_method(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Refuse a state of another method, or of the same one with other values; both as `Method.spec` gives them."""
+def require_same_method(ours: dict[str, Any], theirs: dict[str, Any], free: Sequence[str] = ()) -> None:
+    """Refuse a state of another method, or of the same one with other values but for those of ``free`` arguments.
+
+    Both as `Method.spec` gives them.
+    """
     if ours["class_path"] != theirs["class_path"]:
         raise UserError(
             f"the checkpoint was made with {theirs['class_path']} and model.method is {ours['class_path']}, "
@@ -69,7 +72,7 @@ def require_same_method(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     differing = [
         f"{key} {theirs['init_args'].get(key)!r} (now {value!r})"
         for key, value in ours["init_args"].items()
-        if theirs["init_args"].get(key) != value
+        if theirs["init_args"].get(key) != value and key not in free
     ]
     if differing:
         raise UserError(f"the checkpoint was made with method.{', '.join(differing)}, use the checkpoint's values")

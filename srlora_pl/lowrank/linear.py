@@ -65,9 +65,11 @@ class AdaptedLinear(Adapter):
 
     Attributes:
         shared: factors that other layers use too; in a list, so that they are no submodules.
+        evaluation_rank: how many of the first pairs act outside training, where the method is `nested`.
     """
 
     shared: "Sequence[SharedFactors]" = ()
+    evaluation_rank: int | None = None
 
     def __init__(
         self,

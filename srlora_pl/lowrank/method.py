@@ -28,6 +28,10 @@ class AdaptedNetwork(Protocol):
     run_on_rank_zero: Callable[[Callable[[], Any]], Any]
     weights: FrozenWeights
 
+    @property
+    def step(self) -> int:
+        """The optimizer steps of this run that are over."""
+
     def add(self, matrix: Matrix, B: Tensor, A: Tensor, alpha: float) -> None:
         """W += alpha B A."""
 
@@ -149,6 +153,8 @@ class Method(TargetSettings):
         rescales: W_eff is W0 and low-rank updates with its rows scaled to `AdaptedLinear.magnitudes`, so that it can be
             written as PEFT's DoRA.
         continues_lora: a LoRA that was trained elsewhere can be the start.
+        nested: the first pairs of a matrix, any number of them, are a model of their own; see `Adaptation.at_rank`.
+        free_settings: arguments that do not touch training: a checkpoint's may differ.
     """
 
     layer: ClassVar[type[AdaptedLinear]] = LowRankLinear
@@ -159,6 +165,8 @@ class Method(TargetSettings):
     additive: ClassVar[bool] = True
     rescales: ClassVar[bool] = False
     continues_lora: ClassVar[bool] = False
+    nested: ClassVar[bool] = False
+    free_settings: ClassVar[tuple[str, ...]] = ()
 
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
         """Put the adapters into ``net``, in place; returns them by dotted name. Here: replace linears by ``layer``.

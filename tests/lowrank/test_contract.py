@@ -179,14 +179,14 @@ def test_as_many_parameters_train_as_the_formula_says(kind, run):
 
 
 def test_merging_keeps_the_output_and_is_undone_to_the_bit(run):
-    x = batches(1, torch.float64)[0][0]
-    before, state = run.net(x), copy.deepcopy(run.net.state_dict())
+    x, state = batches(1, torch.float64)[0][0], copy.deepcopy(run.net.state_dict())
     if not run.adaptation.matrices:
         with pytest.raises(UserError, match="cannot be merged"):
             run.adaptation.merge()
         with pytest.raises(UserError, match="cannot be merged"):
             run.adaptation.merged_copy()
         return
+    before = run.net.eval()(x)
     copied = run.adaptation.merged_copy()
     assert list(copied.state_dict()) == list(run.W0)
     torch.testing.assert_close(copied.double()(x), before, rtol=0, atol=1e-5)
@@ -195,6 +195,7 @@ def test_merging_keeps_the_output_and_is_undone_to_the_bit(run):
         torch.testing.assert_close(run.net(x), before, rtol=0, atol=1e-13)
     finally:
         run.adaptation.unmerge()
+        run.net.train()
     assert all(torch.equal(value, state[name]) for name, value in run.net.state_dict().items())
 
 
@@ -220,7 +221,7 @@ def test_the_change_is_one_lora_or_dora_for_peft(kind, tmp_path):
     net.head.load_state_dict(run.net.head.state_dict())
     loaded = peft.PeftModel.from_pretrained(net, str(tmp_path))
     x = batches(1, torch.float64)[0][0]
-    torch.testing.assert_close(loaded(x), run.net(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(loaded(x), run.net.eval()(x), rtol=0, atol=1e-5)
 
 
 def test_a_run_that_stops_anywhere_goes_on_to_the_bit(kind):

@@ -16,6 +16,7 @@ from tests.helpers.paths import ROOT
 TASKS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 OVERLAYS = {
     "dora": "DoRA",
+    "dylora": "DyLoRA",
     "lora": "LoRA",
     "lora_xs": "LoRAXS",
     "pissa": "PiSSA",
