@@ -6,7 +6,7 @@
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
-from srlora_pl.lowrank.methods import DoRA, DyLoRA, LoRA, LoRAXS, PiSSA, SRLoRA, TiedLoRA, VeRA
+from srlora_pl.lowrank.methods import DoRA, DyLoRA, HydraLoRA, LoRA, LoRAXS, PiSSA, SRLoRA, TiedLoRA, VeRA
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 
@@ -17,6 +17,7 @@ __all__ = [
     "Controller",
     "DoRA",
     "DyLoRA",
+    "HydraLoRA",
     "LoRA",
     "LoRAXS",
     "LowRankLinear",

@@ -83,7 +83,10 @@ def merged_copy(
         if name in shared:
             continue
         if not isinstance(layer, AdaptedLinear):
-            raise UserError(f"{name} is a {type(layer).__name__}, which is no part of a weight, so it cannot be merged")
+            raise UserError(
+                f"{name} is a {type(layer).__name__}, which is no part of a weight, so it cannot be merged: keep the "
+                "adapted network"
+            )
         weight = layer.merged_weight() if weights is None else weights[name]
         kept[id(layer)] = _linear(weight, None if layer.bias is None else kept[id(layer.bias)])
     # deepcopy takes what it finds here for copies that it has made already

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LowRankLinear
 from srlora_pl.lowrank.delta import change
-from srlora_pl.lowrank.methods import REGISTRY, DoRA, LoRAXS, TiedLoRA, VeRA
+from srlora_pl.lowrank.methods import REGISTRY, DoRA, HydraLoRA, LoRAXS, TiedLoRA, VeRA
 from srlora_pl.lowrank.targets import block_and_kind
 from srlora_pl.models import peft_folder
 from tests.helpers.contract_program import batches, loss_of, parallel, trained_in_one_process
@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "igno
 SIZES = {
     DoRA: lambda matrices: sum(m.rank * sum(m.shape) + m.shape[0] for m in matrices),
     Core: lambda matrices: sum(m.rank**2 for m in matrices),
+    HydraLoRA: lambda matrices: sum(m.rank * (m.shape[1] + 4 * m.shape[0]) + 4 * m.shape[1] for m in matrices),
     LoRAXS: lambda matrices: sum(m.rank**2 for m in matrices),
     Bottlenecks: lambda matrices: 2 * (RANK * 12 * 2),
     VeRA: lambda matrices: sum(m.rank + m.shape[0] for m in matrices),
@@ -180,7 +181,7 @@ def test_as_many_parameters_train_as_the_formula_says(kind, run):
 
 def test_merging_keeps_the_output_and_is_undone_to_the_bit(run):
     x, state = batches(1, torch.float64)[0][0], copy.deepcopy(run.net.state_dict())
-    if not run.adaptation.matrices:
+    if not all(layer.mergeable for layer in run.adaptation.layers.values()):
         with pytest.raises(UserError, match="cannot be merged"):
             run.adaptation.merge()
         with pytest.raises(UserError, match="cannot be merged"):

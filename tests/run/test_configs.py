@@ -17,6 +17,7 @@ TASKS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 OVERLAYS = {
     "dora": "DoRA",
     "dylora": "DyLoRA",
+    "hydralora": "HydraLoRA",
     "lora": "LoRA",
     "lora_xs": "LoRAXS",
     "pissa": "PiSSA",

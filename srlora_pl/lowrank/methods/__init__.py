@@ -3,6 +3,7 @@
 from srlora_pl.lowrank.method import Method
 from srlora_pl.lowrank.methods.dora import DoRA
 from srlora_pl.lowrank.methods.dylora import DyLoRA
+from srlora_pl.lowrank.methods.hydralora import HydraLoRA
 from srlora_pl.lowrank.methods.lora import LoRA
 from srlora_pl.lowrank.methods.lora_xs import LoRAXS
 from srlora_pl.lowrank.methods.pissa import PiSSA
@@ -11,8 +12,8 @@ from srlora_pl.lowrank.methods.tied_lora import TiedLoRA
 from srlora_pl.lowrank.methods.vera import VeRA
 from srlora_pl.util.errors import UserError, did_you_mean
 
-__all__ = ["DoRA", "DyLoRA", "LoRA", "LoRAXS", "PiSSA", "SRLoRA", "TiedLoRA", "VeRA"]
-REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS, DoRA, VeRA, TiedLoRA, DyLoRA]
+__all__ = ["DoRA", "DyLoRA", "HydraLoRA", "LoRA", "LoRAXS", "PiSSA", "SRLoRA", "TiedLoRA", "VeRA"]
+REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS, DoRA, VeRA, TiedLoRA, DyLoRA, HydraLoRA]
 
 
 def from_spec(spec: dict[str, object]) -> Method:
