@@ -17,12 +17,10 @@ class Adapter(nn.Module):
 
     Attributes:
         adapter_names: its own parameters, trained or not, in the order of a state.
-        mergeable: whether it can become part of the pretrained weights.
         disabled: whether it lets its input pass as the pretrained network would; see `Adaptation.disabled`.
     """
 
     adapter_names: ClassVar[tuple[str, ...]] = ()
-    mergeable: ClassVar[bool] = False
     disabled = False
     merged = False
 
@@ -70,7 +68,6 @@ class AdaptedLinear(Adapter):
         evaluation_rank: how many of the first pairs act outside training, where the method is `nested`.
     """
 
-    mergeable = True
     shared: "Sequence[SharedFactors]" = ()
     evaluation_rank: int | None = None
 
@@ -220,7 +217,6 @@ class SharedFactors(Adapter):
     """
 
     adapter_names = ("shared_A", "shared_B")
-    mergeable = True
 
     def __init__(self, shared_A: Tensor, shared_B: Tensor) -> None:
         super().__init__()

@@ -85,9 +85,11 @@ def test_every_matrix_starts_with_a_router_and_pairs_of_its_own() -> None:
 
 def test_what_needs_a_weight_is_refused() -> None:
     adaptation = adapted()
-    for refused in (adaptation.merge, adaptation.merged_copy, adaptation.layers["blocks.0.fc1"].merged_weight):
-        with pytest.raises(UserError, match="HydraLoRA's update depends on the input, so it cannot be merged"):
+    for refused in (adaptation.merged_copy, adaptation.layers["blocks.0.fc1"].merged_weight):
+        with pytest.raises(UserError, match="HydraLoRA's change depends on the input, so it cannot be merged"):
             refused()
+    with pytest.raises(UserError, match="HydraLinear is no part of a weight, so it cannot be merged"):
+        adaptation.merge()
     with pytest.raises(UserError, match="HydraLoRA changes the network by more than low-rank updates"):
         change(adaptation)
     assert size_of_change(adaptation, adaptation.matrices[0]) is None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srlora_pl.lowrank.linear import AdaptedLinear, Matrix
+from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, Matrix
 from srlora_pl.lowrank.method import Method, kaiming_uniform
 from srlora_pl.util.errors import UserError
 
@@ -19,7 +19,7 @@ class HydraLinear(AdaptedLinear):
     """
 
     adapter_names = ("lora_A", "lora_B", "lora_route")
-    mergeable = False
+    merge = Adapter.merge
 
     def build(self, p: tuple[int, ...], out: int, in_: int, heads: int = 1) -> None:
         self.lora_A = nn.Parameter(self.weight.new_zeros(*p, self.rank, in_))
@@ -39,10 +39,7 @@ class HydraLinear(AdaptedLinear):
         return rows[0] if self.parts == 1 else torch.cat(rows, -1)
 
     def merged_weight(self) -> Tensor:
-        raise UserError("HydraLoRA's update depends on the input, so it cannot be merged: keep the adapted network")
-
-    def merge(self) -> None:
-        self.merged_weight()
+        raise UserError("HydraLoRA's change depends on the input, so it cannot be merged: keep the adapted network")
 
 
 class HydraLoRA(Method):
