@@ -8,8 +8,11 @@ from typing import Any
 
 _METHODS = (
     "BitFit",
+    "DoRA",
+    "DyLoRA",
     "Full",
     "GaLore",
+    "HydraLoRA",
     "LinearProbe",
     "LoRA",
     "LoRAGA",
@@ -18,6 +21,8 @@ _METHODS = (
     "LoRAXS",
     "PiSSA",
     "SRLoRA",
+    "TiedLoRA",
+    "VeRA",
 )
 _HOMES = {
     **dict.fromkeys(("Adaptation", "Method", "gradients", *_METHODS), "srlora_pl.lowrank"),

@@ -8,8 +8,11 @@ from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
 from srlora_pl.lowrank.methods import (
     BitFit,
+    DoRA,
+    DyLoRA,
     Full,
     GaLore,
+    HydraLoRA,
     LinearProbe,
     LoRA,
     LoRAGA,
@@ -18,6 +21,8 @@ from srlora_pl.lowrank.methods import (
     LoRAXS,
     PiSSA,
     SRLoRA,
+    TiedLoRA,
+    VeRA,
 )
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.starts.gradient import gradients
@@ -29,8 +34,11 @@ __all__ = [
     "Adapter",
     "BitFit",
     "Controller",
+    "DoRA",
+    "DyLoRA",
     "Full",
     "GaLore",
+    "HydraLoRA",
     "LinearProbe",
     "LoRA",
     "LoRAGA",
@@ -43,5 +51,7 @@ __all__ = [
     "SRLoRA",
     "Schedule",
     "Spectrum",
+    "TiedLoRA",
+    "VeRA",
     "gradients",
 ]

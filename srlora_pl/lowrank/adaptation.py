@@ -19,7 +19,6 @@ from srlora_pl.lowrank.methods import from_spec
 from srlora_pl.lowrank.weights import FrozenWeights, Reload, freeze
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision
-from srlora_pl.util.signatures import defaults_of_class
 
 
 class Adaptation(Inference, FormerNames):
@@ -259,7 +258,7 @@ class Adaptation(Inference, FormerNames):
         """
         state = upgraded(state, self.matrices)
         self.unmerge()
-        checks.require_same_method(self.method.spec(), state["method"], defaults_of_class(type(self.method)))
+        checks.require_same_method(self.method, state["method"])
         asked = self._planned if self._last_step == self.steps_before else None  # by a plan that no step has followed
         self.weights.device = device
         self.weights.load_state_dict(state, state["compact"])

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from srlora_pl.lowrank.checks import require_unmerged
 from srlora_pl.lowrank.delta import merged_copy
 from srlora_pl.lowrank.groups import output_factors, param_groups
-from srlora_pl.lowrank.linear import Adapter
+from srlora_pl.lowrank.linear import AdaptedLinear, Adapter
 from srlora_pl.lowrank.method import Method
 from srlora_pl.lowrank.target_settings import is_below
 from srlora_pl.lowrank.weights import FrozenWeights
@@ -62,6 +63,28 @@ class Inference:
             finally:
                 for layer in self.layers.values():
                     layer.disabled = False
+
+    @contextmanager
+    def at_rank(self, rank: int) -> Iterator[None]:
+        """Inside, the first ``rank`` pairs of each matrix act outside training, for methods that are `nested`.
+
+        Raises:
+            UserError: the method is not; or it has no such rank; or the adapters are merged.
+        """
+        if not self.method.nested:
+            raise UserError(f"the pairs of {type(self.method).__name__} act together, so it has no other rank")
+        if not 1 <= rank <= self.method.rank:
+            raise UserError(f"rank {rank} does not lie between 1 and method.rank {self.method.rank}, change it")
+        layers = [layer for layer in self.layers.values() if isinstance(layer, AdaptedLinear)]
+        require_unmerged(layers, before="another rank")
+        before = [layer.evaluation_rank for layer in layers]
+        try:
+            for layer in layers:
+                layer.evaluation_rank = rank
+            yield
+        finally:
+            for layer, earlier in zip(layers, before, strict=True):
+                layer.evaluation_rank = earlier
 
     def pretrained_weights(self) -> dict[str, Tensor]:
         """W0 of every adapted linear; equal to rounding where only W and the ledgers are left to tell it."""

@@ -1,5 +1,6 @@
 """The adapted linear layer, and the matrices inside it."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -63,7 +64,14 @@ class AdaptedLinear(Adapter):
         adapted: which of these blocks have factors.
         dropout: probability with which an input element is dropped on the way to the factors only.
         options: of the subclass, from `Method.layer_options`; handed to `build`.
+
+    Attributes:
+        shared: factors that other layers use too; in a list, so that they are no submodules.
+        evaluation_rank: how many of the first pairs act outside training, where the method is `nested`.
     """
+
+    shared: "Sequence[SharedFactors]" = ()
+    evaluation_rank: int | None = None
 
     def __init__(
         self,
@@ -103,6 +111,10 @@ class AdaptedLinear(Adapter):
         """The factors that a forward pass in training mode uses, where they are others."""
         return self.factors()
 
+    def magnitudes(self) -> Tensor | None:
+        """The norms that the rows of W_eff, (out,), are scaled to, where the layer scales them."""
+        return None
+
     @property
     def merged(self) -> bool:  # type: ignore[override]
         """Whether the update is at present part of ``weight``."""
@@ -117,6 +129,10 @@ class AdaptedLinear(Adapter):
         """(..., in) -> (..., out)."""
         if self.merged or self.disabled:
             return F.linear(x, self.weight, self.bias)
+        return self.adapted_forward(x)
+
+    def adapted_forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), with the adapter beside the weight."""
         B, A = self.training_factors() if self.training else self.factors()
         operands = (x, self.weight, self.bias, A, B, self.scaling, self._some_parts)
         if self.training and self.dropout.p > 0:
@@ -182,7 +198,7 @@ class AdaptedLinear(Adapter):
 class LowRankLinear(AdaptedLinear):
     """The layer of LoRA: ``lora_A`` (r, in) and ``lora_B`` (out, r) train; where the linear is fused, p of each."""
 
-    adapter_names = ("lora_A", "lora_B")
+    adapter_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     def build(self, p: tuple[int, ...], out: int, in_: int) -> None:
         self.lora_A = nn.Parameter(self.weight.new_zeros(*p, self.rank, in_))
@@ -195,7 +211,7 @@ class LowRankLinear(AdaptedLinear):
 class SharedFactors(Adapter):
     """Factors that several layers use, so that they stand once in a network and in its state.
 
-    A layer refers to it without owning it: ``self.shared = [holder]``.
+    A layer refers to it without owning it, see `AdaptedLinear`.
 
     Args:
         shared_A: (..., r, in).
@@ -231,8 +247,13 @@ class Matrix:
         return tensor.view(self.layer.parts, *self.shape)[self.layer.adapted[self.index]]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """A tensor shaped like one of the layer's adapter parameters -> view of this matrix's part."""
-        return tensor if self.layer.parts == 1 else tensor[self.index]
+        """A tensor shaped like one of the layer's adapter parameters -> view of this matrix's part.
+
+        Vectors of several matrices lie one behind the other: as vectors they are not decayed.
+        """
+        if self.layer.parts == 1:
+            return tensor
+        return tensor.chunk(len(self.layer.adapted))[self.index] if tensor.dim() == 1 else tensor[self.index]
 
     @property
     def weight(self) -> Tensor:

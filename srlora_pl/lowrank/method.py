@@ -1,6 +1,7 @@
 """The two roles of a method: its settings (`Method`), and all that it changes while training (`Controller`)."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -30,6 +31,10 @@ class AdaptedNetwork(Protocol):
     seed: int
     run_on_rank_zero: Callable[[Callable[[], Any]], Any]
     weights: FrozenWeights
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps of this run that are over."""
 
     def add(self, matrix: Matrix, B: Tensor, A: Tensor, alpha: float) -> None:
         """W += alpha B A."""
@@ -62,6 +67,12 @@ class Gradient(NamedTuple):
     total: Tensor
     samples: int
     lr: float | None
+
+
+def kaiming_uniform(shape: Sequence[int], name: str) -> Tensor:
+    """The A (..., in) that LoRA starts from, uniform in +-1 / sqrt(in), of the random numbers of ``name``."""
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(*shape).uniform_(-bound, bound, generator=generator_for(name))
 
 
 class Progress(NamedTuple):
@@ -163,9 +174,13 @@ class Method(TargetSettings):
         trains_weights: trains parameters of the network itself, see `trains`.
         averages: a parameter means the same throughout, so that weights may be averaged.
         additive: W_eff - W0 is the sum of low-rank updates, so that it can be written as one LoRA.
+        rescales: W_eff is W0 and low-rank updates with its rows scaled to `AdaptedLinear.magnitudes`, so that it can be
+            written as PEFT's DoRA.
         continues_lora: a LoRA that was trained elsewhere can be the start.
         own_optimizer: the only class of optimizer that trains it, see `optimizer`; None: any does.
         lr_ratio: see `TargetSettings`; 1 for methods without.
+        nested: the first pairs of a matrix, any number of them, are a model of their own; see `Adaptation.at_rank`.
+        free_settings: arguments that do not touch training: a checkpoint's may differ.
     """
 
     layer: ClassVar[type[AdaptedLinear] | None] = LowRankLinear
@@ -175,9 +190,12 @@ class Method(TargetSettings):
     trains_weights: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     additive: ClassVar[bool] = True
+    rescales: ClassVar[bool] = False
     continues_lora: ClassVar[bool] = False
     own_optimizer: ClassVar[type[OwnOptimizer] | None] = None
     lr_ratio: float = 1.0
+    nested: ClassVar[bool] = False
+    free_settings: ClassVar[tuple[str, ...]] = ()
 
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
         """Put the adapters into ``net``, in place; returns them by dotted name. Here: replace linears by ``layer``.

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable
+from typing import ClassVar
 
 from srlora_pl.util.errors import UserError
 
@@ -37,9 +38,14 @@ class TargetSettings:
         lr_ratio: of the learning rates of B and of all else (LoRA+, arXiv 2402.12354); the paper advises 16, with half
             of LoRA's own rate.
 
+    Attributes:
+        limits_rank: a rank above min(out, in) is refused.
+
     Raises:
         UserError: a value outside its range.
     """
+
+    limits_rank: ClassVar[bool] = True
 
     def __init__(
         self,

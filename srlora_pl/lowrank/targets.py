@@ -242,7 +242,7 @@ def _bypasses(owner: nn.Module | None, child: str) -> bool:
 def _require_rank(target: Target, settings: TargetSettings) -> None:
     out = target.module.out_features // (3 if target.fused else 1)
     largest, rank = min(out, target.module.in_features), settings.rank_of(target.name)
-    if rank > largest:
+    if settings.limits_rank and rank > largest:
         raise UserError(
             f"rank {rank} is above min(out, in) = {largest} of {target.name}, lower rank or give this layer its own "
             "in rank_pattern"

@@ -32,6 +32,11 @@ OVERLAYS = {
     "pissa": "PiSSA",
     "rslora": "LoRA",
     "srlora": "SRLoRA",
+    "dora": "DoRA",
+    "dylora": "DyLoRA",
+    "hydralora": "HydraLoRA",
+    "tied_lora": "TiedLoRA",
+    "vera": "VeRA",
 }
 SHARED = ("rank", "alpha", "target_modules")
 NOT_IN_THE_PAPER = "# not in the paper"

@@ -2,8 +2,11 @@
 
 from srlora_pl.lowrank.method import Method
 from srlora_pl.lowrank.methods.bitfit import BitFit
+from srlora_pl.lowrank.methods.dora import DoRA
+from srlora_pl.lowrank.methods.dylora import DyLoRA
 from srlora_pl.lowrank.methods.full import Full
 from srlora_pl.lowrank.methods.galore import GaLore
+from srlora_pl.lowrank.methods.hydralora import HydraLoRA
 from srlora_pl.lowrank.methods.linear_probe import LinearProbe
 from srlora_pl.lowrank.methods.lora import LoRA
 from srlora_pl.lowrank.methods.lora_ga import LoRAGA
@@ -12,12 +15,17 @@ from srlora_pl.lowrank.methods.lora_sb import LoRASB
 from srlora_pl.lowrank.methods.lora_xs import LoRAXS
 from srlora_pl.lowrank.methods.pissa import PiSSA
 from srlora_pl.lowrank.methods.srlora import SRLoRA
+from srlora_pl.lowrank.methods.tied_lora import TiedLoRA
+from srlora_pl.lowrank.methods.vera import VeRA
 from srlora_pl.util.errors import UserError, did_you_mean
 
 __all__ = [
     "BitFit",
+    "DoRA",
+    "DyLoRA",
     "Full",
     "GaLore",
+    "HydraLoRA",
     "LinearProbe",
     "LoRA",
     "LoRAGA",
@@ -26,8 +34,27 @@ __all__ = [
     "LoRAXS",
     "PiSSA",
     "SRLoRA",
+    "TiedLoRA",
+    "VeRA",
 ]
-REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS, LoRASB, LoRAGA, Full, LinearProbe, BitFit, LoRAPro, GaLore]
+REGISTRY: list[type[Method]] = [
+    LoRA,
+    PiSSA,
+    SRLoRA,
+    LoRAXS,
+    LoRASB,
+    LoRAGA,
+    LoRAPro,
+    DoRA,
+    VeRA,
+    TiedLoRA,
+    DyLoRA,
+    HydraLoRA,
+    Full,
+    LinearProbe,
+    BitFit,
+    GaLore,
+]
 
 
 def from_spec(spec: dict[str, object]) -> Method:
