@@ -6,11 +6,12 @@
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
-from srlora_pl.lowrank.methods import LoRA, LoRAXS, PiSSA, SRLoRA
+from srlora_pl.lowrank.methods import AdaLoRA, LoRA, LoRAXS, PiSSA, ReLoRA, SRLoRA
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 
 __all__ = [
+    "AdaLoRA",
     "Adaptation",
     "AdaptedLinear",
     "Adapter",
@@ -20,6 +21,7 @@ __all__ = [
     "LowRankLinear",
     "Method",
     "PiSSA",
+    "ReLoRA",
     "SRLoRA",
     "Schedule",
     "Spectrum",

@@ -104,7 +104,8 @@ def change(
     """W_eff - W0 by layer: exact, or the best approximation of at most ``rank``.
 
     W_eff - W0 = s B A + all updates in the ledger. Stacked, they are the factors; their rank is at most the number of
-    their columns, in a fused linear summed over its matrices, and never above min(out, in).
+    their columns, in a fused linear summed over its matrices, and never above min(out, in). A layer in which no pair
+    acts is left out.
 
     Args:
         adaptation: stays as it is.
@@ -137,7 +138,7 @@ def change(
         if rank is not None and not 1 <= rank <= smallest:
             raise UserError(f"rank {rank} does not lie between 1 and min(out, in) = {smallest} of {name}, change it")
         factors[name] = _factorize(B, A, min(limit, smallest), rank)
-    return factors
+    return {name: each for name, each in factors.items() if each.rank}
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -101,6 +101,10 @@ class AdaptedLinear(Adapter):
         """The factors that a forward pass in training mode uses, where they are others."""
         return self.factors()
 
+    def acting(self) -> Tensor | None:
+        """Which pairs act, bool (..., r); None: all of them. The others are no part of what is exported."""
+        return None
+
     @property
     def merged(self) -> bool:  # type: ignore[override]
         """Whether the update is at present part of ``weight``."""
@@ -245,6 +249,7 @@ class Matrix:
         return self.of(self.layer.lora_B.detach())  # type: ignore[union-attr, operator]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """B (out, r) and A (r, in) as they act now, detached; ``scaling * B @ A`` is the update."""
-        B, A = self.layer.factors()
-        return self.of(B.detach()), self.of(A.detach())
+        """B (out, k) and A (k, in) of the pairs that act now, detached; ``scaling * B @ A`` is the update."""
+        B, A = (self.of(factor.detach()) for factor in self.layer.factors())
+        acting = self.layer.acting()
+        return (B, A) if acting is None else (B[:, self.of(acting)], A[self.of(acting)])

@@ -35,9 +35,10 @@ ShowProgress = Callable[[list[Matrix]], Iterable[Matrix]]
 Sources = Callable[[AdaptedNetwork], Mapping[str, Any]]
 
 
-def generator_for(name: str) -> torch.Generator:
-    """The random numbers of ``name`` alone, such as a matrix: a function of torch's seed, whose own stream stays."""
-    digest = hashlib.sha256(f"{torch.initial_seed()} {name}".encode()).digest()
+def generator_for(name: str, seed: int | None = None) -> torch.Generator:
+    """The random numbers of ``name`` alone, such as a matrix: a function of ``seed``, or of torch's own, whose stream
+    stays where it is."""
+    digest = hashlib.sha256(f"{torch.initial_seed() if seed is None else seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
@@ -201,6 +202,15 @@ class Method(TargetSettings):
 
     def start(self, adaptation: AdaptedNetwork, matrix: Matrix, source: Any) -> None:
         """Set the values of the start, once per network and before training."""
+
+    def rate_factor(self, step: int, last_step: float, factor: Callable[[int], float]) -> float:
+        """What the learning rate is multiplied by in optimizer step ``step`` (from 0) of a run of ``last_step`` steps.
+
+        Args:
+            last_step: infinite where nobody knows it.
+            factor: that of the training loop's own schedule, warm-up and all, by step.
+        """
+        return factor(step)
 
     def controller(self, adaptation: AdaptedNetwork) -> Controller:
         return Controller(adaptation)

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LowRankLinear
 from srlora_pl.lowrank.delta import change
-from srlora_pl.lowrank.methods import REGISTRY, LoRAXS
+from srlora_pl.lowrank.methods import REGISTRY, AdaLoRA, LoRAXS
 from srlora_pl.models import peft_folder
 from tests.helpers.contract_program import batches, loss_of, parallel, trained_in_one_process
 from tests.helpers.methods import Bottlenecks, Core
@@ -27,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "igno
 # How many numbers train besides the head, of adapted ``matrices``; where it is not r (out + in) for each.
 SIZES = {
     Core: lambda matrices: sum(m.rank**2 for m in matrices),
+    AdaLoRA: lambda matrices: sum(m.rank * (sum(m.shape) + 1) for m in matrices),  # as many pairs as it begins with
     LoRAXS: lambda matrices: sum(m.rank**2 for m in matrices),
     Bottlenecks: lambda matrices: 2 * (RANK * 12 * 2),
 }

@@ -14,7 +14,14 @@ from srlora_pl.run.run import Run
 from tests.helpers.paths import ROOT
 
 TASKS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-OVERLAYS = {"lora": "LoRA", "lora_xs": "LoRAXS", "pissa": "PiSSA", "srlora": "SRLoRA"}
+OVERLAYS = {
+    "adalora": "AdaLoRA",
+    "lora": "LoRA",
+    "lora_xs": "LoRAXS",
+    "pissa": "PiSSA",
+    "relora": "ReLoRA",
+    "srlora": "SRLoRA",
+}
 SHARED = ("rank", "alpha", "target_modules")
 NOT_IN_THE_PAPER = "# not in the paper"
 
