@@ -142,8 +142,8 @@ def test_a_file_from_before_a_restart_is_made_up_for(how) -> None:
     resumed[1].load_state_dict(copy.deepcopy(adaptation.state_dict()))
     resumed[0].load_state_dict(net.state_dict())
     resumed[2].load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    torch.manual_seed(77)
-    for run in ((net, adaptation, optimizer), resumed):
+    for seed, run in enumerate(((net, adaptation, optimizer), resumed)):
+        torch.manual_seed(seed)
         assert run[1].after_optimizer(4, run[2])
         assert not run[1].after_optimizer(4, run[2])
         train(*run, toy_batches(8)[4:], 4)
