@@ -6,8 +6,9 @@
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
-from srlora_pl.lowrank.methods import AdaLoRA, LoRA, LoRAXS, PiSSA, ReLoRA, SRLoRA
+from srlora_pl.lowrank.methods import AdaLoRA, LoRA, LoRAGA, LoRASB, LoRAXS, PiSSA, ReLoRA, SRLoRA
 from srlora_pl.lowrank.schedule import Schedule
+from srlora_pl.lowrank.starts.gradient import gradients
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 
 __all__ = [
@@ -17,6 +18,8 @@ __all__ = [
     "Adapter",
     "Controller",
     "LoRA",
+    "LoRAGA",
+    "LoRASB",
     "LoRAXS",
     "LowRankLinear",
     "Method",
@@ -25,4 +28,5 @@ __all__ = [
     "SRLoRA",
     "Schedule",
     "Spectrum",
+    "gradients",
 ]

@@ -156,7 +156,7 @@ def test_a_matrix_may_end_without_a_triplet_and_still_be_exported(tmp_path) -> N
     assert "blocks.0.fc1" not in factors
     assert factors["blocks.1.fc2"].rank == 1
     assert len({each.rank for each in factors.values()}) > 1
-    peft_folder.write(tmp_path, factors, {}, "base", None)
+    peft_folder.write(tmp_path, factors, {}, ("base", None), None)
     loaded = peft.PeftModel.from_pretrained(toy_net(), str(tmp_path))
     x = toy_batches(1)[0][0]
     torch.testing.assert_close(loaded(x), net(x), rtol=0, atol=1e-5)

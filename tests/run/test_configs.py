@@ -17,6 +17,8 @@ TASKS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 OVERLAYS = {
     "adalora": "AdaLoRA",
     "lora": "LoRA",
+    "lora_ga": "LoRAGA",
+    "lora_sb": "LoRASB",
     "lora_xs": "LoRAXS",
     "pissa": "PiSSA",
     "relora": "ReLoRA",

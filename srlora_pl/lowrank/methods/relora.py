@@ -7,7 +7,7 @@ from srlora_pl.lowrank.method import AdaptedNetwork
 from srlora_pl.lowrank.methods.lora import LoRA
 from srlora_pl.lowrank.methods.restarting import Restarting
 from srlora_pl.lowrank.schedule import Schedule
-from srlora_pl.util.errors import UserError
+from srlora_pl.util.errors import UserError, require_one_of
 
 STATES = ("magnitude", "random", "zero", "keep")
 
@@ -49,8 +49,7 @@ class ReLoRA(LoRA):
         for value, where in ((restarts, "restarts"), (restart_warmup, "restart_warmup")):
             if not isinstance(value, int) or value < 0:
                 raise UserError(f"method.{where} is {value}, it must be a whole number of at least 0")
-        if optimizer_state not in STATES:
-            raise UserError(f"method.optimizer_state is {optimizer_state!r}, it must be one of {', '.join(STATES)}")
+        require_one_of("method.optimizer_state", optimizer_state, STATES)
         if not 0 < pruned < 1:
             raise UserError(f"method.pruned is {pruned}, it must lie between 0 and 1")
 

@@ -34,7 +34,6 @@ class Restarting(Controller):
     Attributes:
         pace: the restarts of this run; None before `plan`.
         done: restarts in all runs.
-        seed: of the values that restarts draw; the same in all processes.
     """
 
     needs_length = True
@@ -43,7 +42,7 @@ class Restarting(Controller):
         super().__init__(adaptation)
         self.method = method
         self.pace: Pace | None = None
-        self.done, self.seed = 0, 0
+        self.done = 0
 
     def require_room(self, steps: int) -> None:
         if self.method.restarts >= steps:
@@ -59,8 +58,6 @@ class Restarting(Controller):
             return ""
         if strict:
             self.require_room(last_step)
-        if not begun:
-            self.seed = self.adaptation.run_on_rank_zero(torch.initial_seed)
         schedule = self.method.schedule(last_step)
         self.pace = Pace(schedule, schedule.due(first_step))
         if begun:
@@ -81,7 +78,7 @@ class Restarting(Controller):
         due = self.pace.schedule.due(step)
         if due <= self.pace.done:
             return False
-        self._restart(generator_for(f"restart {self.done}", self.seed), optimizer)
+        self._restart(generator_for(f"restart {self.done}", self.adaptation.seed), optimizer)
         self.done += due - self.pace.done
         self.pace = Pace(self.pace.schedule, due)
         return True
@@ -119,8 +116,8 @@ class Restarting(Controller):
         return {"switches": float(self.done + max(due, 0))}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pace": self.pace and self.pace.state(), "done": self.done, "seed": self.seed}
+        return {"pace": self.pace and self.pace.state(), "done": self.done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.pace = state["pace"] and Pace.of_state(state["pace"])
-        self.done, self.seed = state["done"], state["seed"]
+        self.done = state["done"]
