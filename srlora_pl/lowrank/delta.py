@@ -75,7 +75,8 @@ def merged_copy(
         if name in shared:
             continue
         if not isinstance(layer, AdaptedLinear):
-            raise UserError(f"{name} is a {type(layer).__name__}, which is no part of a weight, so it cannot be merged")
+            kept[id(layer.module)] = layer.merged_module().to("cpu", torch.float32).requires_grad_(False)
+            continue
         weight = layer.merged_weight() if weights is None else weights[name]
         kept[id(layer)] = _linear(weight, None if layer.bias is None else kept[id(layer.bias)])
     # deepcopy takes what it finds here for copies that it has made already

@@ -31,6 +31,19 @@ class Adapter(nn.Module):
         """The adapted matrices of this module, which is called ``name`` in its network."""
         return []
 
+    @property
+    def module(self) -> nn.Module:
+        """What stands in the network."""
+        return self
+
+    def merged_module(self) -> nn.Module:
+        """What takes its place in a copy of the network without adapters; it may share tensors.
+
+        Raises:
+            UserError: nothing can.
+        """
+        raise UserError(f"{type(self).__name__} is no part of a weight, so it cannot be merged")
+
     def merge(self) -> None:
         """Make the adapter part of the pretrained weights, for inference.
 

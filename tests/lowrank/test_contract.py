@@ -13,15 +13,15 @@ from torch import nn
 from torch.func import functional_call
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Adaptation, LowRankLinear
+from srlora_pl.lowrank import Adaptation, Adapter, LowRankLinear, Peft
 from srlora_pl.lowrank.delta import change
 from srlora_pl.lowrank.methods import REGISTRY, AdaLoRA, LoRASB, LoRAXS
 from srlora_pl.models import peft_folder
 from tests.helpers.contract_program import batches, loss_of, parallel, sources_of, trained_in_one_process
-from tests.helpers.methods import Bottlenecks, Core
+from tests.helpers.methods import IA3, OFT, Bottlenecks, Core, PeftLoRA
 from tests.helpers.toys import ToyNet, toy_net
 
-METHODS = [*REGISTRY, Core, Bottlenecks]
+METHODS = [*(kind for kind in REGISTRY if kind is not Peft), PeftLoRA, IA3, OFT, Core, Bottlenecks]  # tuners for Peft
 STEPS, RANK = 12, 4
 pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "ignore:.*no whole number of switches")
 # How many numbers train besides the head, of adapted ``matrices``; where it is not r (out + in) for each.
@@ -31,6 +31,9 @@ SIZES = {
     LoRASB: lambda matrices: sum(m.rank**2 for m in matrices),
     LoRAXS: lambda matrices: sum(m.rank**2 for m in matrices),
     Bottlenecks: lambda matrices: 2 * (RANK * 12 * 2),
+    PeftLoRA: lambda matrices: 2 * (RANK * (24 + 32 + 32) + 12 + 20 + 12),
+    IA3: lambda matrices: 2 * (12 + 20 + 20),
+    OFT: lambda matrices: 2 * (12 + 12 + 20) // 4 * 6,  # the upper triangle of each rotation of 4 inputs
 }
 
 
@@ -125,8 +128,8 @@ def test_only_declared_tensors_move(run):
     assert {"head.weight", "head.bias"} <= moved
     still, started = run.adaptation.method.frozen_adapter(), Loop(type(run.adaptation.method)).adaptation
     for name, layer in run.adaptation.layers.items():
-        for adapter in layer.adapter_names:
-            value, before = getattr(layer, adapter), getattr(started.layers[name], adapter)
+        values = layer.adapter_parameters(), started.layers[name].adapter_parameters()
+        for adapter, value, before in zip(layer.adapter_names, *values, strict=True):
             assert torch.equal(value, before) == (adapter in still), f"{name}.{adapter}"
 
 
@@ -170,7 +173,7 @@ def test_as_many_parameters_train_as_the_formula_says(kind, run):
 def test_merging_keeps_the_output_and_is_undone_to_the_bit(run):
     x = batches(1, torch.float64)[0][0]
     before, state = run.net(x), copy.deepcopy(run.net.state_dict())
-    if not run.adaptation.matrices:
+    if any(type(layer).merge is Adapter.merge for layer in run.adaptation.layers.values()):
         with pytest.raises(UserError, match="cannot be merged"):
             run.adaptation.merge()
         with pytest.raises(UserError, match="cannot be merged"):
