@@ -6,7 +6,7 @@ Names are loaded on first use, so that ``import srlora_pl.lowrank`` (the maths) 
 from importlib import import_module
 from typing import Any
 
-_METHODS = ("AdaLoRA", "LoRA", "LoRAGA", "LoRASB", "LoRAXS", "Peft", "PiSSA", "ReLoRA", "SRLoRA")
+_METHODS = ("AdaLoRA", "LoRA", "LoRAGA", "LoRASB", "LoRAXS", "Peft", "PiSSA", "PromptTuning", "ReLoRA", "SRLoRA")
 _HOMES = {
     **dict.fromkeys(("Adaptation", "Method", "gradients", *_METHODS), "srlora_pl.lowrank"),
     "SRLoRAMixin": "srlora_pl.training.mixin",

@@ -6,7 +6,7 @@
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
-from srlora_pl.lowrank.methods import AdaLoRA, LoRA, LoRAGA, LoRASB, LoRAXS, Peft, PiSSA, ReLoRA, SRLoRA
+from srlora_pl.lowrank.methods import AdaLoRA, LoRA, LoRAGA, LoRASB, LoRAXS, Peft, PiSSA, PromptTuning, ReLoRA, SRLoRA
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.starts.gradient import gradients
 from srlora_pl.lowrank.starts.spectrum import Spectrum
@@ -25,6 +25,7 @@ __all__ = [
     "Method",
     "Peft",
     "PiSSA",
+    "PromptTuning",
     "ReLoRA",
     "SRLoRA",
     "Schedule",

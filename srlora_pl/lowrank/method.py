@@ -160,6 +160,7 @@ class Method(TargetSettings):
         averages: a parameter means the same throughout, so that weights may be averaged.
         additive: W_eff - W0 is the sum of low-rank updates, so that it can be written as one LoRA.
         continues_lora: a LoRA that was trained elsewhere can be the start.
+        added_tokens: that it puts before every text, by which texts must be shorter than the network's limit.
     """
 
     layer: ClassVar[type[AdaptedLinear]] = LowRankLinear
@@ -169,6 +170,7 @@ class Method(TargetSettings):
     averages: ClassVar[bool] = True
     additive: ClassVar[bool] = True
     continues_lora: ClassVar[bool] = False
+    added_tokens: int = 0
 
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
         """Put the adapters into ``net``, in place; returns them by dotted name. Here: replace linears by ``layer``.

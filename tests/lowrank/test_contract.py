@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Adaptation, Adapter, LowRankLinear, Peft
+from srlora_pl.lowrank import Adaptation, Adapter, LowRankLinear, Peft, PromptTuning
 from srlora_pl.lowrank.delta import change
 from srlora_pl.lowrank.methods import REGISTRY, AdaLoRA, LoRASB, LoRAXS
 from srlora_pl.models import peft_folder
@@ -21,7 +21,8 @@ from tests.helpers.contract_program import batches, loss_of, parallel, sources_o
 from tests.helpers.methods import IA3, OFT, Bottlenecks, Core, PeftLoRA
 from tests.helpers.toys import ToyNet, toy_net
 
-METHODS = [*(kind for kind in REGISTRY if kind is not Peft), PeftLoRA, IA3, OFT, Core, Bottlenecks]  # tuners for Peft
+# PEFT's tuners stand for Peft; a prompt needs the embeddings of words.
+METHODS = [*(kind for kind in REGISTRY if kind not in (Peft, PromptTuning)), PeftLoRA, IA3, OFT, Core, Bottlenecks]
 STEPS, RANK = 12, 4
 pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "ignore:.*no whole number of switches")
 # How many numbers train besides the head, of adapted ``matrices``; where it is not r (out + in) for each.

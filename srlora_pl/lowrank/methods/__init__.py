@@ -8,12 +8,13 @@ from srlora_pl.lowrank.methods.lora_sb import LoRASB
 from srlora_pl.lowrank.methods.lora_xs import LoRAXS
 from srlora_pl.lowrank.methods.peft_tuner import Peft
 from srlora_pl.lowrank.methods.pissa import PiSSA
+from srlora_pl.lowrank.methods.prompt_tuning import PromptTuning
 from srlora_pl.lowrank.methods.relora import ReLoRA
 from srlora_pl.lowrank.methods.srlora import SRLoRA
 from srlora_pl.util.errors import UserError, did_you_mean
 
-__all__ = ["AdaLoRA", "LoRA", "LoRAGA", "LoRASB", "LoRAXS", "Peft", "PiSSA", "ReLoRA", "SRLoRA"]
-REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS, LoRASB, LoRAGA, ReLoRA, AdaLoRA, Peft]
+__all__ = ["AdaLoRA", "LoRA", "LoRAGA", "LoRASB", "LoRAXS", "Peft", "PiSSA", "PromptTuning", "ReLoRA", "SRLoRA"]
+REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS, LoRASB, LoRAGA, ReLoRA, AdaLoRA, Peft, PromptTuning]
 
 
 def from_spec(spec: dict[str, object]) -> Method:

@@ -132,7 +132,7 @@ class Peft(Method):
 
     def _configuration(self) -> Any:
         """PEFT's own object, anew."""
-        peft = _library()
+        peft = library(type(self).__name__)
         settings = copy.deepcopy(self.config)
         name = str(settings.pop("peft_type")).upper()
         known = {kind.value: config for kind, config in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
@@ -153,7 +153,7 @@ class Peft(Method):
             raise UserError(f"method.config is no {known[name].__name__} ({one_line(error)}): correct it") from error
 
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
-        peft, config = _library(), self._configuration()
+        peft, config = library(type(self).__name__), self._configuration()
         if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in net.modules()):
             raise UserError("the network has adapters already, adapt a new one")
         if getattr(config, "target_modules", "") is None:
@@ -199,11 +199,12 @@ class Peft(Method):
         return dict(layers)
 
 
-def _library() -> Any:
+def library(method: str) -> Any:
+    """The ``peft`` package, which is imported by the methods that need it alone."""
     try:
         import peft
     except ImportError as error:
-        raise UserError("srlora_pl.Peft needs the PEFT library: pip install peft") from error
+        raise UserError(f"{method} needs the PEFT library: pip install peft") from error
     return peft
 
 
@@ -233,6 +234,8 @@ def _simple(key: Any, value: Any) -> Any:
         return sorted(value)
     if isinstance(value, list | tuple):
         return [_simple(key, each) for each in value]
-    if value is None or isinstance(value, str | int | float):
+    if isinstance(value, str):
+        return str(value)  # a config's may be of a class of its own
+    if value is None or isinstance(value, int | float):
         return value
     raise UserError(f"method.config.{key} is a {type(value).__name__}, which no checkpoint could keep: leave it out")
