@@ -164,15 +164,24 @@ def test_training_does_not_depend_on_the_strength() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def test_more_directions_than_the_gradient_has_are_refused() -> None:
-    net, batch = toy_net(dtype=torch.float64), toy_batches(1, dtype=torch.float64)
-    adaptation = Adaptation(net, LoRASB(rank=8, first_step="sgd"), ["head"])
+def test_a_first_step_of_lower_rank_is_met_exactly_and_its_other_directions_train() -> None:
+    """The softmax of 3 classes gives the last layer a gradient of rank 2."""
+    net, batches = toy_net(dtype=torch.float64), toy_batches(3, dtype=torch.float64)
+    adaptation = Adaptation(net, LoRASB(RANK, first_step="sgd"), ["head"])
 
     def losses(batch):
         return nn.functional.cross_entropy(net(batch[0]), batch[1], reduction="none")
 
-    with pytest.raises(UserError, match=mentions("8", "blocks.0.qkv", "rank")):
-        adaptation.start(gradients(losses, batch, lr=LR))
+    adaptation.start(gradients(losses, batches, lr=LR))
+    plain = toy_net(dtype=torch.float64)
+    torch.cat([nn.functional.cross_entropy(plain(x), y, reduction="none") for x, y in batches]).mean().backward()
+    matrix = adaptation.matrices[-1]
+    assert close(update(matrix), -LR * plain.blocks[1].fc2.weight.grad)
+    for columns in (matrix.B, matrix.A.T):
+        torch.testing.assert_close(columns.T @ columns, torch.eye(RANK).double(), rtol=0, atol=1e-12)
+    assert int((core(matrix) != 0).sum()) == 2
+    torch.cat([losses(batch) for batch in batches]).sum().backward()
+    assert bool((matrix.layer.lora_R.grad != 0).all())
 
 
 @pytest.mark.parametrize(

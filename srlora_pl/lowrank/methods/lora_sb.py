@@ -2,10 +2,11 @@
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from srlora_pl.lowrank.linear import Matrix
-from srlora_pl.lowrank.method import AdaptedNetwork, Gradient, Method
+from srlora_pl.lowrank.method import AdaptedNetwork, Gradient, Method, generator_for
 from srlora_pl.lowrank.methods.lora_xs import CoreLinear
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 from srlora_pl.util.errors import UserError
@@ -60,11 +61,21 @@ class LoRASB(Method):
         return -gradient.lr * G
 
     def start(self, adaptation: AdaptedNetwork, matrix: Matrix, source: Spectrum) -> None:
-        source.require(matrix.rank, matrix.name)
-        leading = source.first(matrix.rank)
-        matrix.B.copy_(leading.U)
-        matrix.A.copy_(leading.Vh)
-        matrix.of(matrix.layer.get_parameter("lora_R").detach()).copy_(leading.sigma.diag() / matrix.scaling)
+        generator = generator_for(matrix.name, adaptation.seed)
+        matrix.B.copy_(_completed(source.U, matrix.rank, generator))
+        matrix.A.copy_(_completed(source.Vh.T, matrix.rank, generator).T)
+        R = matrix.of(matrix.layer.get_parameter("lora_R").detach())
+        R.zero_().diagonal()[: len(source)] = source.sigma / matrix.scaling
+
+
+def _completed(columns: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Orthonormal ``columns`` (n, k) and random ones orthogonal to them, (n, count).
+
+    A first step of rank k < r is its own best approximation; the other directions start at 0 and train.
+    """
+    n, k = columns.shape
+    more = torch.randn(n, count - k, generator=generator, dtype=columns.dtype)
+    return torch.cat([columns, torch.linalg.qr(torch.cat([columns, more], 1)).Q[:, k:]], 1)
 
 
 def require_samples(gradient_samples: float) -> None:
