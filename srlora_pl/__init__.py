@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _METHODS = (
+    "AdaLoRA",
     "BitFit",
     "DoRA",
     "DyLoRA",
@@ -19,7 +20,10 @@ _METHODS = (
     "LoRAPro",
     "LoRASB",
     "LoRAXS",
+    "Peft",
     "PiSSA",
+    "PromptTuning",
+    "ReLoRA",
     "SRLoRA",
     "TiedLoRA",
     "VeRA",

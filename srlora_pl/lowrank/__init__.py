@@ -7,6 +7,7 @@ from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
 from srlora_pl.lowrank.methods import (
+    AdaLoRA,
     BitFit,
     DoRA,
     DyLoRA,
@@ -19,7 +20,10 @@ from srlora_pl.lowrank.methods import (
     LoRAPro,
     LoRASB,
     LoRAXS,
+    Peft,
     PiSSA,
+    PromptTuning,
+    ReLoRA,
     SRLoRA,
     TiedLoRA,
     VeRA,
@@ -29,6 +33,7 @@ from srlora_pl.lowrank.starts.gradient import gradients
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 
 __all__ = [
+    "AdaLoRA",
     "Adaptation",
     "AdaptedLinear",
     "Adapter",
@@ -47,7 +52,10 @@ __all__ = [
     "LoRAXS",
     "LowRankLinear",
     "Method",
+    "Peft",
     "PiSSA",
+    "PromptTuning",
+    "ReLoRA",
     "SRLoRA",
     "Schedule",
     "Spectrum",

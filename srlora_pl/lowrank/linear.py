@@ -34,6 +34,19 @@ class Adapter(nn.Module):
         """The adapted matrices of this module, which is called ``name`` in its network."""
         return []
 
+    @property
+    def module(self) -> nn.Module:
+        """What stands in the network."""
+        return self
+
+    def merged_module(self) -> nn.Module:
+        """What takes its place in a copy of the network without adapters; it may share tensors.
+
+        Raises:
+            UserError: nothing can.
+        """
+        raise UserError(f"{type(self).__name__} is no part of a weight, so it cannot be merged")
+
     def merge(self) -> None:
         """Make the adapter part of the pretrained weights, for inference.
 
@@ -113,6 +126,10 @@ class AdaptedLinear(Adapter):
 
     def magnitudes(self) -> Tensor | None:
         """The norms that the rows of W_eff, (out,), are scaled to, where the layer scales them."""
+        return None
+
+    def acting(self) -> Tensor | None:
+        """Which pairs act, bool (..., r); None: all of them. The others are no part of what is exported."""
         return None
 
     @property
@@ -268,6 +285,7 @@ class Matrix:
         return self.of(self.layer.lora_B.detach())  # type: ignore[union-attr, operator]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """B (out, r) and A (r, in) as they act now, detached; ``scaling * B @ A`` is the update."""
-        B, A = self.layer.factors()
-        return self.of(B.detach()), self.of(A.detach())
+        """B (out, k) and A (k, in) of the pairs that act now, detached; ``scaling * B @ A`` is the update."""
+        B, A = (self.of(factor.detach()) for factor in self.layer.factors())
+        acting = self.layer.acting()
+        return (B, A) if acting is None else (B[:, self.of(acting)], A[self.of(acting)])

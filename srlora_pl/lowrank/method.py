@@ -181,6 +181,7 @@ class Method(TargetSettings):
         lr_ratio: see `TargetSettings`; 1 for methods without.
         nested: the first pairs of a matrix, any number of them, are a model of their own; see `Adaptation.at_rank`.
         free_settings: arguments that do not touch training: a checkpoint's may differ.
+        added_tokens: that it puts before every text, by which texts must be shorter than the network's limit.
     """
 
     layer: ClassVar[type[AdaptedLinear] | None] = LowRankLinear
@@ -196,6 +197,7 @@ class Method(TargetSettings):
     lr_ratio: float = 1.0
     nested: ClassVar[bool] = False
     free_settings: ClassVar[tuple[str, ...]] = ()
+    added_tokens: int = 0
 
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
         """Put the adapters into ``net``, in place; returns them by dotted name. Here: replace linears by ``layer``.
@@ -275,6 +277,15 @@ class Method(TargetSettings):
     def own_settings(self, adaptation: AdaptedNetwork) -> Mapping[int, dict[str, Any]]:
         """By id of a parameter: the settings that `own_optimizer` trains it with."""
         return {}
+
+    def rate_factor(self, step: int, last_step: float, factor: Callable[[int], float]) -> float:
+        """The factor of the learning rate in optimizer step ``step`` (from 0) of a run of ``last_step`` steps.
+
+        Args:
+            last_step: infinite where nobody knows it.
+            factor: that of the training loop's own schedule, warm-up and all, by step.
+        """
+        return factor(step)
 
     def controller(self, adaptation: AdaptedNetwork) -> Controller:
         return Controller(adaptation)

@@ -236,7 +236,9 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
         # A closure: LambdaLR stores callable objects in checkpoints, and a resumed run may have another length.
         def factor(step: int) -> float:
-            return schedule_factor(self.schedule, step, total, self.warmup_steps)
+            return self._method.rate_factor(
+                step, total, lambda step: schedule_factor(self.schedule, step, total, self.warmup_steps)
+            )
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 

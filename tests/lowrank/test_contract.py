@@ -13,10 +13,11 @@ from torch import nn
 from torch.func import functional_call
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Adaptation, Adapter, LowRankLinear
+from srlora_pl.lowrank import Adaptation, Adapter, LowRankLinear, Peft, PromptTuning
 from srlora_pl.lowrank.delta import change
 from srlora_pl.lowrank.methods import (
     REGISTRY,
+    AdaLoRA,
     BitFit,
     DoRA,
     Full,
@@ -31,10 +32,11 @@ from srlora_pl.lowrank.methods import (
 from srlora_pl.lowrank.targets import block_and_kind
 from srlora_pl.models import peft_folder
 from tests.helpers.contract_program import batches, loss_of, parallel, sources_of, trained_in_one_process
-from tests.helpers.methods import Bottlenecks, Core, made, trainer_of
+from tests.helpers.methods import IA3, OFT, Bottlenecks, Core, PeftLoRA, made, trainer_of
 from tests.helpers.toys import ToyNet, toy_net
 
-METHODS = [*REGISTRY, Core, Bottlenecks]
+# PEFT's tuners stand for Peft; a prompt needs the embeddings of words.
+METHODS = [*(kind for kind in REGISTRY if kind not in (Peft, PromptTuning)), PeftLoRA, IA3, OFT, Core, Bottlenecks]
 STEPS, RANK = 12, 4
 pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "ignore:.*no whole number of switches")
 # How many numbers train besides the head, of adapted ``matrices``; where it is not r (out + in) for each. Two blocks of
@@ -43,6 +45,7 @@ BIASES = 12 + 2 * (3 * 12 + 12 + 20 + 12)
 SIZES = {
     DoRA: lambda matrices: sum(m.rank * sum(m.shape) + m.shape[0] for m in matrices),
     Core: lambda matrices: sum(m.rank**2 for m in matrices),
+    AdaLoRA: lambda matrices: sum(m.rank * (sum(m.shape) + 1) for m in matrices),  # as many pairs as it begins with
     LoRASB: lambda matrices: sum(m.rank**2 for m in matrices),
     HydraLoRA: lambda matrices: sum(m.rank * (m.shape[1] + 4 * m.shape[0]) + 4 * m.shape[1] for m in matrices),
     LoRAXS: lambda matrices: sum(m.rank**2 for m in matrices),
@@ -55,6 +58,9 @@ SIZES = {
         sum(m.rank * sum(m.shape) for m in {block_and_kind(m.name)[1]: m for m in matrices}.values())
         + sum(m.rank + m.shape[0] for m in matrices)
     ),
+    PeftLoRA: lambda matrices: 2 * (RANK * (24 + 32 + 32) + 12 + 20 + 12),
+    IA3: lambda matrices: 2 * (12 + 20 + 20),
+    OFT: lambda matrices: 2 * (12 + 12 + 20) // 4 * 6,  # the upper triangle of each rotation of 4 inputs
 }
 # Functions of a layer whose results a method's gradient takes for constants.
 CONSTANTS = {DoRA: ("norms",)}
@@ -152,8 +158,8 @@ def test_only_declared_tensors_move(run):
     assert {"head.weight", "head.bias"} <= moved
     still, started = run.adaptation.method.frozen_adapter(), Loop(type(run.adaptation.method)).adaptation
     for name, layer in run.adaptation.layers.items():
-        for adapter in layer.adapter_names:
-            value, before = getattr(layer, adapter), getattr(started.layers[name], adapter)
+        values = layer.adapter_parameters(), started.layers[name].adapter_parameters()
+        for adapter, value, before in zip(layer.adapter_names, *values, strict=True):
             assert torch.equal(value, before) == (adapter in still), f"{name}.{adapter}"
 
 
