@@ -33,8 +33,6 @@ examples:
   python cli.py fit --config configs/quickstart.yaml
   python cli.py fit --config configs/quickstart.yaml --config configs/methods/lora.yaml --seed_everything 1
   python cli.py test --config runs/quickstart-srlora/version_0/config.yaml --ckpt_path last"""
-# The command line as a process of its own, for comparisons.
-_AGAIN = (sys.executable, "-c", "from srlora_pl.cli import main; raise SystemExit(main())")
 # Of an OSError these mean the disk and not a bug: full, over quota, broken, read-only.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
@@ -138,14 +136,14 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "compare":
         from srlora_pl.comparison.command import compare
 
-        return compare(given, settings, _AGAIN)
+        return compare(given, settings)
     if settings:
         parsers[command].error(f"unrecognized arguments: {' '.join(settings)}")
     if command == "export":
-        from srlora_pl.export.command import export_checkpoint
+        from srlora_pl.export.command import export_model, load_task
 
-        words = (given.ckpt_path, given.format, given.output, given.rank, given.force, given.config)
-        print("\n".join(export_checkpoint(*words).lines()))
+        task = load_task(Path(given.ckpt_path), given.config)
+        print("\n".join(export_model(task, given.output, given.format, given.rank, given.force).lines()))
     else:
         from srlora_pl.figures.runs import draw_runs
 
@@ -173,18 +171,11 @@ def _for_the_user(error: BaseException) -> str | None:
         return f"{name} could not be written ({disk.strerror}): see to the disk, {START_AGAIN}"
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):  # raised at any line, by a signal
         return WORKER_DIED
-    misconfigured = type(error).__name__ == "MisconfigurationException"
-    if misconfigured or (type(error) in (ValueError, RuntimeError) and _comes_from_lightning(error)):
+    raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]
+    refused = type(error) in (ValueError, RuntimeError) and any(name.startswith("lightning.") for name in raised_in)
+    if refused or type(error).__name__ == "MisconfigurationException":
         return f"Lightning refuses these settings: {error}"
     return _for_the_user(error.__cause__) if error.__cause__ else None
-
-
-def _comes_from_lightning(error: BaseException) -> bool:
-    lightning = sys.modules.get("lightning")
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or lightning is None or lightning.__file__ is None:
-        return False
-    return Path(frames[-1].filename).is_relative_to(Path(lightning.__file__).parent)
 
 
 def _say(message: str, code: int) -> int:

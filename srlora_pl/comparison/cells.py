@@ -1,19 +1,21 @@
 """The runs of a comparison: each is a run of the command line in a folder of its own."""
 
 import json
-import os
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from srlora_pl.reporting.summary import FILE as SUMMARY
 from srlora_pl.util.errors import Interrupted, UserError
-from srlora_pl.util.files import lock
+from srlora_pl.util.files import lock, writing_to
+
+_COMMAND_LINE = (sys.executable, "-c", "from srlora_pl.cli import main; raise SystemExit(main())")
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ class Plan:
         """The runs that choose each method's point: all points with the first seed."""
         return [Cell(method, point, self.seeds[0]) for method in self.methods for point in self.points]
 
-    def repetitions(self, chosen: Mapping[str, tuple[tuple[str, str], ...]]) -> list[Cell]:
-        """The runs of the other seeds, seed by seed, so that methods can be compared early on."""
-        return [Cell(method, point, seed) for seed in self.seeds[1:] for method, point in chosen.items()]
+    def repetitions(self, best: Iterable[Cell]) -> list[Cell]:
+        """The ``best`` cells with the other seeds, seed by seed, so that methods can be compared early on."""
+        return [replace(cell, seed=seed) for seed in self.seeds[1:] for cell in best]
 
     @property
     def size(self) -> int:
@@ -87,62 +89,36 @@ class Plan:
         return None if file is None else json.loads(file.read_text()) | {"folder": str(file.parent)}
 
 
-@dataclass
-class Runner:
-    """Runs cells, one after the other, and none twice.
+def run(plan: Plan, cell: Cell, held: BinaryIO) -> str | None:
+    """Run ``cell``, unless it has finished, in a process that holds the file ``held`` too.
 
-    Attributes:
-        program: the words that start this package's command line.
-        lock: the file that this process holds.
-        failed: the sentence of every run that ended with an error, by its folder.
+    Returns:
+        What went wrong; None if it has finished.
     """
-
-    program: Sequence[str]
-    lock: BinaryIO
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def run(self, plan: Plan, cell: Cell) -> bool:
-        """Whether ``cell`` has finished, now or earlier."""
-        if plan.summary(cell) is not None:
-            return True
-        folder = plan.folder / cell.name
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "log.txt").open("ab") as log:
-            begin = log.tell()
-            command = [*self.program, *plan.arguments(cell)]
-            # A session of its own: Ctrl+C reaches it as one signal, from here. It holds the lock as well: should this
-            # process be killed, nobody begins the cell anew while it still runs.
-            process = subprocess.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, pass_fds=(self.lock.fileno(),)
-            )
-            try:
-                code = process.wait()
-            finally:
-                process.terminate()  # does nothing to a process that has ended
-                process.wait()
-        if code == 0 and plan.summary(cell) is not None:
-            return True
-        said = (folder / "log.txt").read_bytes()[begin:].decode(errors="replace").strip().splitlines() or [""]
-        self.failed[str(folder)] = f"{said[-1]} (exit code {code}, see {folder / 'log.txt'})"
-        return False
+    if plan.summary(cell) is not None:
+        return None
+    file = plan.folder / cell.name / "log.txt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab") as log:
+        begin = log.tell()
+        command = [*_COMMAND_LINE, *plan.arguments(cell)]
+        # A session of its own: Ctrl+C reaches it as one signal, from here. It holds the lock as well: should this
+        # process be killed, nobody begins the cell anew while it still runs.
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, pass_fds=(held.fileno(),))
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()  # does nothing to a process that has ended
+            process.wait()
+    if code == 0 and plan.summary(cell) is not None:
+        return None
+    said = file.read_bytes()[begin:].decode(errors="replace").strip().splitlines() or [""]
+    return f"{said[-1]} (exit code {code}, see {file})"
 
 
 @contextmanager
-def writing_to(folder: Path) -> Iterator[None]:
-    """A block that writes into ``folder`` for the first time.
-
-    Raises:
-        UserError: the folder cannot be made or written to.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--output {folder} cannot be written to ({error.strerror}): give another folder") from error
-
-
-@contextmanager
-def runner(folder: Path, program: Sequence[str]) -> Iterator[Runner]:
-    """A `Runner` of the comparisons in ``folder``, which no other process shares; a signal interrupts it.
+def comparing_in(folder: Path) -> Iterator[BinaryIO]:
+    """Holds a file in ``folder``, as no other comparison may, for `run`.
 
     Raises:
         UserError: the folder cannot be made or written to, or another process is at work in it.
@@ -153,7 +129,7 @@ def runner(folder: Path, program: Sequence[str]) -> Iterator[Runner]:
         words = "the same command goes on from here"
         raise Interrupted(f"interrupted by {signal.Signals(number).name}; {words}", 128 + number)
 
-    with writing_to(folder):
+    with writing_to(f"--output {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("ab")
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -164,8 +140,7 @@ def runner(folder: Path, program: Sequence[str]) -> Iterator[Runner]:
                     f"another comparison, or a run that one has left behind, is at work in {folder} (or its file "
                     "system has no locks): wait for it or stop it, or give another --output"
                 )
-            os.set_inheritable(file.fileno(), True)
-            yield Runner(program, file)
+            yield file
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

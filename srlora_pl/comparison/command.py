@@ -1,6 +1,5 @@
 """``python cli.py compare``: its options, its runs and the files with their results."""
 
-import csv
 import hashlib
 import json
 import math
@@ -9,79 +8,63 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-import lightning.pytorch  # noqa: F401  (before rich: typing keeps the first of Union[float, int] and Union[int, float])
 import yaml
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from srlora_pl.comparison.cells import Cell, Plan, Runner, runner, writing_to
+from srlora_pl.comparison.cells import Cell, Plan, comparing_in, run
 from srlora_pl.comparison.paper import NUMBERS, TABLES
 from srlora_pl.comparison.results import Outcome, at_the_edge, best_point, made_with, table, unequal_terms
 from srlora_pl.figures import runs as figures
 from srlora_pl.run import config
 from srlora_pl.util import system, yaml_text
 from srlora_pl.util.errors import UserError, did_you_mean
-from srlora_pl.util.files import relative, replacing
+from srlora_pl.util.files import relative, write_whole, writing_to
+from srlora_pl.util.tables import csv_of
 
 _PLAN = "plan.json"
 _PROBE_STEPS = 4
-_METHODS = "--methods says which are compared, an overlay of your own can be named there"
-# The settings that a comparison gives to every run, and what to do instead.
-_OWN = {
-    "seed_everything": "--seeds counts from seed_everything in the config file, set it there",
-    "ckpt_path": "every run begins anew or goes on from where it was, leave it out",
-    "trainer.default_root_dir": "the runs' folders are in that of --output, leave it out",
-    "model.method": _METHODS,
-    "model.method.class_path": _METHODS,
-}
-_NOTHING = "No method has finished all its runs with the first seed, so there is nothing to compare.\n"
-_FLATTERED = "* The grid was chosen from by the same data that the scores are of, so they flatter: {}."
+# The settings that a comparison gives to every run.
+_OWN = ("seed_everything", "ckpt_path", "trainer.default_root_dir", "model.method", "model.method.class_path")
 # Settings that make another task of a config than the paper's.
 _TASK = {"model.backbone", "data.task", "data.name"}
 
 
-def compare(given: Namespace, options: Sequence[str], program: Sequence[str]) -> int:
+def compare(given: Namespace, options: Sequence[str]) -> int:
     """Run a comparison and return the exit code: 1 if a run failed.
 
     Args:
         given: the options of ``compare``.
         options: for every run.
-        program: the words that start this package's command line, as a process for each run.
 
     Raises:
         UserError: the options contradict each other, name what is not there, or the output holds other runs.
     """
-    console = Console(highlight=False, soft_wrap=True)
     plans = plans_of(given, tuple(options))
     if given.dry_run:
         for plan in plans:
-            _dry_run(plan, console)
+            _dry_run(plan)
         return 0
-    with runner(Path(given.output), program) as work:
+    failed: list[str] = []
+    with comparing_in(Path(given.output)) as held:
         for plan in plans:
-            with writing_to(plan.folder):
+            with writing_to(f"--output {plan.folder}"):
                 _save_plan(plan)
         for plan in plans:
-            outcomes, best = _run(plan, work, console)
+            outcomes, best = _run(plan, held, failed)
             if outcomes:
-                console.print(_write(plan, outcomes, best), markup=False)
-                console.print(f"results in {relative(plan.folder)}", markup=False)
-    for folder, sentence in work.failed.items():
-        console.print(f"failed: {relative(folder)}: {sentence}", markup=False)
-    return 1 if work.failed else 0
+                print(_write(plan, outcomes, best))
+                print(f"results in {relative(plan.folder)}")
+    print(*failed, sep="\n", end="\n" if failed else "")
+    return 1 if failed else 0
 
 
 # -- what to run
 
 
 def plans_of(given: Namespace, options: tuple[str, ...]) -> list[Plan]:
-    """One plan for the config files, or one for each task of the paper's table.
-
-    Raises:
-        UserError: see `compare`.
-    """
+    """One plan for the config files, or one for each task of the paper's table."""
     names, methods = TABLES[given.table] if given.table else ((), ("lora", "pissa", "srlora"))
     chosen = _methods(given.methods.split(",") if given.methods else methods)
     if given.seeds < 1:
@@ -103,8 +86,6 @@ def _methods(names: Sequence[str]) -> dict[str, Path]:
     """The overlay file of each method: one of ``configs/methods/``, or any YAML file."""
     files = {}
     for name in map(str.strip, names):
-        if not name:
-            raise UserError("--methods has an empty name, write it as lora,pissa,srlora")
         file = Path(name) if name.endswith((".yaml", ".yml")) else _own_file(f"methods/{name}.yaml")
         config.read(str(file))
         if file.stem in files:
@@ -158,10 +139,12 @@ def _short_key(key: str) -> str:
 
 def _refuse_settings(options: Sequence[str], grid: Sequence[str]) -> None:
     """Refuse settings that the plan gives itself, or that are given twice."""
-    places = {f"--{key}": key for key in options} | {f"--grid {key}": key for key in grid}
-    for place, key in places.items():
-        if advice := _OWN.get(_short_key(key)):
-            raise UserError(f"{place} is not for you to give: {advice}")
+    for place, key in [*((f"--{key}", key) for key in options), *((f"--grid {key}", key) for key in grid)]:
+        if _short_key(key) in _OWN:
+            raise UserError(
+                f"{place} is set by compare itself: leave it out, --methods names methods or an overlay of your own, "
+                "--output the folder, and --seeds counts from seed_everything in the config file"
+            )
     for key in grid:
         if _short_key(key) in map(_short_key, options):
             raise UserError(f"--grid {key} is an option too: give the one or the other")
@@ -183,7 +166,7 @@ def _save_plan(plan: Plan) -> None:
                 f"{plan.folder} holds runs with other config files or options: give another --output, or the same "
                 "files and options again"
             )
-    _write_text(file, json.dumps({"files": files, "options": options}, indent=1))
+    write_whole(file, json.dumps({"files": files, "options": options}, indent=1))
 
 
 def _digests(plan: Plan) -> dict[str, str]:
@@ -196,29 +179,30 @@ def _digests(plan: Plan) -> dict[str, str]:
 # -- running
 
 
-def _run(plan: Plan, work: Runner, console: Console) -> tuple[list[Outcome], dict[str, Cell]]:
-    """All finished runs, and each method's best cell of the grid."""
-    with _progress(console) as bar:
+def _run(plan: Plan, held: BinaryIO, failed: list[str]) -> tuple[list[Outcome], dict[str, Cell]]:
+    """All finished runs, and each method's best cell of the grid; adds a line to ``failed`` for every other run."""
+    with _progress() as bar:
         task = bar.add_task("", total=plan.size)
 
         def finished(cells: Sequence[Cell]) -> Iterator[Outcome]:
             for cell in cells:
                 bar.update(task, description=cell.name)
-                if work.run(plan, cell):
-                    yield from _finished(plan, [cell])
+                if why := run(plan, cell, held):
+                    failed.append(f"failed: {relative(plan.folder / cell.name)}: {why}")
+                    print(f"failed: {cell.name}: {why}")
                 else:
-                    console.print(f"failed: {cell.name}: {work.failed[str(plan.folder / cell.name)]}", markup=False)
+                    yield from _finished(plan, [cell])
                 bar.advance(task)
 
         outcomes = list(finished(plan.trials))
         best = _best(plan, outcomes)
-        outcomes += finished(_repetitions(plan, best))
+        outcomes += finished(plan.repetitions(best.values()))
     return outcomes, best
 
 
-def _progress(console: Console) -> Progress:
+def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console)
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn())
 
 
 def _finished(plan: Plan, cells: Sequence[Cell]) -> list[Outcome]:
@@ -235,16 +219,8 @@ def _finished(plan: Plan, cells: Sequence[Cell]) -> list[Outcome]:
 
 def _best(plan: Plan, trials: Sequence[Outcome]) -> dict[str, Cell]:
     """Each method's best point; of a method that lacks one there is none, as the best may be the one that it lacks."""
-    best = {}
-    for method in plan.methods:
-        mine = [outcome for outcome in trials if outcome.cell.method == method]
-        if len(mine) == len(plan.points):
-            best[method] = best_point(mine) if len(plan.points) > 1 else mine[0].cell
-    return best
-
-
-def _repetitions(plan: Plan, best: Mapping[str, Cell]) -> list[Cell]:
-    return plan.repetitions({method: cell.point for method, cell in best.items()})
+    of = {method: [trial for trial in trials if trial.cell.method == method] for method in plan.methods}
+    return {method: best_point(mine) for method, mine in of.items() if len(mine) == len(plan.points)}
 
 
 # -- results
@@ -257,19 +233,32 @@ def _write(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) ->
         for method, cell in best.items()
     }
     rows, made = [outcome.row() for outcome in outcomes], made_with(outcomes)
-    lines = [table(chosen, _papers(plan)) if chosen else _NOTHING, *_left_out(plan, outcomes, best)]
+    nothing = "No method has finished all its runs with the first seed, so there is nothing to compare.\n"
+    lines = [table(chosen, _papers(plan)) if chosen else nothing, *_left_out(plan, outcomes, best)]
     lines += [*at_the_edge(plan.grid, best), *unequal_terms(chosen)]
     if len(plan.points) > 1 and (remedy := outcomes[0].remedy):
-        lines.append(_FLATTERED.format(remedy))
+        lines.append(f"* The grid was chosen from by the same data that the scores are of, so they flatter: {remedy}.")
     if differing := [name for name, found in made.items() if len(found) > 1]:
         lines.append(
             f"* Not all runs had the same {', '.join(differing)}, see results.json: begin anew in another --output."
         )
     text = "\n".join(lines).rstrip("\n") + "\n"
-    _write_csv(plan.folder / "results.csv", rows)
-    about = _about(plan, best, made) | {"devices": sorted({each.summary["device"] for each in outcomes}), "runs": rows}
-    _write_text(plan.folder / "results.json", json.dumps(about, indent=1))
-    _write_text(plan.folder / "results.md", text)
+    about = {
+        "configs": plan.configs,
+        "config_hash": _digests(plan),
+        "options": plan.options,
+        "grid": plan.grid,
+        "chosen": {method: dict(cell.point) for method, cell in best.items()},
+        "seeds": plan.seeds,
+        "commit": system.commit(),  # of the code that writes this; of the runs:
+        "commits": made.pop("commit"),
+        "versions": made,
+        "devices": sorted({each.summary["device"] for each in outcomes}),
+        "runs": rows,
+    }
+    write_whole(plan.folder / "results.csv", csv_of(rows))
+    write_whole(plan.folder / "results.json", json.dumps(about, indent=1))
+    write_whole(plan.folder / "results.md", text)
     curves = {method: each[0].curve("train/loss") for method, each in chosen.items()}
     # A run shorter than trainer.log_every_n_steps logs no loss.
     if curves := {method: curve for method, curve in curves.items() if curve[0]}:
@@ -277,43 +266,15 @@ def _write(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) ->
     return text
 
 
-def _about(plan: Plan, best: Mapping[str, Cell], made: dict[str, list[str | None]]) -> dict[str, Any]:
-    """The head of results.json: how the runs were made."""
-    return {
-        "configs": list(plan.configs),
-        "config_hash": _digests(plan),
-        "options": list(plan.options),
-        "grid": {key: list(values) for key, values in plan.grid.items()},
-        "chosen": {method: dict(cell.point) for method, cell in best.items()},
-        "seeds": list(plan.seeds),
-        "commit": system.commit(),  # of the code that writes this; of the runs:
-        "commits": made["commit"],
-        "versions": {name: found for name, found in made.items() if name != "commit"},
-    }
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as file:
-        file.write(text.encode())
-
-
 def _left_out(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) -> list[str]:
     """A line for each method without a best point."""
     lines, done = [], {outcome.cell for outcome in outcomes}
     for method in (method for method in plan.methods if method not in best):
         failed = [cell.name for cell in plan.trials if cell.method == method and cell not in done]
-        why = "its run with the first seed failed: mend it, or take it out of --methods"
-        if (points := len(plan.points)) > 1:
-            why = f"{len(failed)} of {points} points of the grid failed ({', '.join(failed)}): "
-            why += "take the value out of --grid, or mend it"
-        lines.append(f"* {method} is left out: {why}.")
+        lines.append(
+            f"* {method} is left out: {len(failed)} of its {len(plan.points)} runs with the first seed failed "
+            f"({', '.join(failed)}): mend it, or leave the value out of --grid or the method out of --methods."
+        )
     return lines
 
 
@@ -330,25 +291,20 @@ def _papers(plan: Plan) -> Mapping[str, Mapping[str, float]]:
 # -- a look ahead
 
 
-def _dry_run(plan: Plan, console: Console) -> None:
+def _dry_run(plan: Plan) -> None:
     """List the runs, and estimate how long they train from a few steps of the first one."""
-    cells = plan.trials
-    trials = _finished(plan, cells)
-    repeated = _finished(plan, _repetitions(plan, _best(plan, trials)))
-    seconds, steps = _probe(plan, cells[0])
-    console.print(f"{plan.folder}: {plan.size} runs of {steps:,} steps", markup=False)
-    for cell in cells:
-        done = ", finished" if plan.summary(cell) else ""
-        console.print(f"  {cell.name}{done}", markup=False)
-    if len(plan.seeds) > 1:
-        rest = f"seeds {plan.seeds[1]} to {plan.seeds[-1]}" if len(plan.seeds) > 2 else f"seed {plan.seeds[1]}"
-        console.print(f"  then each method's best point with {rest}", markup=False)
+    trials = _finished(plan, plan.trials)
+    repeated = _finished(plan, plan.repetitions(_best(plan, trials).values()))
+    seconds, steps = _probe(plan, plan.trials[0])
+    print(f"{plan.folder}: {plan.size} runs of {steps:,} steps")
+    for cell in plan.trials:
+        print(f"  {cell.name}{', finished' if plan.summary(cell) else ''}")
+    if others := plan.seeds[1:]:
+        print(f"  then each method's best point with seeds {', '.join(map(str, others))}")
     left = plan.size - len(trials) - len(repeated)
-    hours = seconds * steps * left / 3600
-    console.print(
-        f"  training the {left} that are left, alone, about {hours:.1f} h: {seconds:.3g} s a step over {_PROBE_STEPS} "
-        f"steps of {cells[0].name}",
-        markup=False,
+    print(
+        f"  training the {left} that are left, alone, about {seconds * steps * left / 3600:.1f} h: {seconds:.3g} s a "
+        f"step over {_PROBE_STEPS} steps of {plan.trials[0].name}"
     )
 
 
@@ -362,13 +318,13 @@ def _probe(plan: Plan, cell: Cell) -> tuple[float, int]:
     words = [f"--{key}={value}" for key, value in cell.point]
     few = ["--trainer.fast_dev_run", str(_PROBE_STEPS + 1)]
     few += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-    run = Run("fit", files, [config.read(file) for file in files], [*plan.options, *words, *few])
-    clock = LambdaCallback(on_train_batch_end=lambda *_: ends.append(time.perf_counter()))
+    trial = Run("fit", files, [config.read(file) for file in files], [*plan.options, *words, *few])
     ends: list[float] = []
-    run.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
-    run.trainer.fit(run.model, datamodule=run.datamodule)
-    asked = run.config.trainer
-    per_epoch = math.ceil(len(run.datamodule.train_set) / run.datamodule.batch_size / asked.accumulate_grad_batches)
+    clock = LambdaCallback(on_train_batch_end=lambda *_: ends.append(time.perf_counter()))
+    trial.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
+    trial.trainer.fit(trial.model, datamodule=trial.datamodule)
+    asked = trial.config.trainer
+    per_epoch = math.ceil(len(trial.datamodule.train_set) / trial.datamodule.batch_size / asked.accumulate_grad_batches)
     longest = [n for n in (asked.max_steps, (asked.max_epochs or -1) * per_epoch) if n > 0]
     seconds = (ends[-1] - ends[0]) / _PROBE_STEPS * asked.accumulate_grad_batches  # each end is a micro-batch's
     return seconds, min(longest, default=1000 * per_epoch)

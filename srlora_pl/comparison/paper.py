@@ -6,26 +6,14 @@ VISION_CONFIGS = tuple(f"vit_{data}_srlora" for data in ("cifar100", "stl10", "m
 TABLES = {"3": (GLUE_CONFIGS, ("lora", "pissa", "srlora")), "4": (VISION_CONFIGS, ("lora", "srlora"))}
 
 NUMBERS: dict[str, dict[str, dict[str, float]]] = {
-    "deberta_sst2_srlora": {
-        "lora": {"accuracy": 95.9},
-        "pissa": {"accuracy": 95.7},
-        "srlora": {"accuracy": 96.1},
-    },
+    "deberta_sst2_srlora": {"lora": {"accuracy": 95.9}, "pissa": {"accuracy": 95.7}, "srlora": {"accuracy": 96.1}},
     "deberta_mrpc_srlora": {
         "lora": {"f1": 90.8, "accuracy": 87.5},
         "pissa": {"f1": 90.5, "accuracy": 87.2},
         "srlora": {"f1": 90.3, "accuracy": 86.6},
     },
-    "deberta_cola_srlora": {
-        "lora": {"matthews": 65.4},
-        "pissa": {"matthews": 64.7},
-        "srlora": {"matthews": 65.1},
-    },
-    "deberta_qnli_srlora": {
-        "lora": {"accuracy": 94.0},
-        "pissa": {"accuracy": 94.4},
-        "srlora": {"accuracy": 93.4},
-    },
+    "deberta_cola_srlora": {"lora": {"matthews": 65.4}, "pissa": {"matthews": 64.7}, "srlora": {"matthews": 65.1}},
+    "deberta_qnli_srlora": {"lora": {"accuracy": 94.0}, "pissa": {"accuracy": 94.4}, "srlora": {"accuracy": 93.4}},
     # LoRA's number is not readable in the copy at hand.
     "deberta_rte_srlora": {"pissa": {"accuracy": 82.0}, "srlora": {"accuracy": 82.1}},
     "deberta_stsb_srlora": {

@@ -13,7 +13,7 @@ from scipy.stats import ttest_rel
 
 from srlora_pl.comparison.cells import Cell
 from srlora_pl.run import config
-from srlora_pl.util.markdown import markdown
+from srlora_pl.util.tables import markdown
 
 _ROUNDING = 1e-6  # of scores in single precision; a sample more in 40,000 changes one by 2.5e-5
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
@@ -41,13 +41,12 @@ class Outcome:
         return cls(cell, summary, rows)
 
     @property
-    def scores(self) -> dict[str, float]:
-        """The final scores, with ``test/score`` or ``val/score``."""
-        return dict(self.summary["scores"])
+    def scores(self) -> Mapping[str, float]:
+        """The final scores, with ``test/score`` or ``val/score``, the task's main one."""
+        return self.summary["scores"]
 
     @property
     def score(self) -> float:
-        """The task's main one."""
         return next(value for name, value in self.scores.items() if name.endswith("/score"))
 
     @property
@@ -72,18 +71,18 @@ class Outcome:
 
     def row(self) -> dict[str, Any]:
         """For results.csv."""
-        quarters = [
-            (f"{name} at {quarter:.0%}", value)
+        quarters = {
+            f"{name} at {quarter:.0%}": value
             for name in ("val/score", "val/loss")
             for quarter, value in zip(QUARTERS, self.at_quarters(name), strict=True)
-        ]
+        }
         return {
             "cell": self.cell.name,
             "method": self.cell.method,
             **dict(self.cell.point),
             "seed": self.cell.seed,
             **{f"best {self.summary['best'].get('monitor', '')}": self.summary["best"].get("value")},
-            **dict(quarters),
+            **quarters,
             **self.scores,
             **{key: self.summary[key] for key in ("steps", "switches", "seconds", "peak_memory")},
             **{f"{kind} parameters": count for kind, count in self.summary["parameters"].items()},
@@ -92,12 +91,13 @@ class Outcome:
 
 
 def best_point(outcomes: Iterable[Outcome]) -> Cell:
-    """The cell whose best checkpoint has the best monitored value; of equals the first."""
+    """The cell whose best checkpoint has the best monitored value; of equals, and of runs without validation, the
+    first."""
 
     def distance(outcome: Outcome) -> float:
         best = outcome.summary["best"]
-        value = best["value"] if best["mode"] == "min" else -best["value"]
-        return math.inf if math.isnan(value) else value
+        value = best.get("value", math.nan)
+        return math.inf if math.isnan(value) else value if best["mode"] == "min" else -value
 
     return min(outcomes, key=distance).cell
 
@@ -135,11 +135,6 @@ class Difference:
         return cls(mean, float(interval.low), float(interval.high), float(test.pvalue), len(seeds))
 
 
-def by_seed(outcomes: Iterable[Outcome]) -> dict[int, float]:
-    """The main scores."""
-    return {outcome.cell.seed: outcome.score for outcome in outcomes}
-
-
 def table(outcomes: Mapping[str, Sequence[Outcome]], paper: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown tables: mean, standard deviation and n of each method beside the paper's numbers; the course of
     validation; and the differences between methods.
@@ -148,55 +143,58 @@ def table(outcomes: Mapping[str, Sequence[Outcome]], paper: Mapping[str, Mapping
         outcomes: of each method's chosen point, one per seed.
         paper: by method, its numbers in percent, by the names that `Outcome.scores` has without the split.
     """
-    names = list(dict.fromkeys(name for all_ in outcomes.values() for each in all_ for name in _shown(each.scores)))
-    header = ["method", "chosen", "n"]
-    for name in names:
-        header += [_title(name)] + (["paper"] if any(_kind(name) in row for row in paper.values()) else [])
-    finished = {method: each for method, each in outcomes.items() if each}
-    rows = [_row(method, each, names, header, paper.get(method, {})) for method, each in finished.items()]
-    on_the_way = [f"{name} at {quarter:.0%}" for name in ("val score, %,", "val loss") for quarter in QUARTERS]
-    curves = [
-        [method, *_at_quarters(each, "val/score", 100), *_at_quarters(each, "val/loss", 1)]
-        for method, each in finished.items()
+    every = outcomes.values()
+    points = [[f"{key.rpartition('.')[2]} {value}" for key, value in runs[0].cell.point] for runs in every]
+    columns = [("method", [*outcomes]), ("chosen", [", ".join(point) or "-" for point in points])]
+    columns.append(("n", [str(len(runs)) for runs in every]))
+    for name in dict.fromkeys(name for runs in every for run in runs for name in run.scores):
+        kind = name.partition("/")[2]
+        if kind == "score":  # the main one's second name
+            continue
+        columns.append((_title(name), [_spread([run.scores.get(name) for run in runs], name) for runs in every]))
+        numbers = [paper.get(method, {}).get(kind) for method in outcomes]
+        if any(numbers):
+            columns.append(("paper", [f"{number:g}" if number else "-" for number in numbers]))
+    course = [("method", [*outcomes])]
+    for name in ("val/score", "val/loss"):
+        for i, quarter in enumerate(QUARTERS):
+            cells = [_spread([run.at_quarters(name)[i] for run in runs], name) for runs in every]
+            course.append((f"{_title(name, ',')} at {quarter:.0%}", cells))
+    tables = [
+        markdown([title for title, _ in each], zip(*(cells for _, cells in each), strict=True))
+        for each in (columns, course)
     ]
-    tables = [markdown(header, rows), "", markdown(["method", *on_the_way], curves)]
-    return "\n".join([*tables, "", *_differences(outcomes), ""])
+    return "\n".join([tables[0], "", tables[1], "", *_differences(outcomes), ""])
 
 
-def _row(
-    method: str, outcomes: Sequence[Outcome], names: Sequence[str], header: Sequence[str], paper: Mapping[str, float]
-) -> list[str]:
-    point = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in outcomes[0].cell.point)
-    cells = [method, point or "-", str(len(outcomes))]
-    for name in names:
-        scale = 1 if _kind(name) == "loss" else 100
-        cells.append(_spread([scale * each.scores[name] for each in outcomes if name in each.scores], scale))
-        if len(cells) < len(header) and header[len(cells)] == "paper":
-            cells.append(f"{paper[_kind(name)]:g}" if _kind(name) in paper else "-")
-    return cells
+def _title(name: str, behind: str = "") -> str:
+    return name.replace("/", " ") + ("" if name.endswith("/loss") else f", %{behind}")
 
 
-def _at_quarters(outcomes: Sequence[Outcome], name: str, scale: int) -> list[str]:
-    quarters = zip(*(each.at_quarters(name) for each in outcomes), strict=True)
-    return [_spread([scale * value for value in values if value is not None], scale) for values in quarters]
+def _spread(values: Sequence[float | None], name: str) -> str:
+    """Mean and standard deviation of those that there are, in percent if they are no losses."""
+    scale, digits = (1, 3) if name.endswith("/loss") else (100, 2)
+    known = [scale * value for value in values if value is not None]
+    if not known:
+        return "-"
+    deviation = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.fmean(known):.{digits}f}{deviation}"
 
 
 def _differences(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
+    """A line for each two methods."""
     lines = []
-    for (first, mine), (second, theirs) in combinations(outcomes.items(), 2):
-        scores = by_seed(mine), by_seed(theirs)
-        found = Difference.between(*scores)
-        if found is None:
-            few = len(scores[0].keys() & scores[1].keys()) < 2
-            same = "the difference is the same with every seed, so nothing can be tested"
-            why = "too few seeds in common to tell a difference" if few else same
-            lines.append(f"* {first} against {second}: {why}.")
-            continue
-        verdict = "significant at 5 %" if found.p < 0.05 else "not significant at 5 %"
-        lines.append(
-            f"* {first} - {second}: {100 * found.mean:+.2f} points (95 % interval {100 * found.low:+.2f} to "
-            f"{100 * found.high:+.2f}; paired t-test over {found.n} seeds, p = {found.p:.3f}): {verdict}."
-        )
+    scores = {method: {run.cell.seed: run.score for run in runs} for method, runs in outcomes.items()}
+    for first, second in combinations(outcomes, 2):
+        if found := Difference.between(scores[first], scores[second]):
+            lines.append(
+                f"* {first} - {second}: {100 * found.mean:+.2f} points (95 % interval {100 * found.low:+.2f} to "
+                f"{100 * found.high:+.2f}; paired t-test over {found.n} seeds, p = {found.p:.3f}): "
+                f"{'significant' if found.p < 0.05 else 'not significant'} at 5 %."
+            )
+        else:
+            why = "fewer than two seeds in common, or the same difference with all of them"
+            lines.append(f"* {first} against {second}: nothing can be tested ({why}).")
     return lines
 
 
@@ -220,13 +218,12 @@ def unequal_terms(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
     """A line where methods differ in the number of trained parameters or of steps."""
     differing = []
     for name in ("trained parameters", "steps"):
-        counts = {method: sorted({each.row()[name] for each in runs}) for method, runs in outcomes.items()}
+        counts = {method: sorted({run.row()[name] for run in runs}) for method, runs in outcomes.items()}
         if len(set(map(tuple, counts.values()))) > 1:
-            spans = (
-                f"{method} {' to '.join(f'{n:,}' for n in dict.fromkeys((all_[0], all_[-1])))}"
-                for method, all_ in counts.items()
-            )
-            differing.append(f"{name} ({', '.join(spans)})")
+            spans = {
+                method: " to ".join(f"{n:,}" for n in sorted({all_[0], all_[-1]})) for method, all_ in counts.items()
+            }
+            differing.append(f"{name} ({', '.join(map(' '.join, spans.items()))})")
     return [f"* The methods are not on equal terms: {', '.join(differing)}."] if differing else []
 
 
@@ -235,24 +232,3 @@ def made_with(outcomes: Iterable[Outcome]) -> dict[str, list[str | None]]:
     each = [{"commit": outcome.summary.get("commit"), **outcome.summary["versions"]} for outcome in outcomes]
     names = dict.fromkeys(name for versions in each for name in versions)
     return {name: list(dict.fromkeys(versions.get(name) for versions in each)) for name in names}
-
-
-def _shown(scores: Mapping[str, float]) -> list[str]:
-    """All but the main score's second name."""
-    return [name for name in scores if _kind(name) != "score"]
-
-
-def _kind(name: str) -> str:
-    return name.partition("/")[2]
-
-
-def _title(name: str) -> str:
-    return name.replace("/", " ") + ("" if _kind(name) == "loss" else ", %")
-
-
-def _spread(values: Sequence[float], scale: int = 1) -> str:
-    if not values:
-        return "-"
-    digits = 2 if scale == 100 else 3
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"

@@ -7,7 +7,7 @@ sampler at ``divmod(processed, batches per epoch)``.
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -28,13 +28,14 @@ from srlora_pl.data.loader import (
     rank_and_world,
 )
 from srlora_pl.data.protocols import Batch, model_of
+from srlora_pl.data.splits import hold_out
 from srlora_pl.training import lightning_internals as internals
-from srlora_pl.util.errors import UserError, listed
+from srlora_pl.util.errors import UserError, listed, require
 from srlora_pl.util.randomness import derive, run_seed
 
-# Streams keep the uses of one seed apart; large numbers, so that no step or epoch is mistaken for one.
+# Streams of the seed; large numbers, so that no step or epoch is mistaken for one.
 _ORDER = int.from_bytes(b"order")
-_SPLIT = int.from_bytes(b"split")
+_SAMPLE = int.from_bytes(b"sample")
 
 _SHOWN = 10  # classes, and kinds of files or rows left out, that a run's first line names
 
@@ -51,10 +52,17 @@ class KeyedDataset(Dataset):
     rows: Tensor
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self.rows)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         raise NotImplementedError
+
+    def labelled(self, index: Tensor, **content: Any) -> Batch:
+        """The batch of the samples at ``index`` among `rows`, with their labels if there are any."""
+        batch: Batch = {**content, "index": index}
+        if self.labels is not None:
+            batch["label"] = self.labels[self.rows[index]]
+        return batch
 
     def extremes(self) -> tuple[int, int]:
         """The easiest and the hardest sample for a network, such as the shortest and the longest, if that is known."""
@@ -69,9 +77,9 @@ class DataModule(L.LightningDataModule):
     """Base of the package's DataModules: a held-out split, exact order, resume, and checks of its arguments.
 
     Its members for tasks and reports are those of `srlora_pl.data.protocols.DataForTask`. A subclass sets `num_classes`
-    and `class_names` in ``__init__``, fills `train_set`, `val_set`, `test_set` and `predict_set` in `load`, counts in
-    `left_out` the files or rows it leaves out, and may order an epoch itself in `train_order`. On several devices an
-    evaluation batch with the key ``spare`` must not be scored (see `Share`).
+    and `class_names` in ``__init__``, gives `splits` and `dataset` (or fills `train_set`, `val_set`, `test_set` and
+    `predict_set` in `load`), counts in `left_out` the files or rows it leaves out, and may order an epoch itself in
+    `train_order`. On several devices an evaluation batch with the key ``spare`` must not be scored (see `Share`).
 
     Args:
         batch_size: samples in a batch, per device.
@@ -80,22 +88,21 @@ class DataModule(L.LightningDataModule):
         num_workers: processes that load data; 0 loads in the main process.
 
     Attributes:
+        kind: of a sample, such as ``image``.
         left_out: how many files or rows are in no split, by what they are, such as ``{"hidden": 2}``.
     """
 
     num_classes: int
     class_names: list[str]
+    kind = "sample"
     names_numbers = False
     split_names: Mapping[str, Sequence[str]] = {"val": ("val",), "test": ("test",)}
 
-    def __init__(self, batch_size: int, val_fraction: float, seed: int, num_workers: int) -> None:
+    def __init__(self, batch_size: int = 16, val_fraction: float = 0.1, seed: int = 0, num_workers: int = 0) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise UserError(f"data.batch_size is {batch_size}, but a batch needs at least 1 sample.")
-        if not 0 <= val_fraction < 1:
-            raise UserError(f"data.val_fraction is {val_fraction}, but it must be at least 0 and less than 1.")
-        if num_workers < 0:
-            raise UserError(f"data.num_workers is {num_workers}, but it must be 0 or more.")
+        require("data.batch_size", batch_size, "at least 1", batch_size >= 1)
+        require("data.val_fraction", val_fraction, "at least 0 and less than 1", 0 <= val_fraction < 1)
+        require("data.num_workers", num_workers, "0 or more", num_workers >= 0)
         self.batch_size, self.val_fraction = batch_size, val_fraction
         self.seed, self.num_workers = seed, num_workers
         self.train_set: KeyedDataset | None = None
@@ -106,16 +113,67 @@ class DataModule(L.LightningDataModule):
         self._resumed: int | None = None
         self._is_described = False
 
+    def splits(self, use: str) -> list[str]:
+        """Names of the splits for ``train``, ``val``, ``test`` or ``predict``; several are scored apart.
+
+        Without a name for ``val``, validation samples are held out of the training split.
+        """
+        return []
+
+    def dataset(self, split: str, rows: Tensor | None, use: str) -> KeyedDataset:
+        """The samples ``rows``, int64 (m,), or all of a split; without labels where ``use`` is ``predict``."""
+        raise NotImplementedError
+
+    def needed(self, stage: str) -> list[str]:
+        """The splits of ``stage``; a fit ends with a test, whose errors shall come before training."""
+        if stage == "fit":
+            return [*dict.fromkeys(self.splits("train") + self.splits("val") + self.splits("test"))]
+        if stage == "validate":
+            return self.splits("val") or self.splits("train")
+        return self.splits(stage)
+
     def load(self, stage: str) -> None:
         """Fill the data sets that ``stage`` (fit, validate, test or predict) needs."""
-        raise NotImplementedError
+        if stage in ("fit", "validate"):
+            self._load_train_and_val(stage)
+        elif stage == "test":
+            if not self.has_test_labels:
+                raise UserError("The data has no labelled test split; add one, or run validate instead.")
+            self.test_set = self._sets("test")
+        elif stage == "predict":
+            if not self.splits("predict"):
+                raise UserError(f"The data has no test split to predict; set data.predict_root to {self.kind}s.")
+            self.predict_set = self._sets("predict")
+
+    def _load_train_and_val(self, stage: str) -> None:
+        names = self.splits("val")
+        self.val_set = self._sets("val") if names else None
+        if names and stage == "validate":
+            return
+        (train,) = self.splits("train")
+        self.train_set = self.dataset(train, None, "train")
+        if not names and self.val_fraction > 0:
+            labels = self.train_set.labels
+            assert labels is not None
+            strata = labels if labels.dtype == torch.int64 else torch.zeros(len(labels), dtype=torch.int64)
+            kept, held = hold_out(strata, self.val_fraction, self.seed, self.kind)
+            self.train_set, self.val_set = self.dataset(train, kept, "train"), self.dataset(train, held, "val")
+
+    def _sets(self, use: str) -> KeyedDataset | list[KeyedDataset]:
+        sets = [self.dataset(split, None, use) for split in self.splits(use)]
+        return sets if len(sets) > 1 else sets[0]
 
     def setup(self, stage: str) -> None:
         """Load the data of ``stage``; errors that the user can mend come from here, before any step."""
         stage = str(getattr(stage, "value", stage))  # Lightning's is an enumeration, and would be shown as one
         if stage == "fit":
             self._resumed = None  # of an earlier fit; a checkpoint to resume from is loaded after this hook
-        self._check_head()
+        head = model_of(self.trainer).num_classes
+        if head is not None and head != self.num_classes:
+            raise UserError(
+                f"The model's head has {head} classes, but the data has {self.num_classes}; "
+                f"set model.num_classes to {self.num_classes} or leave it out."
+            )
         self.load(stage)
         devices = rank_and_world(self)[1]
         if stage == "fit" and devices * self.batch_size > len(self._train()):
@@ -147,7 +205,7 @@ class DataModule(L.LightningDataModule):
             "to test": self.test_set,
             "to predict": self.predict_set,
         }
-        sets = {use: each if isinstance(each, list) else [each] for use, each in splits.items() if each is not None}
+        sets = {use: _as_list(each) for use, each in splits.items() if each is not None}
         parts = [", ".join(f"{sum(map(len, each)):,} {use}" for use, each in sets.items()) or "none"]
         first = next((each[0] for each in sets.values()), None)  # a DataModule of the user's own may load nothing
         labels = None if first is None or first.labels is None else first.labels[first.rows]
@@ -163,14 +221,6 @@ class DataModule(L.LightningDataModule):
             parts.append(f"left out: {listed(shown)}")
         return f"data: {'; '.join(parts)}"
 
-    def _check_head(self) -> None:
-        head = model_of(self.trainer).num_classes
-        if head is not None and head != self.num_classes:
-            raise UserError(
-                f"The model's head has {head} classes, but the data has {self.num_classes}; "
-                f"set model.num_classes to {self.num_classes} or leave it out."
-            )
-
     def _train(self) -> KeyedDataset:
         if self.train_set is None:
             raise RuntimeError("setup('fit') has not run yet")
@@ -184,6 +234,21 @@ class DataModule(L.LightningDataModule):
         """
         keys: list[Key] = [(index, 0) for index in sorted(set(self._train().extremes()))]
         return raise_user_error(self._train().__getitems__(keys))
+
+    def sampled_batches(self, samples: float) -> Iterator[Batch]:
+        """This process's share of random training samples, in batches; moves no loader and no random state.
+
+        Args:
+            samples: how many; below 1 a share of all, of at least 2 samples.
+        """
+        total = len(self._train())
+        count = max(2, round(samples * total)) if samples < 1 else int(samples)
+        generator = torch.Generator().manual_seed(derive(run_seed(), _SAMPLE))
+        rank, world = rank_and_world(self)
+        own = torch.randperm(total, generator=generator)[:count][rank::world]
+        for start in range(0, len(own), self.batch_size):
+            keys: list[Key] = [(index, 0) for index in own[start : start + self.batch_size].tolist()]
+            yield raise_user_error(self._train().__getitems__(keys))
 
     # -- loaders
 
@@ -203,15 +268,12 @@ class DataModule(L.LightningDataModule):
 
     def _evaluation(self, sets: Sets) -> Loaders:
         """One loader, one for each of several data sets, or none."""
-        if sets is None:
-            return []
-        if isinstance(sets, list):
-            return [self._in_turn(each) for each in sets]
-        return self._in_turn(sets)
-
-    def _in_turn(self, dataset: KeyedDataset) -> Loader:
-        share = Share(dataset, self.batch_size, *rank_and_world(self))
-        return loader(dataset, self.num_workers, sampler=share, batch_size=self.batch_size)
+        shares = [Share(each, self.batch_size, *rank_and_world(self)) for each in _as_list(sets)]
+        loaders = [
+            loader(each, self.num_workers, sampler=share, batch_size=self.batch_size)
+            for each, share in zip(_as_list(sets), shares, strict=True)
+        ]
+        return loaders[0] if isinstance(sets, KeyedDataset) else loaders
 
     # -- order and position
 
@@ -228,7 +290,7 @@ class DataModule(L.LightningDataModule):
     @property
     def has_test_labels(self) -> bool:
         """Whether there is a test split to score on."""
-        return False
+        return bool(self.splits("test"))
 
     def sample_name(self, index: int) -> str:
         """The name of a predicted sample: its position in the split."""
@@ -295,6 +357,10 @@ class DataModule(L.LightningDataModule):
         self._resumed = state_dict["processed"]
 
 
+def _as_list(sets: Sets) -> list[KeyedDataset]:
+    return sets if isinstance(sets, list) else [] if sets is None else [sets]
+
+
 def _with_counts(names: Sequence[str], labels: Tensor | None) -> str:
     """The first classes, each with its count in ``labels``: int64 (n,), or of several a sample (n, classes)."""
     shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN]]
@@ -309,28 +375,6 @@ def split_keys(keys: Sequence[Key]) -> tuple[Tensor, Tensor | None]:
     """Indices, int64 (b,), and epochs, int64 (b,), or None for keys without epochs."""
     table = torch.tensor(keys, dtype=torch.int64)
     return (table, None) if table.ndim == 1 else (table[:, 0], table[:, 1])
-
-
-def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Cut a data set in two, every class in the same proportion (to one sample), at random by ``seed``.
-
-    ``labels``: int64 (n,). Returns the rows that stay and the rows held out, both ascending, int64.
-    The held-out part has round(fraction * n) rows; no class loses its last sample.
-    """
-    generator = torch.Generator().manual_seed(derive(seed, _SPLIT))
-    counts = torch.bincount(labels)
-    # Whole samples per class first; what is left goes to the largest remainders, ties to the lower class.
-    share = counts.double() * fraction
-    held = share.floor().long()
-    short = round(fraction * len(labels)) - int(held.sum())
-    held[(held - share).argsort(stable=True)[:short]] += 1
-    held = held.clamp(max=(counts - 1).clamp(min=0))
-
-    shuffled = torch.randperm(len(labels), generator=generator)
-    by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
-    taken = place < held[labels[by_class]]
-    return by_class[~taken].sort().values, by_class[taken].sort().values
 
 
 def is_hub_name(root: str) -> bool:

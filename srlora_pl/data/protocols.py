@@ -3,7 +3,7 @@
 Either side may be a user's own class. Every member is optional: where an object lacks one, the default below holds.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol, cast
 
@@ -28,6 +28,7 @@ class DataForTask(Protocol):
         batch_size: samples in a batch, per device.
         padding_token: the token that shorter texts are padded with, None if there is none.
         trial_batch: makes a small training batch to try before training, without moving a loader or a random state.
+        sampled_batches: batches of that many random training samples, see `srlora_pl.data.base.DataModule`.
         sample_name: the name of the predicted sample with this index.
     """
 
@@ -42,6 +43,7 @@ class DataForTask(Protocol):
     batch_size: int | None = None
     padding_token: int | None = UNSAID
     trial_batch: Callable[[], Batch] | None = None
+    sampled_batches: Callable[[float], Iterator[Batch]] | None = None
     sample_name: Callable[[int], str] = str
 
 

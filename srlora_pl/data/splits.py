@@ -2,12 +2,14 @@
 
 import re
 
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from srlora_pl.data.base import stratified_split
 from srlora_pl.util.errors import UserError
+from srlora_pl.util.randomness import derive
 
+_SPLIT = int.from_bytes(b"split")  # a stream of the seed, kept apart from its other uses
 _SPLITS = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
@@ -38,13 +40,10 @@ def hold_out(strata: Tensor, fraction: float, seed: int, kind: str) -> tuple[Ten
     kept, held = stratified_split(strata, fraction, seed)
     counts = strata.bincount()
     if fraction > 0 and not len(held):
-        if counts.max() < 2:
-            raise UserError(
-                f"data.val_fraction is {fraction}, but no class has two training {kind}s, so that none can be held "
-                f"out; set it to 0, or give a validation split of your own."
-            )
+        why = f"is not one {kind}" if counts.max() > 1 else f"holds none out, as no class has two {kind}s"
         raise UserError(
-            f"data.val_fraction {fraction} of {len(strata)} training {kind}s is not one {kind}; use a larger fraction."
+            f"data.val_fraction {fraction} of {len(strata)} training {kind}s {why}; use a larger fraction, or 0 and a "
+            f"validation split of your own."
         )
     unseen = (counts > 0) & (strata[held].bincount(minlength=len(counts)) == 0)
     if len(held) and unseen.any():
@@ -53,3 +52,25 @@ def hold_out(strata: Tensor, fraction: float, seed: int, kind: str) -> tuple[Ten
             f"{fraction} to hold one out: validation does not see them."
         )
     return kept, held
+
+
+def stratified_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Cut a data set in two, every class in the same proportion (to one sample), at random by ``seed``.
+
+    ``labels``: int64 (n,). Returns the rows that stay and the rows held out, both ascending, int64.
+    The held-out part has round(fraction * n) rows; no class loses its last sample.
+    """
+    generator = torch.Generator().manual_seed(derive(seed, _SPLIT))
+    counts = torch.bincount(labels)
+    # Whole samples per class first; what is left goes to the largest remainders, ties to the lower class.
+    share = counts.double() * fraction
+    held = share.floor().long()
+    short = round(fraction * len(labels)) - int(held.sum())
+    held[(held - share).argsort(stable=True)[:short]] += 1
+    held = held.clamp(max=(counts - 1).clamp(min=0))
+
+    shuffled = torch.randperm(len(labels), generator=generator)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    place = torch.arange(len(labels)) - (counts.cumsum(0) - counts)[labels[by_class]]
+    taken = place < held[labels[by_class]]
+    return by_class[~taken].sort().values, by_class[taken].sort().values

@@ -5,11 +5,11 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from importlib import import_module
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from srlora_pl.lowrank.delta import Factors, change, overall_error
 from srlora_pl.models import peft_folder
-from srlora_pl.models.family import ModelFamily, example_outputs
+from srlora_pl.models.family import example_outputs
 from srlora_pl.run import config
 from srlora_pl.tasks.base import Task
 from srlora_pl.training import checkpoints
@@ -56,27 +56,20 @@ class Report:
         """The report in words."""
         lines = []
         if any(factors.lost for factors in self.factors.values()):
-            lines = [
-                f"{name}: rank {each.rank}, relative error {each.error:.2e}" for name, each in self.factors.items()
-            ]
+            lines += [f"{name}: rank {f.rank}, relative error {f.error:.2e}" for name, f in self.factors.items()]
             lines.append(f"relative error of all changes together: {overall_error(self.factors.values()):.2e}")
         lines += self.notes
-        ranks = sorted({factors.rank for factors in self.factors.values()})
-        if ranks:
-            lines.append(
-                f"adapter of rank {' to '.join(map(str, dict.fromkeys([ranks[0], ranks[-1]])))}: {_mib(self.size)}, "
-                f"the merged weights would take {_mib(self.dense_size)}"
-            )
+        size, dense = (f"{size / 2**20:.1f} MiB" for size in (self.size, self.dense_size))
+        if self.factors:
+            ranks = sorted({factors.rank for factors in self.factors.values()})
+            span = " to ".join(map(str, dict.fromkeys([ranks[0], ranks[-1]])))
+            lines.append(f"adapter of rank {span}: {size}, the merged weights would take {dense}")
         if self.size > self.dense_size:
             lines.append("--format merged is the smaller file here, and the faster model")
         lines.append(
             f"largest output difference to the trained model: {self.difference:.1e} (outputs up to {self.largest:.1e})"
         )
-        return [*lines, f"written to {self.folder}" + ("" if ranks else f" ({_mib(self.size)})")]
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
+        return [*lines, f"written to {self.folder}" + ("" if self.factors else f" ({size})")]
 
 
 def export_model(
@@ -98,7 +91,7 @@ def export_model(
             their own, it takes so many of each matrix, in either format.
         force: write into a folder that holds files already; those of other names stay, but for weights and adapters
             of another export: the libraries would load them too.
-        class_names: one per class.
+        class_names: one per class; by default those that the task was trained on.
 
     Raises:
         UserError: an argument is wrong, the weights are not finite, or the files do not give the model's outputs;
@@ -106,12 +99,17 @@ def export_model(
     """
     if format not in FORMATS:
         raise UserError(f"--format {format} is unknown, it is one of {', '.join(FORMATS)}")
-    target = require_free(folder, force)
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--output {folder} is a file, give a folder")
+    if not force and target.is_dir() and any(target.iterdir()):
+        raise UserError(f"--output {folder} holds files already, give a new folder or --force to overwrite them")
     if not isinstance(task, Task):
         raise UserError(
             f"{type(task).__name__} is neither an ImageClassifier nor a TextClassifier, so its files have no known "
             "layout: take model.adaptation.merged_copy()"
         )
+    class_names = class_names or task.trained_classes
     class_names = class_names if len(class_names) == task.hparams.get("num_classes") else ()
     if rank is not None and task.adaptation.method.nested:
         with task.adaptation.at_rank(rank):
@@ -123,34 +121,38 @@ def export_model(
 
 def _export(task: Task, target: Path, format: str, rank: int | None, class_names: Sequence[str]) -> Report:
     plain = task.adaptation.merged_copy()
-    _require_finite(plain.state_dict())
+    for name, value in plain.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(f"{name} holds NaN or infinity, so nothing was written: export an earlier checkpoint")
     with _whole_or_nothing(target) as new:
         if format == "merged":
-            report = _write_merged(task, plain, new, class_names)
-        else:
-            report = _write_adapter(task, plain, new, rank, class_names)
-    return replace(report, folder=target)
+            return _write_merged(task, plain, new, target, class_names)
+        return _write_adapter(task, plain, new, target, rank, class_names)
 
 
-def _write_merged(task: Task, plain: nn.Module, new: Path, class_names: Sequence[str]) -> Report:
-    family = task.family
+def _write_merged(task: Task, plain: nn.Module, new: Path, target: Path, class_names: Sequence[str]) -> Report:
+    family, size = task.family, _size(plain)
     notes = family.save(plain, new, class_names, task.card())
     trained = example_outputs(family, task.net, task.net)
     loaded = example_outputs(family, family.load(new), task.net)
-    size = _size(plain.state_dict())
-    return Report(new, size, size, *_compare(loaded, trained, trained), notes=notes)
+    return Report(target, size, size, *_compare(loaded, trained, trained), notes=notes)
 
 
-def _write_adapter(task: Task, plain: nn.Module, new: Path, rank: int | None, class_names: Sequence[str]) -> Report:
+def _write_adapter(
+    task: Task, plain: nn.Module, new: Path, target: Path, rank: int | None, class_names: Sequence[str]
+) -> Report:
     family, start = task.family, task.adapter
-    base, heads = _pretrained(family), family.heads(task.net)
+    if family.random:
+        raise UserError(
+            "the run started from random weights (model.backbone_kwargs.pretrained is false), so there is no "
+            "pretrained model that a PEFT folder could be put on: use --format merged"
+        )
+    base, heads = family.build()[0].eval(), family.heads(task.net)
     factors = change(task.adaptation, rank, start.merged_into(task.adaptation) if start else None)
     names = [*heads, *(start.modules_beside(heads) if start else ())]
     modules = {name: plain.get_submodule(name).state_dict() for name in names}
-    _require_finite({f"{name}.{side}": getattr(each, side) for name, each in factors.items() for side in "BA"})
     _require_untouched(base, plain, (*(f"{name}.weight" for name in factors), *(f"{name}." for name in modules)))
-    base_settings = (family.base_name, family.task_type, family.revision)
-    size = peft_folder.write(new, factors, modules, *base_settings, class_names)
+    size = peft_folder.write(new, factors, modules, family.base, family.task_type, class_names)
     trained = example_outputs(family, task.net, task.net)
     installed = find_spec("peft") is not None
     notes = [f"it belongs on {family.recipe}"]
@@ -160,17 +162,7 @@ def _write_adapter(task: Task, plain: nn.Module, new: Path, rank: int | None, cl
         rebuilt = example_outputs(family, _changed(copy.deepcopy(base), factors, modules), task.net)
     found = example_outputs(family, _in_peft(base, new), task.net) if installed else rebuilt
     differences = _compare(found, trained if rank is None else rebuilt, trained)
-    return Report(new, size, _size(plain.state_dict()), *differences, factors, notes)
-
-
-def _pretrained(family: ModelFamily) -> nn.Module:
-    """The pretrained network with a new head."""
-    if family.random:
-        raise UserError(
-            "the run started from random weights (model.backbone_kwargs.pretrained is false), so there is no "
-            "pretrained model that a PEFT folder could be put on: use --format merged"
-        )
-    return family.build()[0].eval()
+    return Report(target, size, _size(plain), *differences, factors, notes)
 
 
 def _in_peft(base: nn.Module, folder: Path) -> nn.Module:
@@ -197,14 +189,8 @@ def _compare(found: Tensor, expected: Tensor, trained: Tensor) -> tuple[float, f
     return float((found - trained).abs().max()), largest
 
 
-def _size(state: Mapping[str, Tensor]) -> int:
-    return sum(value.nbytes for value in state.values())
-
-
-def _require_finite(state: Mapping[str, Tensor]) -> None:
-    for name, value in state.items():
-        if not value.isfinite().all():
-            raise UserError(f"{name} holds NaN or infinity, so nothing was written: export an earlier checkpoint")
+def _size(net: nn.Module) -> int:
+    return sum(value.nbytes for value in net.state_dict().values())
 
 
 def _require_untouched(base: nn.Module, plain: nn.Module, exported: tuple[str, ...]) -> None:
@@ -232,27 +218,12 @@ def _changed(base: nn.Module, factors: Mapping[str, Factors], modules: Mapping[s
 # -- folders
 
 
-def require_free(folder: str | Path, force: bool) -> Path:
-    """The whole path of a folder that may be written to.
-
-    Raises:
-        UserError: it is a file, or holds files and ``force`` is not set.
-    """
-    target = Path(folder).expanduser().resolve()
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--output {folder} is a file, give a folder")
-    if not force and target.is_dir() and any(target.iterdir()):
-        raise UserError(f"--output {folder} holds files already, give a new folder or --force to overwrite them")
-    return target
-
-
 @contextmanager
 def _whole_or_nothing(target: Path) -> Iterator[Path]:
     """A new folder that replaces ``target``, or is moved into it, if the block succeeds, and vanishes otherwise."""
-    made = [parent for parent in target.parents if not parent.exists()]
+    there = next(parent for parent in target.parents if parent.exists())
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as place:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=there) as place:
             new = Path(place, "new")
             new.mkdir()
             yield new
@@ -260,17 +231,13 @@ def _whole_or_nothing(target: Path) -> Iterator[Path]:
                 file.chmod(new.stat().st_mode & 0o666)  # safetensors lets only the owner read
                 with file.open("rb") as written:
                     os.fsync(written.fileno())
+            target.parent.mkdir(parents=True, exist_ok=True)
             _move(new, target)
-    except BaseException as error:
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
-        if isinstance(error, OSError | SafetensorError):
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(
-                f"--output {target} cannot be written ({reason}), so nothing was: name another place"
-            ) from error
-        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--output {target} cannot be written ({reason}), so nothing was: name another place"
+        ) from error
 
 
 def _move(new: Path, target: Path) -> None:
@@ -288,56 +255,33 @@ def _move(new: Path, target: Path) -> None:
 # -- from a checkpoint
 
 
-def export_checkpoint(
-    checkpoint: str, format: str, output: str, rank: int | None, force: bool, config_file: str | None
-) -> Report:
-    """`export_model` of the model in the file ``checkpoint`` of a ``fit``.
+def load_task(checkpoint: Path, config_file: str | None) -> Task:
+    """The trained model in ``checkpoint`` on the CPU.
 
     Args:
         config_file: names the task's class and the places of the pretrained weights; by default the run's own.
-    """
-    require_free(output, force)
-    task, class_names = load_task(Path(checkpoint), config_file)
-    return export_model(task, output, format, rank, force, class_names)
-
-
-def load_task(checkpoint: Path, config_file: str | None) -> tuple[Task, list[str]]:
-    """The trained model in ``checkpoint`` on the CPU, and the names of its classes, empty if unknown.
 
     Raises:
         UserError: the file was not written by ``fit``, or the model cannot be built again.
     """
-    content = checkpoints.read(checkpoint)
-    if not {"srlora", "hyper_parameters"} <= set(content):
+    if not {"srlora", "hyper_parameters"} <= set(checkpoints.read(checkpoint)):
         raise UserError(f"--ckpt_path {checkpoint} holds no model that this package adapted, so it cannot be exported")
-    settings, kind = _task_class(checkpoint, config_file)
-    given = settings["model"].get("init_args") or {}
-    places = {key: given[key] for key in _PLACES if key in given}
-    task = kind.load_from_checkpoint(checkpoint, "cpu", compile=False, optimizer="sgd", weights_only=True, **places)
-    data = settings.get("data") or {}
-    task.take_data_settings(str(data.get("class_path")), data.get("init_args") or {})
-    return task, checkpoints.class_names(content) or []
-
-
-def _task_class(checkpoint: Path, config_file: str | None) -> tuple[config.Node, type[Task]]:
-    """The run's settings, and the class of its model."""
     folders = checkpoints.run_folders(checkpoint)
     if not (config_file or folders):
         raise UserError(f"the run's config.yaml is not in {checkpoint.resolve().parent.parent}, give it with --config")
     file = config_file or str(folders[0] / "config.yaml")
     settings = config.read(file)
-    model = settings.get("model")
-    path = str(model.get("class_path")) if isinstance(model, dict) else ""
+    path = str(config.model_class(settings))
     if not (config_file or path.startswith("srlora_pl.")):
         # Importing a class runs code, which a file found beside a checkpoint must not cause.
         raise UserError(f"{file} names the class {path!r} from elsewhere, give --config {file} if you trust it")
-    module, _, name = path.rpartition(".")
-    try:
-        kind = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        kind = None
+    kind: Any = locate(path)
     if not (isinstance(kind, type) and issubclass(kind, Task)):
         raise UserError(
             f"model.class_path {path!r} in {file} is no task of this package, give the run's own config.yaml"
         )
-    return settings, kind
+    given, data = settings["model"].get("init_args") or {}, settings.get("data") or {}
+    places = {key: given[key] for key in _PLACES if key in given}
+    task = kind.load_from_checkpoint(checkpoint, "cpu", compile=False, optimizer="sgd", weights_only=True, **places)
+    task.take_data_settings(str(data.get("class_path")), data.get("init_args") or {})
+    return task

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.collections import PolyCollection
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, ScalarFormatter
-from torch import Tensor
 
 from srlora_pl.figures.numbers import (
     SMOOTHING,
@@ -55,7 +55,13 @@ def direction_intervals(histories: Histories, last_step: int, block: int | None)
     figure, panels = _panels(len(chosen), "optimizer step")
     for axes, (name, intervals) in zip(panels, chosen.items(), strict=True):
         axes.set_title(labels[block_and_kind(name)[1]])
-        _draw_intervals(axes, intervals, last_step)
+        drawn, active = intervals[:, 0], intervals[:, 1] < 0
+        ends = drawn + active_lengths(intervals, last_step)
+        for shown, style in ((~active, FUSED), (active, ACTIVE)):
+            numbers = 1 + shown.nonzero()[:, 0]
+            rows = zip(numbers.tolist(), drawn[shown].tolist(), ends[shown].tolist(), strict=True)
+            bars = [[(k - 0.4, a), (k + 0.4, a), (k + 0.4, b), (k - 0.4, b)] for k, a, b in rows]
+            axes.add_collection(PolyCollection(bars, **style))
     _span(panels, max(map(len, chosen.values())))
     panels[0].set_ylim(0, max(last_step, 1))
     where = "outside the blocks" if block is None else f"of layer {block}"
@@ -63,17 +69,6 @@ def direction_intervals(histories: Histories, last_step: int, block: int | None)
     keys = [Patch(label="until it was fused", **FUSED), Patch(label=f"still active after step {last_step}", **ACTIVE)]
     figure.legend(handles=keys, loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def _draw_intervals(axes: Axes, intervals: Tensor, last_step: int) -> None:
-    """One bar for each direction, from the step it was drawn after to the one it was fused after."""
-    drawn = intervals[:, 0]
-    ends = drawn + active_lengths(intervals, last_step)
-    active = intervals[:, 1] < 0
-    for chosen, style in ((~active, FUSED), (active, ACTIVE)):
-        rows = zip((1 + chosen.nonzero()[:, 0]).tolist(), drawn[chosen].tolist(), ends[chosen].tolist(), strict=True)
-        bars = [[(k - 0.4, a), (k + 0.4, a), (k + 0.4, b), (k - 0.4, b)] for k, a, b in rows]
-        axes.add_collection(PolyCollection(bars, **style))
 
 
 def length_variance(histories: Histories, last_step: int) -> Figure:
@@ -90,8 +85,7 @@ def length_variance(histories: Histories, last_step: int) -> Figure:
     for i, (kind, style) in enumerate(zip(labels, _line_styles(), strict=False)):
         aside = 0.6 * ((i + 0.5) / len(labels) - 0.5)  # equal variances shall not hide each other
         axes.plot(np.array(curves[kind][0]) + aside, curves[kind][1], markersize=5, label=labels[kind], **style)
-    ticks = _some(len(blocks), 24)
-    axes.set_xticks(ticks, ["none" if blocks[i] is None else str(blocks[i]) for i in ticks])
+    _number_blocks(axes.xaxis, blocks, 24)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(ScalarFormatter(useMathText=True))
     axes.set_xlabel("layer")
@@ -156,8 +150,7 @@ def directions_overview(histories: Histories, last_step: int) -> Figure:
             extent=(0.5, longest + 0.5, len(blocks) - 0.5, -0.5),
         )
     _span(panels, longest)
-    ticks = _some(len(blocks), 12)
-    panels[0].set_yticks(ticks, ["none" if blocks[i] is None else str(blocks[i]) for i in ticks])
+    _number_blocks(panels[0].yaxis, blocks, 12)
     bar = figure.colorbar(image, ax=panels, label="active length (optimizer steps)", shrink=0.9)
     bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     bar.ax.yaxis.set_major_formatter("{x:g}")
@@ -208,9 +201,10 @@ def _span(panels: Sequence[Axes], directions: int) -> None:
     panels[0].xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
-def _some(number: int, most: int) -> range:
-    """Indices of ``number`` things, evenly, and no more than ``most``."""
-    return range(0, number, -(-number // most))
+def _number_blocks(axis: Axis, blocks: Sequence[int | None], most: int) -> None:
+    """Ticks at no more than ``most`` of the ``blocks``, evenly."""
+    ticks = range(0, len(blocks), -(-len(blocks) // most))
+    axis.set_ticks(ticks, labels=["none" if blocks[i] is None else str(blocks[i]) for i in ticks])
 
 
 def _tidy(axes: Axes) -> None:

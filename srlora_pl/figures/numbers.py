@@ -1,8 +1,7 @@
 """The numbers in the figures. Steps are optimizer steps; directions count from 1, the largest singular value."""
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +17,7 @@ Histories = Mapping[str, Tensor]  # the intervals (n, 2) of each matrix: drawn a
 Curve = tuple[Sequence[float], Sequence[float]]  # steps, losses
 
 SMOOTHING = 0.9
-LABELS = {
-    "query": "query",
-    "key": "key",
-    "value": "value",
-    "attention_output": "attention output",
-    "fc1": "FFN in",
-    "fc2": "FFN out",
-}
+LABELS = {"attention_output": "attention output", "fc1": "FFN in", "fc2": "FFN out"}
 
 
 def active_lengths(intervals: Tensor, last_step: int) -> Tensor:
@@ -40,10 +32,8 @@ def active_lengths(intervals: Tensor, last_step: int) -> Tensor:
 
 def length_variances(histories: Histories, last_step: int) -> dict[str, float]:
     """By matrix the variance, in optimizer steps squared, of the active lengths of all directions that it has drawn."""
-    return {
-        name: float(active_lengths(intervals, last_step).double().var(correction=0))
-        for name, intervals in histories.items()
-    }
+    lengths = {name: active_lengths(intervals, last_step).double() for name, intervals in histories.items()}
+    return {name: float(each.var(correction=0)) for name, each in lengths.items()}
 
 
 def smoothed(values: Sequence[float], constant: float = SMOOTHING) -> npt.NDArray[np.float64]:
@@ -89,33 +79,37 @@ def kind_labels(names: Iterable[str]) -> dict[str, str]:
 
 
 def _part(name: str) -> str | None:
-    if fused := re.search(r"\[([qkv])\]$", name):
-        return {"q": "query", "k": "key", "v": "value"}[fused[1]]
+    if name.endswith(("[q]", "[k]", "[v]")):
+        return {"q": "query", "k": "key", "v": "value"}[name[-2]]
     parts = (part for part, patterns in ALIASES.items() if any(name_matches(pattern, name) for pattern in patterns))
-    return next((LABELS[part] for part in parts), None)
+    return next((LABELS.get(part, part) for part in parts), None)
+
+
+def interval_rows(histories: Histories, last_step: int) -> list[dict[str, Any]]:
+    """A row for each direction, with no step "fused after" where it is still active."""
+    return [
+        columns
+        | {
+            "direction": k,
+            "drawn after step": drawn,
+            "fused after step": None if fused < 0 else fused,
+            "active steps": (last_step if fused < 0 else fused) - drawn,
+        }
+        for name, columns in _matrix_columns(histories).items()
+        for k, (drawn, fused) in enumerate(histories[name].tolist(), start=1)
+    ]
+
+
+def variance_rows(histories: Histories, last_step: int) -> list[dict[str, Any]]:
+    """A row for each matrix."""
+    variances = length_variances(histories, last_step)
+    return [
+        columns | {"directions": len(histories[name]), "variance of active steps": variances[name]}
+        for name, columns in _matrix_columns(histories).items()
+    ]
 
 
 def _matrix_columns(histories: Histories) -> dict[str, dict[str, Any]]:
     labels = kind_labels(histories)
     places = {name: block_and_kind(name) for name in histories}
     return {name: {"matrix": name, "layer": block, "kind": labels[kind]} for name, (block, kind) in places.items()}
-
-
-def interval_rows(histories: Histories, last_step: int) -> Iterator[dict[str, Any]]:
-    """A row for each direction, with no step "fused after" where it is still active."""
-    for name, columns in _matrix_columns(histories).items():
-        lengths = active_lengths(histories[name], last_step).tolist()
-        for k, ((drawn, fused), length) in enumerate(zip(histories[name].tolist(), lengths, strict=True), start=1):
-            yield columns | {
-                "direction": k,
-                "drawn after step": drawn,
-                "fused after step": None if fused < 0 else fused,
-                "active steps": length,
-            }
-
-
-def variance_rows(histories: Histories, last_step: int) -> Iterator[dict[str, Any]]:
-    """A row for each matrix."""
-    variances = length_variances(histories, last_step)
-    for name, columns in _matrix_columns(histories).items():
-        yield columns | {"directions": len(histories[name]), "variance of active steps": variances[name]}

@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -17,7 +17,8 @@ from srlora_pl.figures.numbers import Curve, in_block, interval_rows, middle_blo
 from srlora_pl.lowrank.formats import histories
 from srlora_pl.training import checkpoints
 from srlora_pl.util.errors import UserError, did_you_mean
-from srlora_pl.util.files import relative, replacing
+from srlora_pl.util.files import relative, write_whole, writing_to
+from srlora_pl.util.tables import csv_of
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class TrainedRun:
     method: str
     last_step: int
     histories: dict[str, Tensor]
-    curve: tuple[list[int], list[float]]
+    curve: Curve
 
 
 def read_run(folder: Path) -> TrainedRun:
@@ -57,23 +58,16 @@ def read_run(folder: Path) -> TrainedRun:
     method = state["method"]["class_path"].rpartition(".")[2]
     drawn = {name: intervals.clone() for name, intervals in histories(state).items()}
     last_step += state.get("steps_before", 0)
-    return TrainedRun(folder, method, last_step, drawn, loss_curve(folder / "metrics.csv"))
+    return TrainedRun(folder, method, last_step, drawn, _loss_curve(folder / "metrics.csv"))
 
 
-def loss_curve(file: Path) -> tuple[list[int], list[float]]:
-    """Optimizer steps, counted from 1 (a run's metrics.csv counts from 0), and the training losses logged there.
-
-    Raises:
-        UserError: the file is missing, or holds no training loss.
-    """
+def _loss_curve(file: Path) -> Curve:
     try:
         with file.open(encoding="utf-8", newline="") as lines:
             rows = [row for row in csv.DictReader(lines) if row.get("train/loss")]
         steps, losses = [int(row["step"]) + 1 for row in rows], [float(row["train/loss"]) for row in rows]
-    except FileNotFoundError:
-        raise UserError(f"{file} does not exist, and the training loss is drawn from it: give another run") from None
-    except (ValueError, KeyError, TypeError, csv.Error) as error:
-        raise UserError(f"{file} is not a run's table of steps and losses ({error}), give another run") from error
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read as a run's steps and losses ({error}), give another run") from error
     if not steps:
         raise UserError(f"{file} has no value of train/loss: lower trainer.log_every_n_steps, or give another run")
     return steps, losses
@@ -93,24 +87,15 @@ class Drawing:
         self.figure.savefig(png, format="png", dpi=200)
         with matplotlib.rc_context({"svg.hashsalt": "srlora_pl"}):  # the same data give the same file
             self.figure.savefig(svg, format="svg", metadata={"Date": None})
-        table = io.StringIO(newline="")
-        writer = csv.DictWriter(table, list(self.rows[0]))
-        writer.writeheader()
-        writer.writerows(self.rows)
-        contents = {".png": png.getvalue(), ".svg": svg.getvalue(), ".csv": table.getvalue().encode()}
+        contents = {".png": png.getvalue(), ".svg": svg.getvalue(), ".csv": csv_of(self.rows).encode()}
         return {self.path.with_name(self.path.name + suffix): content for suffix, content in contents.items()}
 
 
 def write(drawings: Iterable[Drawing]) -> None:
-    """Write the files of all ``drawings``, once all of them are drawn.
-
-    Raises:
-        OSError: their folder takes no files.
-    """
-    files = {path: content for drawing in drawings for path, content in drawing.files().items()}
-    for path, content in files.items():
-        with replacing(path) as file:
-            file.write(content)
+    """Write the files of all ``drawings``, once all of them are drawn."""
+    files = [file for drawing in drawings for file in drawing.files().items()]
+    for path, content in files:
+        write_whole(path, content)
 
 
 def draw_runs(folders: Sequence[str], output: str | None = None, layer: int | None = None) -> list[str]:
@@ -131,30 +116,22 @@ def draw_runs(folders: Sequence[str], output: str | None = None, layer: int | No
     if output is None and len(paths) > 1:
         raise UserError("several runs are drawn into one folder, name it with --output")
     target = Path(output).expanduser().resolve() if output else paths[0] / "figures"
-    runs = dict(zip(_names(paths), (read_run(relative(path)) for path in paths), strict=True))
+    for depth in count(2):  # as many of the last parts of the paths as tell them apart
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(paths):
+            break
+    runs = dict(zip(names, (read_run(relative(path)) for path in paths), strict=True))
+    silent = [run for run in runs.values() if not run.histories]
     notes = [
-        f"{run.folder}: {run.method} draws no singular directions, so only the training loss is drawn"
-        for run in runs.values()
-        if not run.histories
+        f"{run.folder}: {run.method} draws no singular directions, so only the training loss is drawn" for run in silent
     ]
     drawings = [drawing_of_losses({name: run.curve for name, run in runs.items()}, target)]
     for name, run in runs.items():
         if run.histories:
             drawings += _of_directions(run, target / name.replace("/", "-") if len(runs) > 1 else target, layer)
-    try:
+    with writing_to(f"--output {target}"):
         write(drawings)
-    except OSError as error:
-        raise UserError(f"--output {target} cannot be written to ({error.strerror}): name another folder") from error
     return notes + [f"{relative(drawing.path)}.png, .svg and .csv" for drawing in drawings]
-
-
-def _names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart and at least two."""
-    for depth in count(2):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(paths):
-            break
-    return names
 
 
 def drawing_of_losses(curves: Mapping[str, Curve], folder: Path) -> Drawing:
@@ -167,18 +144,15 @@ def drawing_of_losses(curves: Mapping[str, Curve], folder: Path) -> Drawing:
     return Drawing(folder / "training_loss", training_loss(curves), rows)
 
 
-def _of_directions(run: TrainedRun, folder: Path, layer: int | None) -> Iterator[Drawing]:
-    histories, last = run.histories, run.last_step
-    block = middle_block(histories) if layer is None else layer
-    try:
-        chosen = in_block(histories, block)
-    except UserError as error:
-        raise UserError(f"--layer {layer}: in {run.folder} {error}") from error
-    all_rows = list(interval_rows(histories, last))
-    yield Drawing(
-        folder / f"direction_intervals_{'outside_layers' if block is None else f'layer_{block}'}",
-        direction_intervals(histories, last, block),
-        [row for row in all_rows if row["matrix"] in chosen],
-    )
-    yield Drawing(folder / "length_variance", length_variance(histories, last), list(variance_rows(histories, last)))
-    yield Drawing(folder / "directions_overview", directions_overview(histories, last), all_rows)
+def _of_directions(run: TrainedRun, folder: Path, layer: int | None) -> list[Drawing]:
+    drawn, last = run.histories, run.last_step
+    block = middle_block(drawn) if layer is None else layer
+    chosen = in_block(drawn, block)
+    rows = interval_rows(drawn, last)
+    name = f"direction_intervals_{'outside_layers' if block is None else f'layer_{block}'}"
+    shown = [row for row in rows if row["matrix"] in chosen]
+    return [
+        Drawing(folder / name, direction_intervals(drawn, last, block), shown),
+        Drawing(folder / "length_variance", length_variance(drawn, last), variance_rows(drawn, last)),
+        Drawing(folder / "directions_overview", directions_overview(drawn, last), rows),
+    ]

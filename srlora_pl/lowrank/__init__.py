@@ -6,8 +6,21 @@
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
-from srlora_pl.lowrank.methods import DoRA, DyLoRA, HydraLoRA, LoRA, LoRAXS, PiSSA, SRLoRA, TiedLoRA, VeRA
+from srlora_pl.lowrank.methods import (
+    DoRA,
+    DyLoRA,
+    HydraLoRA,
+    LoRA,
+    LoRAGA,
+    LoRASB,
+    LoRAXS,
+    PiSSA,
+    SRLoRA,
+    TiedLoRA,
+    VeRA,
+)
 from srlora_pl.lowrank.schedule import Schedule
+from srlora_pl.lowrank.starts.gradient import gradients
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 
 __all__ = [
@@ -19,6 +32,8 @@ __all__ = [
     "DyLoRA",
     "HydraLoRA",
     "LoRA",
+    "LoRAGA",
+    "LoRASB",
     "LoRAXS",
     "LowRankLinear",
     "Method",
@@ -28,4 +43,5 @@ __all__ = [
     "Spectrum",
     "TiedLoRA",
     "VeRA",
+    "gradients",
 ]

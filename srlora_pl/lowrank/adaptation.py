@@ -1,6 +1,6 @@
 """A network under adaptation: the adapters that a method put in, and the history of its frozen weights."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Adaptation(Inference, FormerNames):
         weights: the frozen parameters, and their ``ledgers``, by matrix.
         controller: the method's changes while training.
         started: whether the adapters have the values of a start.
+        seed: of all random numbers after injection; part of the state, and from `start` on the same in all processes.
         steps_before: optimizer steps of earlier runs, whose steps were counted from 1 too.
         run_on_rank_zero: runs a function in one process and returns its result, on the CPU, in all processes that
             train this net together.
@@ -70,7 +71,7 @@ class Adaptation(Inference, FormerNames):
         self.weights = FrozenWeights(net, frozen, self.matrices, pretrained)
         self.ledgers = self.weights.ledgers
         self.started = method.starts_from == "nothing"
-        self.steps_before = 0
+        self.steps_before, self.seed = 0, torch.initial_seed()
         self._last_step = 0  # counted from the first of all runs
         self._planned: int | None = None  # the last step of the plan
         self._resumes = False  # from a loaded state that no plan has followed yet
@@ -105,6 +106,7 @@ class Adaptation(Inference, FormerNames):
         if self.method.moves_weights:
             checks.require_full_precision(matrix.weight for matrix in self.matrices)
         self.weights.device = device
+        self.seed = self.run_on_rank_zero(lambda: self.seed)
         if not self.started:
             checks.require_untrained(self.layers)
         if not self.started or self.weights.fingerprint is None:
@@ -112,7 +114,7 @@ class Adaptation(Inference, FormerNames):
         if self.started and not self.controller.awaits_sources():
             return
         self.weights.require_pretrained()
-        found = self._find(sources or self.method.sources())
+        found = (sources or self.method.sources() or checks.require_sources(self.method))(self)
         self.weights.forget_pretrained()
         if not self.started:
             self.weights.keep_pretrained()
@@ -121,12 +123,6 @@ class Adaptation(Inference, FormerNames):
                     self.method.start(self, matrix, found[matrix.name])
             self.started = True
         self.controller.take(found)
-
-    def _find(self, sources: Sources | None) -> Mapping[str, Any]:
-        if sources is None:
-            name, kind = type(self.method).__name__, self.method.starts_from
-            raise UserError(f"{name} starts from a {kind} of each weight: give start() or attach() its sources")
-        return self.run_on_rank_zero(lambda: sources(self))
 
     def add(self, matrix: Matrix, B: Tensor, A: Tensor, alpha: float) -> None:
         """W += alpha B A, with B (out, k) and A (k, in): the one way in which a frozen weight changes."""
@@ -240,6 +236,7 @@ class Adaptation(Inference, FormerNames):
             "started": self.started,
             "steps_before": self.steps_before,
             "last_step": self._last_step,
+            "seed": self.seed,
             **self.weights.state_dict(compact),
             "controller": self.controller.state_dict(),
         }
@@ -265,6 +262,7 @@ class Adaptation(Inference, FormerNames):
         self.weights.load_state_dict(state, state["compact"])
         self.started = state["started"]
         self.steps_before, self._last_step = state["steps_before"], state["last_step"]
+        self.seed = state.get("seed", self.seed)
         self.controller.load_state_dict(state["controller"])
         self._resumes = True
         if asked is not None:

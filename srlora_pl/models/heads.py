@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from srlora_pl.util.errors import some
+from srlora_pl.util.errors import listed
 from srlora_pl.util.randomness import run_seed
 
 
@@ -60,11 +60,9 @@ def settle(net: nn.Module, head: FoundHead, classes: Sequence[str]) -> str:
                 fresh: Any = copy.deepcopy(layer).cpu()
                 fresh.reset_parameters()
                 layer.load_state_dict(fresh.state_dict())
-        return (
-            f"The run begins with a new head: that of {head.place} is for other classes ({some(head.names)}) than the "
-            f"data's ({some(classes)})."
-        )
-    order = f"; their order must be that of the data ({some(classes)})" if len(classes) > 1 else ""
+        others = f"other classes ({listed(head.names, most=2)}) than the data's ({listed(classes, most=2)})"
+        return f"The run begins with a new head: that of {head.place} is for {others}."
+    order = f"; their order must be that of the data ({listed(classes, most=2)})" if len(classes) > 1 else ""
     return f"The run begins with the head of {head.place}, which names no classes to compare{order}."
 
 

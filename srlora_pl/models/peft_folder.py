@@ -21,7 +21,7 @@ from srlora_pl.lowrank import Adaptation, Method
 from srlora_pl.lowrank.delta import Factors
 from srlora_pl.lowrank.target_settings import is_below, name_matches
 from srlora_pl.models.heads import FoundHead, output_layers
-from srlora_pl.util.errors import UserError, did_you_mean
+from srlora_pl.util.errors import UserError, did_you_mean, one_line
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _PREFIX = "base_model.model."
@@ -59,9 +59,8 @@ def write(
     folder: Path,
     factors: Mapping[str, Factors],
     modules: Mapping[str, Mapping[str, Tensor]],
-    base: str,
-    task_type: Any,
-    revision: str | None = None,
+    base: tuple[str, str | None],
+    task_type: str | None,
     class_names: Sequence[str] = (),
 ) -> int:
     """Write a PEFT folder whose LoRA is ``factors``, a DoRA where these have magnitudes; return its weights' bytes.
@@ -72,9 +71,8 @@ def write(
         folder: exists.
         factors: by dotted name of the layer.
         modules: the states of modules that replace the base's own, by dotted name.
-        base: what the base is loaded from.
+        base: what the base is loaded from, and its revision.
         task_type: ``SEQ_CLS`` or None.
-        revision: of the base.
         class_names: of the head's outputs; beside the weights, because PEFT warns of settings that it does not know.
     """
     tensors = {f"{_PREFIX}{name}.{key}": value for name, state in modules.items() for key, value in state.items()}
@@ -87,8 +85,8 @@ def write(
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
-        "base_model_name_or_path": base,
-        "revision": revision,
+        "base_model_name_or_path": base[0],
+        "revision": base[1],
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
@@ -142,11 +140,7 @@ class PeftFolder:
 
     @classmethod
     def read(cls, folder: str) -> "PeftFolder":
-        """Read a folder; nothing in it can run code.
-
-        Raises:
-            UserError: a file is missing or damaged, or it holds something else than a plain LoRA.
-        """
+        """Read a folder, of which nothing can run code; one that is damaged or no plain LoRA is refused."""
         path = Path(folder).expanduser()
         config = _read_config(path)
         tensors, class_names = _read_weights(path)
@@ -165,63 +159,53 @@ class PeftFolder:
         """Turn a freshly built ``net`` into the pretrained network of a run that starts from this folder, in place.
 
         Modules that were trained whole are loaded; one of ``heads`` keeps its new weights if those of the folder have
-        another shape. The pairs are merged into the weights, unless ``method`` continues a LoRA, see `load_into`.
-
-        Raises:
-            UserError: the folder does not fit the network.
+        another shape. The pairs are merged into the weights, unless ``method`` continues a LoRA, see `load_into`. A
+        folder that does not fit the network is refused.
         """
         own = net.state_dict()
         for key, value in self.others.items():
             if key in own and own[key].shape == value.shape:
                 own[key].copy_(value)
             elif not is_below(key, heads):
-                raise self._misfit(key, f"is {tuple(own[key].shape)} there" if key in own else "is not there", own)
-        linears = {name: module for name, module in net.named_modules() if type(module) is nn.Linear}
+                raise self._misfit(key, own)
+        linears = {name: module.weight.data for name, module in net.named_modules() if type(module) is nn.Linear}
         for name, pair in self.pairs.items():
-            if name not in linears:
-                raise self._misfit(name, "is no linear layer there", linears)
-            weight = linears[name].weight.data
-            if weight.shape != (len(pair.B), pair.A.shape[1]):
-                raise self._misfit(name, f"is {tuple(weight.shape)} there", linears)
+            weight = linears.get(name)
+            if weight is None or weight.shape != (len(pair.B), pair.A.shape[1]):
+                raise self._misfit(name, linears)
             if not method.continues_lora:
                 weight.copy_(weight.double() + pair.scaling * pair.B.double() @ pair.A.double())
         return net
 
     def head(self, net: nn.Module, heads: Sequence[str], outputs: int) -> FoundHead | None:
         """The head of ``outputs`` outputs that `prepare` loaded into ``net``, if the folder holds one."""
-        weights = {name: self.others.get(f"{name}.weight") for name in output_layers(net, heads, outputs)}
-        layers = tuple(
-            name
-            for name, weight in weights.items()
-            if weight is not None and weight.shape == net.get_parameter(f"{name}.weight").shape
-        )
+        shapes = {key: value.shape for key, value in self.others.items()}
+        found = output_layers(net, heads, outputs)
+        layers = tuple(n for n in found if net.get_submodule(n).weight.shape == shapes.get(f"{n}.weight"))
         return FoundHead(f"model.adapter {self.path}", layers, self.class_names) if layers else None
 
-    def _misfit(self, name: str, how: str, known: Mapping[str, Any]) -> UserError:
-        near = did_you_mean(name, known)
+    def _misfit(self, name: str, known: Mapping[str, Tensor]) -> UserError:
+        how = f"is no weight or linear there{did_you_mean(name, known)}"
+        if name in known:
+            how = f"is {tuple(known[name].shape)} there"
         return UserError(
-            f"model.adapter {self.path} does not fit model.backbone: it holds {name}, which {how}{near}; give the "
+            f"model.adapter {self.path} does not fit model.backbone: it holds {name}, which {how}; give the "
             "backbone that the adapter was trained on"
         )
 
     def load_into(self, adaptation: Adaptation) -> None:
-        """Load the pairs into a method that continues a LoRA, just injected into the prepared network.
-
-        Raises:
-            UserError: layers, ranks or scalings differ.
-        """
+        """Load the pairs into a method that continues a LoRA with the same layers, ranks and scalings, if it does."""
         if not adaptation.method.continues_lora:
             return
         layers = {matrix.layer_name: matrix.layer for matrix in adaptation.matrices}
         for name in [*self.pairs, *layers]:
-            agree = (
-                name in self.pairs
-                and name in layers
-                and len(layers[name].adapted) == layers[name].parts
-                and self.pairs[name].rank == layers[name].rank
-                and math.isclose(self.pairs[name].scaling, layers[name].scaling)
-            )
-            if not agree:
+            pair, layer = self.pairs.get(name), layers.get(name)
+            if (
+                not (pair and layer)
+                or len(layer.adapted) < layer.parts
+                or pair.rank != layer.rank
+                or not math.isclose(pair.scaling, layer.scaling)
+            ):
                 raise self._disagreement(name)
         for matrix in adaptation.matrices:
             pair, layer = self.pairs[matrix.layer_name], matrix.layer
@@ -251,14 +235,11 @@ class PeftFolder:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise UserError(f"model.adapter {path} is no folder: give one that the PEFT library saved")
     try:
         config = json.loads((path / CONFIG).read_text("utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"model.adapter {path} holds no {CONFIG}: give a folder that the PEFT library saved") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path / CONFIG} cannot be read as JSON: give the folder as PEFT saved it") from error
+        why = f"holds no {CONFIG} that can be read as JSON ({one_line(error)})"
+        raise UserError(f"model.adapter {path} {why}: give a folder as the PEFT library saved it") from error
     if not isinstance(config, dict):
         raise UserError(f"{path / CONFIG} holds no settings: give the folder as PEFT saved it")
     if config.get("peft_type") != "LORA":

@@ -1,7 +1,7 @@
 """Image backbones: from a name, a folder or a weights file to a timm network with a new head."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -13,7 +13,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from srlora_pl.models.heads import FoundHead, output_layers
-from srlora_pl.util.errors import UserError, did_you_mean, one_line, some
+from srlora_pl.util.errors import UserError, did_you_mean, listed, one_line
 
 ASSETS = Path(__file__).parents[1] / "assets"
 WEIGHTS_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -52,12 +52,17 @@ def find_head(
     refuse_options(options, _NOT_OURS)
     pretrained = options.pop("pretrained", True)
     folder = _local_folder(name)
-    file = str(_weights_file(folder)) if folder and pretrained and checkpoint is None else checkpoint
+    file = str(weights_file(folder, WEIGHTS_FILES)) if folder and pretrained and checkpoint is None else checkpoint
     download = pretrained and file is None
     net: Any = _create(name, timm_name(name), download, num_classes, options)
     if not head_names(net):
         raise UserError(f"model.backbone {name!r} has no classification head: choose another one.")
-    _require_colours(net, name)
+    channels = getattr(net, "in_chans", net.pretrained_cfg["input_size"][0])
+    if channels != 3:
+        raise UserError(
+            f"model.backbone {name!r} takes pictures of {channels} channel(s), but they come in 3 channels, grey "
+            "ones too: leave model.backbone_kwargs.in_chans out, or choose a backbone of 3 channels."
+        )
     if file is None:
         found = download and net.pretrained_cfg["num_classes"] == num_classes
     else:
@@ -78,15 +83,6 @@ def refuse_options(options: Mapping[str, Any], mends: Mapping[str, str]) -> None
     for key in options:
         if key in mends:
             raise UserError(f"model.backbone_kwargs has {key!r}, which is not taken there: {mends[key]}.")
-
-
-def _require_colours(net: Any, name: str) -> None:
-    channels = getattr(net, "in_chans", net.pretrained_cfg["input_size"][0])
-    if channels != 3:
-        raise UserError(
-            f"model.backbone {name!r} takes pictures of {channels} channel{'s' * (channels > 1)}, but they come in 3, "
-            "grey ones too: leave model.backbone_kwargs.in_chans out, or choose a backbone of 3 channels."
-        )
 
 
 def head_names(net: nn.Module) -> tuple[str, ...]:
@@ -131,24 +127,30 @@ def load_weights(net: nn.Module, file: str, name: str) -> bool:
 
 def _local_folder(name: str) -> Path | None:
     """The folder that ``name`` stands for: a shipped backbone's, or the user's own."""
-    for folder in (ASSETS / name, Path(name).expanduser()):
-        if folder.is_dir() and (folder / "config.json").is_file():
-            return folder
-    if Path(name).expanduser().is_dir():
-        raise UserError(
-            f"model.backbone is the folder {name!r}, which holds no config.json: timm's layout is config.json "
-            f"and {WEIGHTS_FILES[0]}."
-        )
+    shipped = ASSETS / name
+    return shipped if (shipped / "config.json").is_file() else own_folder(name)
+
+
+def own_folder(name: str) -> Path | None:
+    """The user's folder with a ``config.json`` that ``name`` stands for; None for the name of a model."""
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return folder
+    if folder.is_dir():
+        raise UserError(f"model.backbone is the folder {name!r}, which holds no config.json: put the model's there.")
+    if name.startswith(("/", ".", "~")):
+        raise UserError(f"model.backbone is the folder {name!r}, which does not exist: correct the path.")
     return None
 
 
-def _weights_file(folder: Path) -> Path:
-    for file in WEIGHTS_FILES:
+def weights_file(folder: Path, names: Sequence[str]) -> Path:
+    """The first of ``names`` that ``folder`` holds."""
+    for file in names:
         if (folder / file).is_file():
             return folder / file
     raise UserError(
-        f"model.backbone is the folder {folder}, which holds no {' or '.join(WEIGHTS_FILES)}: put one there, or "
-        "set model.backbone_checkpoint."
+        f"model.backbone is the folder {folder}, which holds no {' or '.join(names)}: put one there, or set "
+        "model.backbone_checkpoint."
     )
 
 
@@ -159,8 +161,6 @@ def timm_name(name: str) -> str:
     if ":" in name:
         return name
     if "/" in name:
-        if name.startswith(("/", ".", "~")):
-            raise UserError(f"model.backbone is the folder {name!r}, which does not exist: correct the path.")
         return f"hf-hub:{name}"
     tagged = "." in name
     if timm.is_model(name.partition(".")[0]) and (not tagged or name in timm.list_models(pretrained=True)):
@@ -176,11 +176,9 @@ def timm_name(name: str) -> str:
 def _create(name: str, source: str, download: bool, num_classes: int, options: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(source, pretrained=download, num_classes=num_classes, **options)
-    except TypeError as error:
-        raise UserError(f"model.backbone_kwargs {options} does not fit {name!r} ({error}): correct it.") from error
     except Exception as error:  # timm, the hub client and the network raise what they like
         reason = one_line(error)
-        if download:
+        if download and not isinstance(error, TypeError):
             raise UserError(
                 f"The pretrained weights of model.backbone {name!r} could not be loaded ({reason}): without a "
                 "network, put the model's weights file on this machine and set model.backbone_checkpoint to its "
@@ -228,4 +226,4 @@ def _misfit(state: dict[str, Tensor], own: dict[str, Tensor], heads: tuple[str, 
         "it also holds": [repr(k) for k in body if k not in target],
         "there": shapes,
     }
-    return " and ".join(f"{label} {some(items)}" for label, items in parts.items() if items)
+    return " and ".join(f"{label} {listed(items, most=2)}" for label, items in parts.items() if items)

@@ -1,8 +1,7 @@
 """metrics.csv, which a resumed run continues."""
 
 import csv
-import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,8 @@ from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from srlora_pl.util.files import replacing
+from srlora_pl.util.files import write_whole
+from srlora_pl.util.tables import csv_of
 
 Row = dict[str, Any]
 
@@ -64,7 +64,7 @@ class ResumableCSVLogger(Logger):
             with self.file.open("a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, columns).writerows(self._unsaved)
         else:
-            self._write(columns, [*self._rows(), *self._unsaved])
+            write_whole(self.file, csv_of([*self._rows(), *self._unsaved], columns))
         self._unsaved = []
 
     @rank_zero_only
@@ -72,8 +72,8 @@ class ResumableCSVLogger(Logger):
         """Remove ``step`` and all later steps from the file, atomically."""
         if columns := self._columns():
             # A half-written row of a killed process lacks its last columns.
-            whole = (row for row in self._rows() if None not in row.values())
-            self._write(columns, (row for row in whole if int(row["step"]) < step))
+            whole = [row for row in self._rows() if None not in row.values()]
+            write_whole(self.file, csv_of([row for row in whole if int(row["step"]) < step], columns))
         self.latest = []
 
     def _columns(self) -> list[str]:
@@ -87,12 +87,3 @@ class ResumableCSVLogger(Logger):
             return []
         with self.file.open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
-
-    def _write(self, columns: list[str], rows: Iterable[Row]) -> None:
-        with replacing(self.file) as file:
-            text = io.TextIOWrapper(file, "utf-8", newline="")
-            writer = csv.DictWriter(text, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-            text.flush()
-            text.detach()

@@ -6,7 +6,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -21,11 +21,10 @@ from srlora_pl.lowrank.measures import by_kind, drawn_after, scores_by_kind, siz
 from srlora_pl.reporting.curves import ResumableTensorBoardLogger
 from srlora_pl.reporting.progress import MATRICES, adaptation_of, matrix_rows, parameter_line
 from srlora_pl.training import lightning_internals as internals
-from srlora_pl.util.markdown import markdown
 from srlora_pl.util.system import device_name, peak_memory_bytes, versions
+from srlora_pl.util.tables import markdown
 
 _KEY = "monitor"
-_BINS = 30
 _MEASUREMENTS = 10  # of W_eff - W0 in a run, at most
 # From how many to how many switches a curve of ages counts; -1: since the start, never recycled.
 _AGES = {
@@ -35,9 +34,9 @@ _AGES = {
     "survived_2_to_3": (2, 3),
     "survived_4_or_more": (4, math.inf),
 }
-_KEPT = ("scalar", "histogram", "image")  # in a checkpoint
+_OPTIONS: dict[str, dict[str, Any]] = {"histogram": {"bins": 30}, "image": {"dataformats": "HWC"}}
 
-Event = tuple[str, str, Any]  # what a SummaryWriter adds, its tag, and the value
+Event = tuple[str, str, Any]  # what a SummaryWriter adds (scalar, histogram, image, text), its tag, and the value
 
 
 class Monitor(Callback):
@@ -76,14 +75,14 @@ class Monitor(Callback):
         self._measured = 0  # up to which tenth of the run W_eff - W0 was measured
         self._since, self._steps_before, self._paused = 0.0, 0, 0.0
 
-    # --- when ----------------------------------------------------------------------------------------------------
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After `ResumableCurves` has cut the curves of a resumed run."""
-        cut, self._events = self._events, []
+        cut, self._events, adaptation = self._events, [], adaptation_of(pl_module)
         self._write(trainer, self._step, [("text", "run", _card(trainer, pl_module))])
         if any(isinstance(logger, ResumableTensorBoardLogger) for logger in trainer.loggers):
-            self._write(trainer, self._step, self._once_more(cut, adaptation_of(pl_module)))
+            self._write(trainer, self._step, [event for event in cut if event[0] != "image"])
+            if any(kind == "image" for kind, _, _ in cut):  # drawn again
+                self._write(trainer, self._step, _figures(adaptation, adaptation.steps_before + self._step + 1))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since, self._steps_before = time.perf_counter(), trainer.global_step
@@ -110,16 +109,17 @@ class Monitor(Callback):
         """Also for a finished run that is started again, whose last events were cut."""
         if last := trainer.global_step:
             adaptation = adaptation_of(pl_module)
-            final = ("hparams", "", (hyperparameters(trainer, pl_module), _final_scores(trainer)))
             self._write(trainer, last, self._change(adaptation, _MEASUREMENTS))
-            self._write(trainer, last, [*_figures(adaptation, _all_steps(trainer)), final])
+            self._write(trainer, last, _figures(adaptation, _all_steps(trainer)))
+            scores = dict.fromkeys(_final_scores(trainer), 0.0)  # the HPARAMS tab takes values from their own curves
+            for summary in hparams(_hyperparameters(trainer, pl_module), scores):
+                for writer in _writers(trainer):
+                    writer.file_writer.add_summary(summary, last)
 
     def _part(self, trainer: Trainer) -> int:
         """How many tenths of the run are over; without a known end, its steps."""
         steps = trainer.estimated_stepping_batches
         return int(trainer.global_step * _MEASUREMENTS // steps) if 0 < steps < math.inf else trainer.global_step
-
-    # --- what ----------------------------------------------------------------------------------------------------
 
     def _cost(self, trainer: Trainer) -> Iterator[Event]:
         now, steps = time.perf_counter(), trainer.global_step - self._steps_before
@@ -138,26 +138,21 @@ class Monitor(Callback):
             for name in ("norm", "stable_rank", "effective_rank") if sizes else ():
                 yield "scalar", f"change_{name}/{kind}", statistics.mean(getattr(size, name) for size in sizes)
 
-    # --- writing, and going on -----------------------------------------------------------------------------------
-
     def _write(self, trainer: Trainer, step: int, events: Iterable[Event]) -> None:
         """Write ``events``, which are computed only if there is a writer."""
-        if not trainer.is_global_zero:
-            return
-        writers: list[Any] = [each.experiment for each in trainer.loggers if isinstance(each, TensorBoardLogger)]
-        if not writers:
+        if not (writers := _writers(trainer)):
             return
         if self._step != step:
             self._step, self._events = step, []
         for kind, tag, value in events:
             for writer in writers:
-                _ADD[kind](writer, tag, value, step)
+                getattr(writer, f"add_{kind}")(tag, value, step, **_OPTIONS.get(kind, {}))
             self._events.append((kind, tag, value))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the events of the checkpoint's step: curves are cut before it, see `ResumableCurves`."""
         step = internals.logged_step(trainer)
-        kept = [each for each in self._events if each[0] in _KEPT and not each[1].startswith(("time/", "memory/"))]
+        kept = [each for each in self._events if each[0] != "text" and not each[1].startswith(("time/", "memory/"))]
         events = [(kind, tag, None if kind == "image" else value) for kind, tag, value in kept]
         checkpoint[_KEY] = {"step": step, "events": events if self._step == step else [], "measured": self._measured}
 
@@ -165,27 +160,10 @@ class Monitor(Callback):
         saved = checkpoint.get(_KEY, {"step": checkpoint["global_step"], "events": [], "measured": 0})
         self._step, self._events, self._measured = saved["step"], saved["events"], saved["measured"]
 
-    def _once_more(self, events: Sequence[Event], adaptation: Adaptation) -> list[Event]:
-        """The events of a checkpoint, with pictures drawn again."""
-        drawn = any(kind == "image" for kind, _, _ in events)
-        kept = [event for event in events if event[0] != "image"]
-        return [*kept, *(_figures(adaptation, adaptation.steps_before + self._step + 1) if drawn else ())]
 
-
-def _hparams(writer: Any, tag: str, value: tuple[Mapping[str, Any], Sequence[str]], step: int) -> None:
-    """The HPARAMS tab takes scores from their own curves."""
-    parameters, scores = value
-    for summary in hparams(dict(parameters), dict.fromkeys(scores, 0.0)):
-        writer.file_writer.add_summary(summary, step)
-
-
-_ADD: dict[str, Callable[[Any, str, Any, int], None]] = {
-    "scalar": lambda writer, tag, value, step: writer.add_scalar(tag, value, step),
-    "histogram": lambda writer, tag, value, step: writer.add_histogram(tag, value, step, bins=_BINS),
-    "text": lambda writer, tag, value, step: writer.add_text(tag, value, step),
-    "image": lambda writer, tag, value, step: writer.add_image(tag, value, step, dataformats="HWC"),
-    "hparams": _hparams,
-}
+def _writers(trainer: Trainer) -> list[Any]:
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return [logger.experiment for logger in loggers] if trainer.is_global_zero else []
 
 
 def _all_steps(trainer: Trainer) -> int:
@@ -232,27 +210,28 @@ def _figures(adaptation: Adaptation, last_step: int) -> Iterator[Event]:
 
 def _card(trainer: Trainer, pl_module: LightningModule) -> str:
     """This process's command, device, versions and method, as a table in Markdown."""
-    method = adaptation_of(pl_module).method.spec()
-    given = {name: value for name, value in method["init_args"].items() if value not in (None, [], {})}
+    method = adaptation_of(pl_module).method
+    given = {name: value for name, value in method.spec()["init_args"].items() if value not in (None, [], {})}
     rows = {
         "command": f"`{shlex.join(sys.argv)}`",
         "device": device_name(trainer.strategy.root_device)
         + (f", {trainer.world_size} processes" if trainer.world_size > 1 else ""),
         "precision": str(trainer.precision),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "method": f"{_name(method)}: " + ", ".join(f"{name} {value}" for name, value in given.items()),
+        "method": f"{type(method).__name__}: " + ", ".join(f"{name} {value}" for name, value in given.items()),
         "parameters": parameter_line(pl_module),
     }
     about = markdown(["", ""], [[f"**{name}**", text] for name, text in rows.items()])
     return f"{about}\n\n{markdown(MATRICES, matrix_rows(adaptation_of(pl_module)))}"
 
 
-def hyperparameters(trainer: Any, pl_module: LightningModule) -> dict[str, int | float | str | bool]:
+def _hyperparameters(trainer: Any, pl_module: LightningModule) -> dict[str, int | float | str]:
     """The module's hyperparameters, the method's settings under ``method.NAME``, and the run's own."""
-    method = adaptation_of(pl_module).method.spec()
+    method = adaptation_of(pl_module).method
     chosen = {
-        **{name: value for name, value in pl_module.hparams.items() if name != "method"},
-        "method": {"": _name(method), **method["init_args"]},
+        **pl_module.hparams,
+        "method": type(method).__name__,
+        **{f"method.{name}": value for name, value in method.spec()["init_args"].items()},
         "seed": os.environ.get("PL_GLOBAL_SEED"),
         "precision": trainer.precision,
         "max_steps": trainer.max_steps,
@@ -262,20 +241,11 @@ def hyperparameters(trainer: Any, pl_module: LightningModule) -> dict[str, int |
         "gradient_clip_val": trainer.gradient_clip_val,
         "devices": trainer.world_size,
     }
-    return dict(_flat(chosen))
-
-
-def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, int | float | str | bool]]:
-    for key, value in settings.items():
-        name = f"{above}.{key}".strip(".")
-        if isinstance(value, Mapping):
-            yield from _flat(value, name)
-        elif value is not None:
-            yield name, value if isinstance(value, int | float | str) else str(value)
-
-
-def _name(method: Mapping[str, Any]) -> str:
-    return str(method["class_path"]).rpartition(".")[2]
+    return {
+        name: value if isinstance(value, int | float) else str(value)
+        for name, value in chosen.items()
+        if value is not None
+    }
 
 
 def _final_scores(trainer: Any) -> list[str]:

@@ -12,8 +12,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor, distributed
 
 from srlora_pl.data.protocols import data_of
-from srlora_pl.util.errors import UserError
-from srlora_pl.util.files import replacing
+from srlora_pl.util.files import write_whole, writing_to
 
 Row = dict[str, Any]
 
@@ -75,14 +74,9 @@ class PredictionWriter(BasePredictionWriter):
         writer: Any = csv.DictWriter(SimpleNamespace(write=str), list(rows[0]), delimiter=delimiter)
         lines = [writer.writeheader(), *map(writer.writerow, rows)]
         text = "".join(line.removesuffix("\r\n") + "\n" for line in lines)
-        try:
-            with replacing(path) as file:
-                # A name that is not UTF-8 keeps its bytes, as Python writes them: \\udce9 for 0xe9.
-                file.write(text.encode(errors="backslashreplace"))
-        except OSError as error:
-            raise UserError(
-                f"The predictions could not be written to {path} ({error.strerror}): name another place with --output."
-            ) from error
+        with writing_to(f"--output {path}"):
+            # A name that is not UTF-8 keeps its bytes, as Python writes them: \\udce9 for 0xe9.
+            write_whole(path, text.encode(errors="backslashreplace"))
         self.files.append(path)
 
 

@@ -80,9 +80,7 @@ class MatrixTable(Callback):
             column.justify = "right"
         for row in matrix_rows(adaptation):
             table.add_row(*row)
-        console = Console(highlight=False, soft_wrap=True)
-        console.print(table, markup=False)
-        console.print(parameter_line(pl_module), markup=False)
+        Console(highlight=False, soft_wrap=True, markup=False).print(table, parameter_line(pl_module), sep="\n")
 
 
 def matrix_rows(adaptation: Adaptation) -> list[Sequence[str]]:

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from srlora_pl.reporting.progress import adaptation_of, parameter_counts
 from srlora_pl.util import system
-from srlora_pl.util.files import replacing
+from srlora_pl.util.files import write_whole
 
 FILE = "summary.json"
 
@@ -83,5 +83,4 @@ class Summary(Callback):
             "commit": self._commit,
             "versions": system.versions(),
         }
-        with replacing(self.path) as file:
-            file.write(json.dumps(content, indent=1).encode())
+        write_whole(self.path, json.dumps(content, indent=1))

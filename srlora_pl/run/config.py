@@ -26,11 +26,7 @@ _APART = ("monitor", "every_n_train_steps", "every_n_epochs", "train_time_interv
 
 
 def read(path: str) -> Node:
-    """The settings of a YAML file.
-
-    Raises:
-        UserError: there is no such file, or it is not a YAML mapping.
-    """
+    """The settings of a YAML file; one that is missing, or no mapping, is refused."""
     file = Path(path)
     if not file.is_file():
         siblings = map(str, file.parent.glob("*.yaml"))
@@ -50,7 +46,7 @@ def read(path: str) -> Node:
 
 
 def combine(contents: Sequence[Node]) -> tuple[Node, set[str]]:
-    """Lay several config files over each other; later ones win.
+    """Lay several config files over each other; later ones win. A task's file after an overlay is refused.
 
     A file that names another ``model.method`` after one was named is an overlay. Of the arguments of the first method
     its class keeps those that it takes as well; the first method's own are dropped, and so is an earlier overlay.
@@ -58,9 +54,6 @@ def combine(contents: Sequence[Node]) -> tuple[Node, set[str]]:
 
     Returns:
         The settings, and the names of the first method's arguments that the last one does not take.
-
-    Raises:
-        UserError: the files hold arguments of a model, but no model; or a task's file after an overlay.
     """
     settings: Node = {}
     overlay: Node | None = None

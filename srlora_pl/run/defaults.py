@@ -52,11 +52,7 @@ _REFUSED: dict[type, str] = {
 
 
 def refuse_unfit(callbacks: Sequence[Callback]) -> None:
-    """Refuse the callbacks of Lightning that a fit cannot have.
-
-    Raises:
-        UserError: names the first, and what to use instead.
-    """
+    """Refuse the callbacks of Lightning that a fit cannot have, and say what to use instead."""
     for callback in callbacks:
         for kind, why in _REFUSED.items():
             # A subclass may know better which layers to free.
@@ -67,11 +63,9 @@ def refuse_unfit(callbacks: Sequence[Callback]) -> None:
 def with_defaults(
     ours: Sequence[Callback], users: Sequence[Callback], settings: Any, folder: Path | None, fits: bool
 ) -> list[Callback]:
-    """All callbacks of a run.
+    """All callbacks of a run: ``ours`` first, and each of the user's in the place of the default that does the same.
 
     Args:
-        ours: those that every run has; they come first.
-        users: the user's, each of which takes the place of the default that does the same.
         settings: of the trainer.
         folder: of the run; None where it writes none.
         fits: whether it trains.
@@ -112,27 +106,19 @@ def plugins(settings: Any) -> list[Any]:
 def prediction_writer(checkpoint: Path, output: str | None, is_glue: bool) -> PredictionWriter:
     """The writer of ``output``, by default in the folder of the run that wrote ``checkpoint``.
 
-    Raises:
-        UserError: ``output`` is a folder in place of a file, or a file in place of GLUE's folder; or it cannot be
-            written, which is found out before an hour of predicting.
+    A place that cannot be written to is refused here, and not after an hour of predicting.
     """
-    folder = folder_of(checkpoint) or checkpoint.parent
-    if is_glue:
-        if output and Path(output).suffix:
-            raise UserError(f"--output {output} must be a folder, as GLUE gives its files their names")
-        _require_writable(folder := Path(output or folder))
-        return GLUEWriter(folder)
-    file = Path(output or folder / "predictions.csv")
-    if file.is_dir():
-        raise UserError(f"--output {file} is a folder, name a file in it, such as {file / 'predictions.csv'}")
-    _require_writable(file.parent)
-    return PredictionWriter(file)
-
-
-def _require_writable(folder: Path) -> None:
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    home = folder_of(checkpoint) or checkpoint.parent
+    place = Path(output or (home if is_glue else home / "predictions.csv"))
+    if is_glue and output and place.suffix:
+        raise UserError(f"--output {place} must be a folder, as GLUE gives its files their names")
+    if not is_glue and place.is_dir():
+        raise UserError(f"--output {place} is a folder, name a file in it, such as {place / 'predictions.csv'}")
+    folder = place if is_glue else place.parent
+    there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"predictions cannot be written into {folder}, name another place with --output")
+    return GLUEWriter(place) if is_glue else PredictionWriter(place)
 
 
 def has(objects: Sequence[Any], kind: type) -> bool:
@@ -159,8 +145,8 @@ def _best(folder: Path) -> ModelCheckpoint:
 
 def _saves_last(callbacks: Sequence[Callback]) -> bool:
     """Whether a ModelCheckpoint of the user writes a ``last.ckpt`` into the run's folder that a run can resume from."""
-    kinds = [each for each in callbacks if isinstance(each, ModelCheckpoint)]
-    return any(each.save_last and not each.save_weights_only and each.dirpath is None for each in kinds)
+    kinds = [each for each in callbacks if isinstance(each, ModelCheckpoint) and each.dirpath is None]
+    return any(each.save_last and not each.save_weights_only for each in kinds)
 
 
 class Last(ModelCheckpoint):

@@ -83,9 +83,7 @@ def _near_class(class_path: str) -> str:
         except (ImportError, ValueError):
             continue
         known = [each for each in dir(place) if isinstance(getattr(place, each, None), type)]
-        # Wrong capitals are the likeliest slip, and further apart for did_you_mean than another name.
-        same = next((right for right in known if right.lower() == name.lower()), name)
-        if near := did_you_mean(same, known):
+        if near := did_you_mean(name, known):
             return near.replace("'", f"'{home}.", 1)
     return ""
 

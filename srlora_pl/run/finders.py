@@ -39,9 +39,9 @@ class Finder:
     """
 
     def __init__(self, settings: Namespace) -> None:
+        kind = _PATHS[settings.class_path]
         self.arguments = dict(vars(settings.init_args))
-        self.finds_rate = _PATHS[settings.class_path] is LearningRateFinder
-        self.name = _PATHS[settings.class_path].__name__
+        self.name, self.finds_rate = kind.__name__, kind is LearningRateFinder
         self.part = "model" if self.finds_rate else "data"
         self.key = (self.arguments["attr_name"] or "lr") if self.finds_rate else self.arguments["batch_arg_name"]
 
@@ -53,16 +53,12 @@ class Finder:
         return next((state[name] for state in checkpoint.values() if isinstance(state, dict) and name in state), None)
 
     def search(self, make_trainer: Callable[..., Trainer], model: Any, data: Any) -> Any:
-        """What is found for ``model`` and ``data``, which are not to be used again; None: nothing is.
-
-        Raises:
-            UserError: there are several processes, which would have to begin twice.
-        """
+        """What is found for ``model`` and ``data``, which are not to be used again; None: nothing is."""
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(
                 logger=DummyLogger(), callbacks=[], default_root_dir=folder, enable_model_summary=False
             )
-            if trainer.world_size > 1:
+            if trainer.world_size > 1:  # they would have to begin twice
                 raise UserError(
                     f"the callback {self.name} searches in one process only: let it search with trainer.devices 1, and "
                     f"give {self.part}.{self.key} to the run with several"

@@ -23,11 +23,7 @@ def versions(root: Path) -> list[Path]:
 
 
 def new_version(root: Path) -> Path:
-    """The next free ``version_N`` below ``root``, made at once, so that runs started together do not share one.
-
-    Raises:
-        UserError: it cannot be made.
-    """
+    """The next free ``version_N`` below ``root``, made at once, so that runs started together do not share one."""
     number = next((int(path.name[8:]) for path in versions(root)), -1) + 1
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         # Only the first rank writes; the processes that it starts learn the folder from it, as it exists by then.
@@ -63,12 +59,11 @@ def own_or_all(config_file: str | None, root: Path) -> list[Path]:
 
 def furthest_checkpoint(folders: Iterable[Path], usable: Callable[[Path], bool] | None) -> tuple[Path, int] | None:
     """The furthest readable checkpoint in the first folder that has one, and its step; ``usable`` filters files."""
-    each = (checkpoints.newest(filter(usable, checkpoints.files_of(folder)), _note_unreadable) for folder in folders)
-    return next(filter(None, each), None)
-
-
-def _note_unreadable(file: Path) -> None:
-    note(f"{relative(file)} cannot be read and is passed over")
+    for folder in folders:
+        files = filter(usable, checkpoints.files_of(folder))
+        if found := checkpoints.newest(files, lambda file: note(f"{relative(file)} cannot be read and is passed over")):
+            return found
+    return None
 
 
 @rank_zero_only

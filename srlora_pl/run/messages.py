@@ -52,8 +52,4 @@ def quieten() -> None:
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         warnings.simplefilter("ignore")  # the first rank warns of the same
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).addFilter(_is_no_advertisement)
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    return "Tip: For seamless" not in record.getMessage()
+        logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())

@@ -10,7 +10,6 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, get_args
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -22,6 +21,7 @@ from srlora_pl.run import config, defaults, finders, folders, settings
 from srlora_pl.run.explain import explain, missing_package, written_at
 from srlora_pl.run.messages import close, note, quieten
 from srlora_pl.run.processes import ending_together
+from srlora_pl.run.trainer import Trainer
 from srlora_pl.tasks.base import Task
 from srlora_pl.training import checkpoints
 from srlora_pl.training import lightning_internals as internals
@@ -40,16 +40,13 @@ TRAINER_DEFAULTS = {
 
 
 class Run(LightningCLI):
-    """A subcommand on parsed settings.
+    """A subcommand on parsed settings; a setting or a checkpoint that is wrong is refused here.
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
         files: names of the config files, in order.
         contents: their settings, as `config.read` returns them.
         options: the rest of the command line; it rules over the files.
-
-    Raises:
-        UserError: a setting is unknown or has a wrong value, or the checkpoint cannot be read.
     """
 
     def __init__(self, command: str, files: Sequence[str], contents: Sequence[config.Node], options: list[str]) -> None:
@@ -65,6 +62,7 @@ class Run(LightningCLI):
         super().__init__(
             Task,
             DataModule,
+            trainer_class=Trainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_defaults=TRAINER_DEFAULTS,
@@ -259,7 +257,7 @@ class Run(LightningCLI):
         internals.seed_again(self)
         return found
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
         given = self.config_init.trainer
         users = defaults.as_list(given.callbacks)
         if self.command == "fit":
@@ -305,18 +303,18 @@ class Run(LightningCLI):
     def start(self) -> None:
         """Run the subcommand."""
         with self.interrupts.watch(self.trainer), ending_together(self.trainer):
-            getattr(self, self.command)()
+            if self.command == "fit":
+                self.fit()
+            elif self.command == "predict":
+                self.predict()
+            else:
+                close(self._evaluate(self.command, self.ckpt_path), [f"weights: {self.ckpt_path or 'untrained'}"])
 
     def fit(self) -> None:
         if self.folder is None or rank_zero_only.rank:  # type: ignore[attr-defined]
             self._fit()
             return
-        with alone_in(self.folder) as alone:
-            if not alone:
-                raise UserError(
-                    f"another run is at work in {relative(self.folder)}: wait for its end, or begin a new run without "
-                    "--ckpt_path"
-                )
+        with alone_in(self.folder):
             self._fit()
 
     def _fit(self) -> None:
@@ -349,12 +347,6 @@ class Run(LightningCLI):
         chosen = choosing[0]
         value, file = float(chosen.best_model_score), str(relative(chosen.best_model_path))
         return {"monitor": chosen.monitor, "mode": chosen.mode, "value": value, "checkpoint": file}
-
-    def validate(self) -> None:
-        close(self._evaluate("validate", self.ckpt_path), [f"weights: {self.ckpt_path or 'untrained'}"])
-
-    def test(self) -> None:
-        close(self._evaluate("test", self.ckpt_path), [f"weights: {self.ckpt_path or 'untrained'}"])
 
     def _evaluate(self, command: str, checkpoint: str | None) -> dict[str, float]:
         evaluate = getattr(self.trainer, command)

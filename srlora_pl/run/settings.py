@@ -34,11 +34,7 @@ def _duration(value: timedelta) -> str:
 
 
 def parse(parser: ArgumentParser, settings: config.Node, options: list[str]) -> Namespace:
-    """The config files' ``settings`` and, over them, the command line.
-
-    Raises:
-        ArgumentError: a setting is unknown or has a wrong value.
-    """
+    """The config files' ``settings`` and, over them, the command line; an ``ArgumentError`` names a wrong one."""
     parsed = parser.parse_args(options, namespace=_as_namespace(settings, top=True))
     _without_marks(parsed)
     return parsed
@@ -46,16 +42,11 @@ def parse(parser: ArgumentParser, settings: config.Node, options: list[str]) -> 
 
 def _as_namespace(node: config.Node, top: bool = False) -> Namespace:
     """The settings of objects as jsonargparse holds them; other mappings are values."""
-    return Namespace(
-        **{
-            key: _as_namespace(value) if isinstance(value, dict) and (top or _holds_settings(key, value)) else value
-            for key, value in node.items()
-        }
-    )
-
-
-def _holds_settings(key: str, value: config.Node) -> bool:
-    return key == "init_args" or "class_path" in value
+    namespace = Namespace()
+    for key, value in node.items():
+        holds = isinstance(value, dict) and (top or key == "init_args" or "class_path" in value)
+        setattr(namespace, key, _as_namespace(value) if holds else value)
+    return namespace
 
 
 def _without_marks(settings: Namespace) -> None:
@@ -88,15 +79,9 @@ def split_options(options: list[str]) -> tuple[config.Node, list[str]]:
 
 def drop_arguments(names: Iterable[str], options: list[str]) -> tuple[list[str], list[str]]:
     """Which of the method's arguments ``names`` the options give, and the options without them."""
-    given, rest = _taken(
-        options,
-        {
-            f"--model.{form}method.{below}{name}": name
-            for name in names
-            for form in ("", "init_args.")
-            for below in ("", "init_args.")
-        },
-    )
+    forms = ("--model.method.", "--model.init_args.method.")
+    ways = [f"{form}{below}" for form in forms for below in ("", "init_args.")]
+    given, rest = _taken(options, {f"{way}{name}": name for name in names for way in ways})
     return sorted(given), rest
 
 

@@ -1,8 +1,10 @@
 """The base of the tasks: a network that a method adapts, its optimizer and schedule, its loss and its scores."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import count
 from typing import Any, Literal
 
 import lightning as L
@@ -13,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from srlora_pl.data.protocols import Batch, DataForTask, data_of
-from srlora_pl.lowrank import Method
+from srlora_pl.lowrank import Method, gradients
+from srlora_pl.lowrank.method import Sources
 from srlora_pl.lowrank.methods import from_spec
 from srlora_pl.models.family import ModelFamily
 from srlora_pl.models.heads import FoundHead, settle
@@ -21,23 +24,27 @@ from srlora_pl.models.peft_folder import PeftFolder
 from srlora_pl.tasks.evaluation import Evaluation
 from srlora_pl.tasks.guards import (
     FiniteLoss,
-    require,
+    on_device,
     require_finite_weights,
     require_known_scores,
     require_that_a_batch_passes,
 )
 from srlora_pl.tasks.identity import require_same_classes, require_same_model
-from srlora_pl.tasks.optim import build_optimizer, param_groups, require_length, require_optimizer, schedule_factor
+from srlora_pl.tasks.optim import (
+    SCHEDULES,
+    build_optimizer,
+    optimizer_class,
+    param_groups,
+    require_length,
+    schedule_factor,
+)
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
 from srlora_pl.training.mixin import SRLoRAMixin
 from srlora_pl.training.resume import ExactResume
-from srlora_pl.util.precision import MatmulPrecision
+from srlora_pl.util.errors import UserError, require, require_one_of
+from srlora_pl.util.precision import restorer
 from srlora_pl.util.yaml_text import plain
-
-# What a checkpoint holds: the changes since the pretrained weights, or the whole network.
-CHECKPOINTS = ("compact", "full")
-MATMUL_PRECISIONS = ("highest", "high", "medium")
 
 
 class Task(ExactResume, SRLoRAMixin, L.LightningModule):
@@ -97,9 +104,15 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     ) -> None:
         shared = arguments_of(locals())
         super().__init__()
-        require_optimizer(optimizer, lr, head_lr, momentum, weight_decay, schedule, warmup_steps)
-        require("matmul_precision", matmul_precision, "highest, high or medium", matmul_precision in MATMUL_PRECISIONS)
-        require("checkpoints", checkpoints, "compact or full", checkpoints in CHECKPOINTS)
+        optimizer_class(optimizer)
+        require_one_of("model.schedule", schedule, SCHEDULES)
+        require("model.lr", lr, "positive", 0 < lr < math.inf)
+        require("model.head_lr", head_lr, "positive", head_lr is None or 0 < head_lr < math.inf)
+        require("model.momentum", momentum, "from 0 up to, but not, 1", 0 <= momentum < 1)
+        require("model.weight_decay", weight_decay, "0 or positive", 0 <= weight_decay < math.inf)
+        require("model.warmup_steps", warmup_steps, "0 or positive", warmup_steps >= 0)
+        require_one_of("model.matmul_precision", matmul_precision, ("highest", "high", "medium"))
+        require_one_of("model.checkpoints", checkpoints, ("compact", "full"))
         self.optimizer, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
         self.lr, self.head_lr, self.schedule, self.warmup_steps = lr, head_lr, schedule, warmup_steps
         self.whole_checkpoints = checkpoints == "full"
@@ -172,6 +185,24 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def take_data_settings(self, class_path: str, arguments: Mapping[str, Any]) -> None:
         """Put what `card` needs of the run's settings of its data into place."""
 
+    def gradients(self) -> Sources:
+        datamodule, sampled_batches = self.trainer.datamodule, self._data.sampled_batches  # type: ignore[attr-defined]
+        if sampled_batches is None:
+            name = type(self.adaptation.method).__name__
+            raise UserError(
+                f"{name} starts from gradients, but {type(datamodule).__name__} has no sampled_batches(samples) to "
+                "estimate them from: derive it from a DataModule of this package, or take another method."
+            )
+        factors = (schedule_factor(self.schedule, step, math.inf, self.warmup_steps) for step in count())
+        first = next(factor for factor in factors if factor > 0)
+
+        def losses(batch: Batch) -> Tensor:
+            loss = self.training_loss(on_device(self, datamodule, batch))
+            return loss.expand(len(batch["label"]))
+
+        samples = self.adaptation.method.gradient_samples  # type: ignore[attr-defined]
+        return gradients(losses, sampled_batches(samples), first * self.lr, self._progress)
+
     # A run
 
     @property
@@ -179,7 +210,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         return data_of(internals.trainer_of(self))
 
     def setup(self, stage: str) -> None:
-        self._precision_before = MatmulPrecision.now()
+        self._restore_precision = restorer()
         torch.set_float32_matmul_precision(self.hparams["matmul_precision"])
         if stage == "fit":
             self._began_with = settings_of(self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -189,7 +220,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         super().teardown(stage)
-        self._precision_before.restore()
+        self._restore_precision()
 
     def _settle_head(self) -> None:
         """Make a pretrained head mean the data's classes, before its first use, unless a checkpoint was loaded."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from srlora_pl.data.protocols import Batch
-from srlora_pl.tasks.scores import Mean, OneClass
+from srlora_pl.tasks.scores import OneClass, ScoreOfAll
 
 _ONE_CLASS = "one_class"  # among the metrics, but no score
 
@@ -48,7 +48,8 @@ class LogitScores(nn.Module):
         super().__init__()
         self.main = main
         # Groups would be found by equal values in the first batch, which may be a coincidence.
-        self._fresh = MetricCollection({"loss": Mean(), **scores, _ONE_CLASS: OneClass()}, compute_groups=False)
+        mean, one_class = ScoreOfAll(torch.mean, "value"), OneClass()
+        self._fresh = MetricCollection({"loss": mean, **scores, _ONE_CLASS: one_class}, compute_groups=False)
         self._splits: dict[str, MetricCollection] = {}
         self._one_class: dict[str, Tensor] = {}
 

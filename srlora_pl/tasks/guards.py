@@ -11,15 +11,10 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
+from srlora_pl.data.protocols import Batch
 from srlora_pl.lowrank.importance import all_finite
 from srlora_pl.models.family import in_evaluation
 from srlora_pl.util.errors import UserError, did_you_mean, one_line
-
-
-def require(key: str, value: Any, condition: str, holds: bool) -> None:
-    """Refuse the ``value`` that a user gave as ``model.<key>`` unless the ``condition`` holds."""
-    if not holds:
-        raise UserError(f"model.{key} is {value}: it must be {condition}.")
 
 
 def require_known_scores(callbacks: Sequence[Any], known: Sequence[str], validates: bool) -> None:
@@ -112,9 +107,7 @@ def require_that_a_batch_passes(task: Any, data: Any) -> None:
     with isolate_rng(), torch.no_grad(), in_evaluation(task), torch.compiler.set_stance("force_eager"):
         batch = data.trial_batch()
         content = ", ".join(f"{key} {_short(value)}" for key, value in batch.items() if isinstance(value, Tensor))
-        batch = task.trainer.precision_plugin.convert_input(batch)
-        batch = data.on_before_batch_transfer(batch, 0)
-        batch = data.on_after_batch_transfer(data.transfer_batch_to_device(batch, task.device, 0), 0)
+        batch = on_device(task, data, batch)
         try:
             with task.trainer.precision_plugin.val_step_context():
                 loss = task.losses(task.logits(batch), batch["label"])
@@ -131,6 +124,13 @@ def require_that_a_batch_passes(task: Any, data: Any) -> None:
                 f"The loss of a first batch is {loss.float().mean().item()} before any training: see to the weights "
                 "of model.backbone, or set trainer.precision to 32-true."
             )
+
+
+def on_device(task: L.LightningModule, data: L.LightningDataModule, batch: Batch) -> Batch:
+    """``batch`` as Lightning would hand it to ``task``."""
+    batch = task.trainer.precision_plugin.convert_input(batch)
+    batch = data.on_before_batch_transfer(batch, 0)
+    return data.on_after_batch_transfer(data.transfer_batch_to_device(batch, task.device, 0), 0)
 
 
 def _short(value: Tensor) -> str:

@@ -1,7 +1,7 @@
 """Image classification on any timm model."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,7 @@ from srlora_pl.models.family import Timm
 from srlora_pl.models.timm_models import data_config
 from srlora_pl.tasks.base import Batch, Task, arguments_of
 from srlora_pl.tasks.evaluation import LogitScores
-from srlora_pl.tasks.guards import require
-from srlora_pl.util.errors import UserError
+from srlora_pl.util.errors import UserError, require
 
 
 class ImageClassifier(Task):
@@ -33,9 +32,6 @@ class ImageClassifier(Task):
         method: ``srlora_pl.LoRA``, ``PiSSA`` or ``SRLoRA``, or its ``{class_path, init_args}``.
         backbone_kwargs: for timm's constructor, such as ``drop_path_rate``; ``pretrained: false`` starts from
             random weights.
-        lr: the largest learning rate.
-        schedule: the learning rate after the warm-up: ``cosine`` or ``linear`` down to 0 at the last step, or
-            ``constant``.
         label_smoothing: in the training loss only, from 0 up to 1.
         mixup: alpha of mixup (Zhang et al. 2018); 0 is off. With cutmix too, each batch takes one at random.
         cutmix: alpha of cutmix (Yun et al. 2019); 0 is off.
@@ -52,21 +48,18 @@ class ImageClassifier(Task):
         method: Method,
         backbone_kwargs: dict[str, Any] | None = None,
         *,
-        lr: float = 1e-3,
-        schedule: Literal["cosine", "linear", "constant"] = "cosine",
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         **kwargs: Any,
     ) -> None:
         arguments = arguments_of(locals())
-        super().__init__(method, lr=lr, schedule=schedule, **kwargs)
-        require("num_classes", num_classes, "at least 2", num_classes >= 2)
-        require("label_smoothing", label_smoothing, "from 0 up to, but not, 1", 0 <= label_smoothing < 1)
-        require("mixup", mixup, "0 or positive", mixup >= 0)
-        require("cutmix", cutmix, "0 or positive", cutmix >= 0)
-        self.num_classes = num_classes
-        self.label_smoothing = label_smoothing
+        super().__init__(method, **kwargs)
+        require("model.num_classes", num_classes, "at least 2", num_classes >= 2)
+        require("model.label_smoothing", label_smoothing, "from 0 up to, but not, 1", 0 <= label_smoothing < 1)
+        require("model.mixup", mixup, "0 or positive", mixup >= 0)
+        require("model.cutmix", cutmix, "0 or positive", cutmix >= 0)
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
         self.mix = _mix(mixup, cutmix, num_classes)
         self.evaluation = LogitScores(_scores(num_classes), "accuracy")
         self.build(Timm(backbone, num_classes, backbone_kwargs, self.hparams["backbone_checkpoint"]), arguments)
@@ -118,9 +111,6 @@ def _scores(num_classes: int) -> dict[str, Metric]:
 
 def _mix(mixup: float, cutmix: float, num_classes: int) -> v2.Transform | None:
     """Mixes the images of a batch and makes their labels probabilities (B, classes); None where both are off."""
-    mixes: list[v2.Transform] = []
-    if mixup:
-        mixes.append(v2.MixUp(alpha=mixup, num_classes=num_classes))
-    if cutmix:
-        mixes.append(v2.CutMix(alpha=cutmix, num_classes=num_classes))
+    kinds = {v2.MixUp: mixup, v2.CutMix: cutmix}
+    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds.items() if alpha]
     return v2.RandomChoice(mixes) if len(mixes) > 1 else mixes[0] if mixes else None

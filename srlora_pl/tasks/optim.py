@@ -9,32 +9,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from srlora_pl.tasks.guards import require
 from srlora_pl.util.errors import UserError, did_you_mean
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 SCHEDULES = ("cosine", "linear", "constant")
-
-
-def require_optimizer(
-    optimizer: str,
-    lr: float,
-    head_lr: float | None,
-    momentum: float,
-    weight_decay: float,
-    schedule: str,
-    warmup_steps: int,
-) -> None:
-    """Refuse arguments of a task that are out of range or unknown."""
-    optimizer_class(optimizer)
-    if schedule not in SCHEDULES:
-        near = did_you_mean(schedule, SCHEDULES)
-        raise UserError(f"model.schedule is {schedule!r}{near}: give one of {', '.join(SCHEDULES)}.")
-    require("lr", lr, "positive", 0 < lr < math.inf)
-    require("head_lr", head_lr, "positive", head_lr is None or 0 < head_lr < math.inf)
-    require("momentum", momentum, "from 0 up to, but not, 1", 0 <= momentum < 1)
-    require("weight_decay", weight_decay, "0 or positive", 0 <= weight_decay < math.inf)
-    require("warmup_steps", warmup_steps, "0 or positive", warmup_steps >= 0)
 
 
 def require_length(schedule: str, warmup_steps: int, total: float) -> None:

@@ -14,7 +14,7 @@ from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 from torchmetrics.utilities import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from srlora_pl.util.errors import UserError, did_you_mean
+from srlora_pl.util.errors import require, require_one_of
 from srlora_pl.util.precision import float64_device
 
 
@@ -29,7 +29,7 @@ def _exactly(formula: Callable[..., Tensor], *values: Tensor) -> Tensor:
 class ScoreOfAll(Metric):
     """A ``formula`` of all values of a split, float64 (n,) each, so that it does not matter how the batches were cut.
 
-    The values, called ``names``, are kept as they come until its end: ranks need them all.
+    `update` takes the values by their ``names``, float (B,), and keeps them until the end: ranks need them all.
     """
 
     full_state_update = False
@@ -40,6 +40,10 @@ class ScoreOfAll(Metric):
         for name in names:
             self.add_state(name, [], dist_reduce_fx="cat")
 
+    def update(self, **values: Tensor) -> None:
+        for name in self.names:
+            getattr(self, name).append(values[name])
+
     def compute(self) -> Tensor:
         return _exactly(self.formula, *(dim_zero_cat(getattr(self, name)) for name in self.names))
 
@@ -47,32 +51,6 @@ class ScoreOfAll(Metric):
 def _gather(values: Tensor, group: Any = None) -> list[Tensor]:
     """The ``values`` of each rank; in float64, so that one without any sends the same type as the others."""
     return gather_all_tensors(values.double(), group)
-
-
-class Mean(ScoreOfAll):
-    """The mean of ``value``, float (B,)."""
-
-    value: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__(torch.mean, "value")
-
-    def update(self, value: Tensor) -> None:
-        self.value.append(value)
-
-
-class Correlation(ScoreOfAll):
-    """A ``formula`` of ``preds`` and ``target``, float (B,)."""
-
-    preds: list[Tensor]
-    target: list[Tensor]
-
-    def __init__(self, formula: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__(formula, "preds", "target")
-
-    def update(self, preds: Tensor, target: Tensor) -> None:
-        self.preds.append(preds)
-        self.target.append(target)
 
 
 class ConfusionScore(Metric):
@@ -183,7 +161,7 @@ _LABELS: dict[str, Callable[[int], Metric]] = {
     "accuracy": partial(MultilabelExactMatch, validate_args=False),
 }
 _NUMBERS: dict[str, Callable[[int], Metric]] = {
-    formula.__name__: lambda _, formula=formula: Correlation(formula)  # type: ignore[misc]
+    formula.__name__: lambda _, formula=formula: ScoreOfAll(formula, "preds", "target")  # type: ignore[misc]
     for formula in (pearson, spearman)
 }
 SCORES = {"single_label": _CLASSES, "multi_label": _LABELS, "regression": _NUMBERS}
@@ -200,12 +178,7 @@ def metrics(problem: str, names: Sequence[str], num_classes: int) -> dict[str, M
         UserError: there is no name, or one that the problem does not have.
     """
     known = SCORES[problem]
-    if not names:
-        raise UserError(f"model.score_names is empty: give some of {', '.join(known)}, the main one first.")
+    require("model.score_names", names, f"one or more of {', '.join(known)}, the main one first", bool(names))
     for name in names:
-        if name not in known:
-            raise UserError(
-                f"model.score_names has {name!r}{did_you_mean(name, known)}, but a {problem} problem has "
-                f"{', '.join(known)}."
-            )
+        require_one_of(f"model.score_names of a {problem} problem", name, known)
     return {name: known[name](num_classes) for name in names}

@@ -19,9 +19,8 @@ from srlora_pl.models.family import Transformers
 from srlora_pl.tasks import scores
 from srlora_pl.tasks.base import Batch, Task, arguments_of
 from srlora_pl.tasks.evaluation import LogitScores
-from srlora_pl.tasks.guards import require
 from srlora_pl.util import yaml_text
-from srlora_pl.util.errors import UserError, did_you_mean
+from srlora_pl.util.errors import UserError, did_you_mean, require, require_one_of
 
 
 class TextClassifier(Task):
@@ -80,8 +79,8 @@ class TextClassifier(Task):
     ) -> None:
         arguments = arguments_of(locals())
         super().__init__(method, lr=lr, schedule=schedule, **kwargs)
-        require("num_classes", num_classes, "at least 1", num_classes >= 1)
-        require("label_smoothing", label_smoothing, "from 0 up to, but not, 1", 0 <= label_smoothing < 1)
+        require("model.num_classes", num_classes, "at least 1", num_classes >= 1)
+        require("model.label_smoothing", label_smoothing, "from 0 up to, but not, 1", 0 <= label_smoothing < 1)
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
         self.register_buffer("class_weights", _weights(class_weights, num_classes), persistent=False)
         self.backbone_name = encoders.resolve(backbone)
@@ -104,15 +103,14 @@ class TextClassifier(Task):
 
     def _settle(self, problem: str, score_names: Sequence[str] | None) -> None:
         """Set the problem and its scores (None: the defaults), if they fit the other arguments."""
-        if problem not in scores.SCORES:
-            raise UserError(f"model.problem is {problem!r}: give one of {', '.join(scores.SCORES)}.")
+        require_one_of("model.problem", problem, scores.SCORES)
         if problem == "regression":
-            require("num_classes", self.num_classes, "1 for regression", self.num_classes == 1)
-            require("class_weights", self.class_weights, "left out for regression", self.class_weights is None)
+            require("model.num_classes", self.num_classes, "1 for regression", self.num_classes == 1)
+            require("model.class_weights", self.class_weights, "left out for regression", self.class_weights is None)
         if problem == "single_label":
-            require("num_classes", self.num_classes, "at least 2", self.num_classes >= 2)
+            require("model.num_classes", self.num_classes, "at least 2", self.num_classes >= 2)
         else:
-            require("label_smoothing", self.label_smoothing, f"0 for {problem}", self.label_smoothing == 0)
+            require("model.label_smoothing", self.label_smoothing, f"0 for {problem}", self.label_smoothing == 0)
         self.problem, self.score_names = problem, list(score_names or scores.DEFAULTS[problem])
         metrics = scores.metrics(self.problem, self.score_names, self.num_classes)
         self.evaluation = LogitScores(metrics, self.score_names[0])
@@ -157,13 +155,10 @@ class TextClassifier(Task):
     def logits(self, batch: Batch) -> Tensor:
         return self(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
 
-    def losses(self, logits: Tensor, label: Tensor) -> Tensor:
-        return self._losses(logits, label)
-
     def training_loss(self, batch: Batch) -> Tensor:
-        return self._losses(self.logits(batch), batch["label"], self.label_smoothing).mean()
+        return self.losses(self.logits(batch), batch["label"], self.label_smoothing).mean()
 
-    def _losses(self, logits: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
+    def losses(self, logits: Tensor, label: Tensor, smoothing: float = 0.0) -> Tensor:
         """Losses (B,): cross entropy, binary cross entropy averaged over the classes, or squared error."""
         weights: Any = self.class_weights
         if self.problem == "regression":
@@ -178,8 +173,7 @@ class TextClassifier(Task):
         return (logits > 0).long() if self.problem == "multi_label" else logits
 
     def card(self) -> dict[str, Any]:
-        names = {"single_label": "single_label_classification", "multi_label": "multi_label_classification"}
-        return {"problem_type": names.get(self.problem, self.problem)}
+        return {"problem_type": self.problem + "_classification" * (self.problem != "regression")}
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
         """``index`` (B,) and: the most probable ``label`` (B,) and its ``probability`` (B,); for several labels
@@ -198,9 +192,11 @@ def _weights(values: Sequence[float] | dict[str, float] | None, num_classes: int
     if values is None:
         return None
     if not isinstance(values, dict):
-        require("class_weights", values, f"{num_classes} numbers, one per class", len(values) == num_classes)
+        require("model.class_weights", values, f"{num_classes} numbers, one per class", len(values) == num_classes)
     weights = torch.tensor([*values.values()] if isinstance(values, dict) else values, dtype=torch.float32)
-    require("class_weights", values, "positive and finite", bool((weights > 0).all() and weights.isfinite().all()))
+    require(
+        "model.class_weights", values, "positive and finite", bool((weights > 0).all() and weights.isfinite().all())
+    )
     return weights
 
 

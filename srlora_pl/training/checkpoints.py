@@ -19,11 +19,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Replaces a checkpoint atomically, once the new one is on the disk; addresses such as s3:// as Lightning does."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write ``checkpoint`` to ``path``.
-
-        Raises:
-            UserError: it cannot be written; an earlier file at ``path`` is still there.
-        """
+        """Write ``checkpoint`` to ``path``; after a `UserError` an earlier file is still there."""
         if storage_options is not None or not internals.is_local_file(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         path = Path(path)
@@ -44,11 +40,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a Lightning checkpoint; tensors stay on the disk until they are used.
-
-    Raises:
-        UserError: the file is missing, truncated, or no checkpoint.
-    """
+    """The content of a Lightning checkpoint; tensors stay on the disk until they are used. Other files are refused."""
     if not path.is_file():
         near = did_you_mean(str(path), map(str, path.parent.glob("*.ckpt")))
         raise UserError(f"--ckpt_path {path} does not exist{near}")

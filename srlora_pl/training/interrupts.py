@@ -42,8 +42,6 @@ class Interrupts(Callback):
         self._trains = self._has_trained = False
         self._handled: list[int] = []
 
-    # --- signals -------------------------------------------------------------------------------------------------
-
     @contextlib.contextmanager
     def watch(self, trainer: Trainer) -> Iterator[None]:
         """Handle signals inside the block."""
@@ -74,8 +72,6 @@ class Interrupts(Callback):
         self.received = number
         if not self._trains:
             raise self._interrupted("" if self._has_trained or not self.folder else " before the first step")
-
-    # --- where the run ends ---------------------------------------------------------------------------------
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.received:
@@ -112,8 +108,7 @@ class Interrupts(Callback):
         if self.requeue:
             # Lightning's own handler saves in the middle of a step, where weights, optimizer and counters may disagree.
             older = [*self.folder.glob("hpc_ckpt_*.ckpt")]
-            self.checkpoint = internals.slurm_checkpoint(trainer, self.folder)
-            internals.requeue(trainer, self.requeue)
+            self.checkpoint = internals.requeue(trainer, self.requeue, self.folder)
             for file in older if trainer.is_global_zero else ():
                 file.unlink()
         else:
@@ -132,14 +127,11 @@ class Interrupts(Callback):
         if self.folder and self.checkpoint:
             config, checkpoint = relative(self.folder / "config.yaml"), relative(self.checkpoint)
             arguments = ["fit", "--config", str(config), "--ckpt_path", str(checkpoint)]
-            what += f"; go on with: {_program()} {shlex.join(arguments)}"
+            program = "srlora" if Path(sys.argv[0]).stem == "srlora" else "python cli.py"
+            what += f"; go on with: {program} {shlex.join(arguments)}"
         return Interrupted(f"interrupted by {signal.Signals(number).name}{what}", 128 + number)
 
 
 def _set(number: int, handler: Any) -> None:
     if threading.current_thread() is threading.main_thread():  # no other may
         signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-def _program() -> str:
-    return "srlora" if Path(sys.argv[0]).stem == "srlora" else "python cli.py"

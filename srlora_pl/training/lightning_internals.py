@@ -53,14 +53,11 @@ def cluster_environment(trainer: Any) -> Any:
     return trainer._accelerator_connector.cluster_environment
 
 
-def slurm_checkpoint(trainer: Any, folder: Path) -> Path:
-    """The file that `requeue` writes to ``folder``."""
-    return Path(trainer._checkpoint_connector.hpc_save_path(folder))
-
-
-def requeue(trainer: Any, signal: int) -> None:
-    """Save a checkpoint and have SLURM queue the job again, as Lightning does when it receives ``signal``."""
+def requeue(trainer: Any, signal: int, folder: Path) -> Path:
+    """Save a file to ``folder`` and have SLURM queue the job again, as Lightning does when it receives ``signal``."""
+    file = Path(trainer._checkpoint_connector.hpc_save_path(folder))
     trainer._signal_connector._slurm_sigusr_handler_fn(signal, None)
+    return file
 
 
 def child_processes(trainer: Any) -> Sequence[Popen]:

@@ -18,6 +18,7 @@ from torch.serialization import add_safe_globals, safe_globals
 from srlora_pl.lowrank import Adaptation, Method
 from srlora_pl.lowrank.checks import require_trained, require_unmerged
 from srlora_pl.lowrank.linear import Matrix
+from srlora_pl.lowrank.method import Sources
 from srlora_pl.lowrank.methods import imported
 from srlora_pl.lowrank.optimizer_state import gradients_of, parameters_of
 from srlora_pl.training import lightning_internals as internals
@@ -135,13 +136,28 @@ class SRLoRAMixin(_Module):
         self._refuse_what_cannot_be_right()
         if not internals.module_loads_training_data(self.trainer):  # whose own setup may not be over
             self._require_room()
-        begin, method = time.perf_counter(), self.adaptation.method
-        self.adaptation.start(method.sources(self._progress, cache_folder("spectra")), device)
-        if method.starts_from != "nothing":
+        if self.adaptation.method.starts_from != "gradient":
+            self._start(self.adaptation.method.sources(self._progress, cache_folder("spectra")))
+
+    def _start(self, sources: Sources | None) -> None:
+        begin = time.perf_counter()
+        self.adaptation.start(sources, self.trainer.strategy.root_device)
+        if sources is not None:
             seconds = time.perf_counter() - begin
             rank_zero_info(f"Start of {len(self.adaptation.matrices)} matrices: ready after {seconds:.1f} s.")
         for callback in self._averaging():  # which were set up before the start changed the weights
-            callback.setup(self.trainer, self, stage)
+            callback.setup(self.trainer, self, "fit")
+
+    def gradients(self) -> Sources:
+        """The source of a method that starts from gradients; for a class of one's own to override.
+
+        Returns:
+            What `srlora_pl.gradients` makes of losses and batches.
+        """
+        raise UserError(
+            f"{type(self.adaptation.method).__name__} starts from gradients, which {type(self).__name__} does not "
+            "give: define its gradients() with srlora_pl.gradients(losses, batches, lr)"
+        )
 
     def _require_adapted(self) -> None:
         if "adaptation" not in vars(self):
@@ -149,7 +165,7 @@ class SRLoRAMixin(_Module):
 
     def _progress(self, matrices: list[Matrix]) -> Iterable[Matrix]:
         shown = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
-        return track(matrices, "singular values of the pretrained weights", transient=True, disable=not shown)
+        return track(matrices, "singular values", transient=True, disable=not shown)
 
     def _refuse_what_cannot_be_right(self) -> None:
         trainer: Any = self.trainer
@@ -195,6 +211,10 @@ class SRLoRAMixin(_Module):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         self._require_room()
+        # Later than others: a checkpoint is loaded by now, after which there is nothing to estimate, and the network
+        # is on its device.
+        if self.adaptation.method.starts_from == "gradient":
+            self._start(None if self.adaptation.started else self.gradients())
 
     def _require_room(self) -> None:
         # A resumed run was checked when it began, and its length may only be asked for once its state is restored.

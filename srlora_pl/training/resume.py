@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
-from torch import Tensor, distributed
+from torch import Tensor
 
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.errors import UserError
@@ -121,11 +121,11 @@ class ExactResume(_Module):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         trainer: Any = self.trainer
-        gradients = {}
+        gradients: Any = {}
         if trainer.state.fn == "fit" and internals.accumulates(trainer):
             gradients = {n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None}
         if trainer.world_size > 1:  # until the accumulation is over each process has gradients of its own
-            gradients = {name: _gathered(gradient) for name, gradient in gradients.items()}
+            gradients = self.all_gather(gradients)  # (processes, ...)
         checkpoint[_KEY] = {
             "processed": internals.batches_in_run(trainer).processed,
             "processes": trainer.world_size,
@@ -216,10 +216,3 @@ def _still_stops(callback: EarlyStopping, counted: dict[str, Any], score: Tensor
     reached = good is not None and bool(callback.monitor_op(score, good))
     diverged = bad is not None and bool(callback.monitor_op(-score, -bad))
     return reached or diverged or (callback.check_finite and not bool(torch.isfinite(score)))
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    """``tensor`` of each process, (processes, ...)."""
-    parts = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, tensor)
-    return torch.stack(parts)

@@ -18,11 +18,7 @@ def cache_folder(kind: str) -> Path:
 
 
 def keep(tensors: Mapping[str, Tensor], file: Path, header: dict[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all: several processes may do so at once, and any may be killed.
-
-    Raises:
-        OSError: the folder takes no file, or not this one.
-    """
+    """Write a safetensors file whole or not at all: several processes may do so at once, and any may be killed."""
     with replacing(file) as new:
         new.write(save(dict(tensors), header))
 

@@ -1,6 +1,6 @@
 """Errors that a user can cause, and the helper that finds the nearest right name."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from typing import Any
 
@@ -31,6 +31,18 @@ WORKER_DIED = (
 )
 
 
+def require(key: str, value: Any, condition: str, holds: bool) -> None:
+    """Refuse the ``value`` that a user gave to the setting ``key`` unless the ``condition`` holds."""
+    if not holds:
+        raise UserError(f"{key} is {value!r}: it must be {condition}.")
+
+
+def require_one_of(key: str, value: str, known: Iterable[str]) -> None:
+    """Refuse the ``value`` of the setting ``key`` unless it is one of ``known``."""
+    if value not in (names := list(known)):
+        raise UserError(f"{key} is {value!r}{did_you_mean(str(value), names)}: it must be one of {listed(names)}.")
+
+
 def causes(error: BaseException | None) -> Iterator[BaseException]:
     """``error`` and, one after the other, what brought it about."""
     while error is not None:
@@ -49,10 +61,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def listed(names: Iterable[Any], most: int | None = None) -> str:
-    """``a, b, c``, in one line whatever the names hold; ``a, b, ...`` where there are more than ``most``."""
+    """``a, b, c``, in one line whatever the names hold; ``a, b and 7 more`` where there are more than ``most``."""
     every = [str(name) for name in names]
-    shown = every[:most] + ["..."] * (most is not None and len(every) > most)
-    return " ".join(", ".join(shown).split())
+    more = f" and {len(every) - most} more" if most is not None and len(every) > most else ""
+    return " ".join(", ".join(every[:most]).split()) + more
 
 
 def one_line(error: BaseException) -> str:
@@ -64,9 +76,3 @@ def one_line(error: BaseException) -> str:
 def is_utf8(name: str) -> bool:
     """Whether a name, of a file for example, can be written into a text; other bytes are surrogates in it."""
     return name.encode(errors="ignore").decode() == name
-
-
-def some(items: Sequence[str]) -> str:
-    """The first two of ``items``, and how many more there are."""
-    more = f" and {len(items) - 2} more" if len(items) > 2 else ""
-    return ", ".join(items[:2]) + more

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from srlora_pl.util.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # Windows: leftovers of dead processes stay
@@ -44,6 +46,21 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     _sync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def writing_to(place: str) -> Iterator[None]:
+    """Turns an OSError of the block into a UserError that ``place``, in the user's words, cannot be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place} cannot be written to ({error.strerror}): name another place") from error
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write ``content`` to ``path``, see `replacing`."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
 def relative(path: str | Path) -> Path:
     """``path`` as seen from here, where that is shorter."""
     path, here = Path(path).resolve(), Path.cwd()
@@ -65,8 +82,8 @@ def lock(file: BinaryIO) -> bool:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[bool]:
-    """Whether no other process is in such a block for ``folder``; yes also where that cannot be told.
+def alone_in(folder: Path) -> Iterator[None]:
+    """Refuse the block while another process is in one for ``folder``, as far as that can be told.
 
     Unlike a `lock` it is not handed on to the processes that this one starts, which may outlive it by some seconds.
     """
@@ -76,12 +93,14 @@ def alone_in(folder: Path) -> Iterator[bool]:
             file = stack.enter_context(name.open("ab"))
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             stack.callback(name.unlink, missing_ok=True)
-        except BlockingIOError:
-            yield False
-            return
+        except BlockingIOError as error:
+            raise UserError(
+                f"another run is at work in {relative(folder)}: wait for its end, or begin a new run without "
+                "--ckpt_path"
+            ) from error
         except (OSError, AttributeError):  # a folder that takes no file, a file system or a system without locks
             pass
-        yield True
+        yield
 
 
 def _remove_leftovers(folder: Path) -> None:

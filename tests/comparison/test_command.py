@@ -13,18 +13,18 @@ from typing import Any
 
 import lightning.pytorch  # noqa: F401  (before rich: typing keeps the first of Union[float, int] and Union[int, float])
 import pytest
+import rich.progress
 import yaml
 from rich.console import Console
 
 from srlora_pl import cli
 from srlora_pl.comparison import command
-from srlora_pl.comparison.cells import Cell
+from srlora_pl.comparison.cells import Cell, comparing_in
 from srlora_pl.comparison.command import plans_of
 from srlora_pl.comparison.paper import NUMBERS
 from srlora_pl.util.errors import UserError
 from tests.helpers.errors import mentions
 from tests.helpers.paths import ROOT
-from tests.helpers.waiting import run as run_process
 from tests.helpers.waiting import wait_until, words_of
 
 
@@ -76,8 +76,7 @@ def test_a_plan_is_the_grid_with_one_seed_and_the_best_points_with_the_others(ta
         "srlora-lr0.1-batch_size4-seed0",
         "srlora-lr1e-2-batch_size4-seed0",
     ]
-    best = {"lora": plan.points[1], "srlora": plan.points[0]}
-    assert [cell.name for cell in plan.repetitions(best)] == [
+    assert [cell.name for cell in plan.repetitions([plan.trials[1], plan.trials[2]])] == [
         "lora-lr1e-2-batch_size4-seed1",
         "srlora-lr0.1-batch_size4-seed1",
         "lora-lr1e-2-batch_size4-seed2",
@@ -123,7 +122,7 @@ def test_the_papers_tables():
         ({"config": ["TASK"], "grid": ["model.lr=0.001,1e-3"]}, ["model.lr=0.001,1e-3", "twice"]),
         ({"config": ["TASK"], "grid": ["data.crop_scale=[0.5,1],[0.50, 1]"]}, ["data.crop_scale", "twice"]),
         ({"config": ["TASK"], "grid": ["model.lr=1", "model.lr=2"]}, ["--grid", "model.lr", "twice"]),
-        ({"config": ["TASK"], "methods": "lora,"}, ["--methods", "empty"]),
+        ({"config": ["TASK"], "methods": "lora,"}, ["configs/methods/.yaml"]),
     ],
 )
 def test_what_cannot_be_compared_is_refused(values, words, task):
@@ -252,7 +251,7 @@ def test_a_run_that_fails_is_reported_and_does_not_stop_the_rest(task, tmp_path,
     assert "log.txt" in out
     text, rows = table_and_scores(output)
     assert [row["cell"] for row in rows] == ["pissa-seed0"]
-    line = "* broken is left out: its run with the first seed failed: mend it, or take it out of --methods.\n"
+    line = "* broken is left out: 1 of its 1 runs with the first seed failed (broken-seed0): mend it, or "
     assert line in out
     assert line in text
 
@@ -294,19 +293,17 @@ def test_a_mistyped_comparison_leaves_nothing_that_refuses_the_right_one(task, t
 def test_an_output_that_is_no_folder_is_refused(task, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert cli.main(["compare", "--config", str(task), "--output", str(tmp_path / "file")]) == 2
-    assert "file cannot be written to (File exists): give another folder" in capsys.readouterr().err
+    assert "file cannot be written to (File exists): name another place" in capsys.readouterr().err
 
 
 def test_a_task_whose_folder_cannot_be_made_is_refused(tmp_path, capsys):
     (tmp_path / "deberta_qnli_srlora").touch()
     assert cli.main(["compare", "--table", "3", "--output", str(tmp_path)]) == 2
-    assert "deberta_qnli_srlora cannot be written to (File exists): give another folder" in capsys.readouterr().err
+    assert "deberta_qnli_srlora cannot be written to (File exists): name another place" in capsys.readouterr().err
 
 
 def test_two_comparisons_do_not_share_a_folder(task, tmp_path, capsys):
-    from srlora_pl.comparison.cells import runner
-
-    with runner(tmp_path, ()):
+    with comparing_in(tmp_path):
         assert cli.main(["compare", "--config", str(task), "--seeds", "1", "--output", str(tmp_path)]) == 2
     assert "is at work in" in capsys.readouterr().err
 
@@ -322,7 +319,7 @@ def test_a_dry_run_lists_the_runs_and_trains_none(task, tmp_path, capsys):
         "srlora-lr0.1-seed0",
         "srlora-lr0.2-seed0",
     ]
-    assert "then each method's best point with seed 1" in out
+    assert "then each method's best point with seeds 1" in out
     assert not output.exists()
 
 
@@ -335,8 +332,8 @@ def test_nothing_is_chosen_from_a_grid_with_a_hole(task, tmp_path, capsys):
     assert "failed: lora-lr-1-seed0: error: " in out
     assert text == (
         "No method has finished all its runs with the first seed, so there is nothing to compare.\n\n"
-        "* lora is left out: 1 of 2 points of the grid failed (lora-lr-1-seed0): take the value out of --grid, or "
-        "mend it.\n"
+        "* lora is left out: 1 of its 2 runs with the first seed failed (lora-lr-1-seed0): mend it, or leave the value "
+        "out of --grid or the method out of --methods.\n"
     )
     assert text in out
     assert not list(output.glob("*-seed1"))
@@ -447,21 +444,9 @@ def test_a_dry_run_counts_what_has_finished(task, tmp_path, monkeypatch, capsys)
         assert f"training the {next(left)} that are left" in capsys.readouterr().out
 
 
-def test_nothing_is_left_of_a_finished_comparison():
+def test_nothing_is_left_of_a_finished_comparison(monkeypatch):
     console = Console(file=io.StringIO(), width=200, get_time=itertools.count(0, 100).__next__)
-    with command._progress(console) as bar:
+    monkeypatch.setattr(rich.progress, "get_console", lambda: console)
+    with command._progress() as bar:
         bar.advance(bar.add_task("lora-seed0", total=1))
     assert "left 0:00:00" in console.file.getvalue()
-
-
-def test_limits_are_whole_numbers_first():
-    """As jsonargparse tries the types in turn, ``limit_train_batches 1`` would else be 1.0: all batches."""
-    code = (
-        "import srlora_pl.comparison.command, inspect; from lightning.pytorch import Trainer; "
-        "print(inspect.signature(Trainer.__init__).parameters['limit_train_batches'].annotation)"
-    )
-    assert (
-        run_process([sys.executable, "-W", "ignore", "-c", code], check=True)
-        .stdout.strip()
-        .endswith("[int, float, NoneType]")
-    )

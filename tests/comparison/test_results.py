@@ -80,7 +80,7 @@ def test_rounding_is_no_spread(precision):
     assert len({one - other for one, other in zip(scores[0].values(), scores[1].values(), strict=True)}) > 1
     assert Difference.between(*scores) is None
     runs = {m: [outcome(m, seed, score) for seed, score in each.items()] for m, each in zip("ab", scores, strict=True)}
-    assert "* a against b: the difference is the same with every seed, so nothing can be tested." in table(runs, {})
+    assert "* a against b: nothing can be tested (" in table(runs, {})
     assert (
         Difference.between({0: 0.9, 1: 0.8}, {0: 0.9, 1: 0.8 + 1 / 40_000}) is not None
     )  # one sample of QQP's dev set

@@ -450,7 +450,7 @@ def test_files_that_give_other_outputs_are_not_left(vit, tmp_path, monkeypatch, 
         key = next(key for key in tensors if key.endswith(("fc2.weight", "fc2.lora_B.weight")))
         save_file(tensors | {key: tensors[key] * 1.02}, path, {"format": "pt"})
 
-    write = srlora_pl.export.command._write_merged if mode == "merged" else srlora_pl.models.peft_folder.write
+    write = srlora_pl.models.peft_folder.write
     if mode == "merged":
         original = srlora_pl.models.family.Timm.save
 

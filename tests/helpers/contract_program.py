@@ -2,6 +2,7 @@
 
 import copy
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +10,8 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from srlora_pl.lowrank import Adaptation
+from srlora_pl.lowrank import Adaptation, Method, gradients
+from srlora_pl.lowrank.method import Sources
 from tests.helpers.toys import toy_batches, toy_net, train
 
 
@@ -21,13 +23,30 @@ def loss_of(net, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(net(batch[0]), batch[1])
 
 
+def sources_of(net, method: Method, share: slice = slice(None)) -> Sources | None:
+    """Gradients of four batches, of which this process takes a share, for a method that starts from them."""
+    if method.starts_from != "gradient":
+        return None
+    losses = partial(_losses, net)
+    return gradients(losses, [(x[share], y[share]) for x, y in batches(4, torch.float64)], lr=0.01)
+
+
+def _losses(net, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Gradients of full rank: the inputs of the blocks span their 12 dimensions, and the loss sees all outputs."""
+    x = torch.sin(5 * net.embed(batch[0]))
+    for block in net.blocks:
+        x = block(x)
+    return torch.sin(3 * x).sum(-1)
+
+
 def _train(kind: type, steps: int, rank: int, share: slice, wrap, once) -> dict[str, Tensor]:
     torch.manual_seed(3)
     net = toy_net(dtype=torch.float64)
-    adaptation = Adaptation(net, kind(rank=rank, alpha=8.0), ["head"])
+    method = kind(rank=rank, alpha=8.0)
+    adaptation = Adaptation(net, method, ["head"])
     if once is not None:
         adaptation.run_on_rank_zero = once
-    adaptation.start()
+    adaptation.start(sources_of(net, method, share))
     adaptation.plan(steps)
     wrapped = wrap(net)
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.05, momentum=0.9)

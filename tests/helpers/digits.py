@@ -11,9 +11,10 @@ SHAPE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_head
 BACKBONE = {}
 
 
-def model(**options):
+def model(drops=True, **options):
+    """A small classifier; ``drops``: with dropout and stochastic depth."""
     torch.manual_seed(0)
-    kwargs = {**SHAPE, "proj_drop_rate": 0.2, "drop_path_rate": 0.2}
+    kwargs = {**SHAPE, **({"proj_drop_rate": 0.2, "drop_path_rate": 0.2} if drops else {})}
     method = SRLoRA(rank=2, alpha=4.0, target_rank=6, dropout=0.1)
     defaults = {"method": method, "optimizer": "adamw", "lr": 0.01, "warmup_steps": 3, "mixup": 0.3, "cutmix": 0.3}
     return ImageClassifier(

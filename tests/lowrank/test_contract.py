@@ -15,10 +15,10 @@ from torch.func import functional_call
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, Adapter, LowRankLinear
 from srlora_pl.lowrank.delta import change
-from srlora_pl.lowrank.methods import REGISTRY, DoRA, HydraLoRA, LoRAXS, TiedLoRA, VeRA
+from srlora_pl.lowrank.methods import REGISTRY, DoRA, HydraLoRA, LoRASB, LoRAXS, TiedLoRA, VeRA
 from srlora_pl.lowrank.targets import block_and_kind
 from srlora_pl.models import peft_folder
-from tests.helpers.contract_program import batches, loss_of, parallel, trained_in_one_process
+from tests.helpers.contract_program import batches, loss_of, parallel, sources_of, trained_in_one_process
 from tests.helpers.methods import Bottlenecks, Core
 from tests.helpers.toys import ToyNet, toy_net
 
@@ -30,6 +30,7 @@ SIZES = {
     DoRA: lambda matrices: sum(m.rank * sum(m.shape) + m.shape[0] for m in matrices),
     Core: lambda matrices: sum(m.rank**2 for m in matrices),
     HydraLoRA: lambda matrices: sum(m.rank * (m.shape[1] + 4 * m.shape[0]) + 4 * m.shape[1] for m in matrices),
+    LoRASB: lambda matrices: sum(m.rank**2 for m in matrices),
     LoRAXS: lambda matrices: sum(m.rank**2 for m in matrices),
     Bottlenecks: lambda matrices: 2 * (RANK * 12 * 2),
     VeRA: lambda matrices: sum(m.rank + m.shape[0] for m in matrices),
@@ -57,7 +58,7 @@ class Loop:
         method = kind(**{"rank": RANK, "alpha": 8.0, **settings})
         self.adaptation = Adaptation(self.net, method, ["head"], pretrained=lambda: self.W0)
         self.optimizer = optimizer([p for p in self.net.parameters() if p.requires_grad], lr=0.01)
-        self.adaptation.start()
+        self.adaptation.start(sources_of(self.net, method))
         self.adaptation.plan(STEPS)
         self.events: list[int] = []
 
@@ -114,7 +115,7 @@ def test_injection_and_start_leave_the_output(kind):
     before = net(x)
     adaptation = Adaptation(net, kind(rank=RANK, alpha=8.0))
     assert torch.equal(net(x), before)
-    adaptation.start()
+    adaptation.start(sources_of(net, adaptation.method))
     if kind.compensates:
         torch.testing.assert_close(net(x), before, rtol=0, atol=1e-13)
     else:
@@ -217,7 +218,7 @@ def test_the_change_is_one_lora_or_dora_for_peft(kind, tmp_path):
         with pytest.raises(UserError, match=kind.__name__):
             change(run.adaptation)
         return
-    peft_folder.write(tmp_path, change(run.adaptation), {}, "base", None)
+    peft_folder.write(tmp_path, change(run.adaptation), {}, ("base", None), None)
     net = SplitNet.made(dtype=torch.float64)
     net.head.load_state_dict(run.net.head.state_dict())
     loaded = peft.PeftModel.from_pretrained(net, str(tmp_path))

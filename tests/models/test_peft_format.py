@@ -204,7 +204,7 @@ def test_a_rank_of_its_own_is_that_of_one_layer_only(tmp_path):
         name: Factors(torch.randn(out, ranks[name]), torch.randn(ranks[name], in_), 1.0)
         for name, (out, in_) in sizes.items()
     }
-    write(tmp_path, factors, {}, "nowhere", None)
+    write(tmp_path, factors, {}, ("nowhere", None), None)
     assert {name: pair.rank for name, pair in PeftFolder.read(str(tmp_path)).pairs.items()} == ranks
     with_peft = PeftModel.from_pretrained(copy.deepcopy(net), tmp_path)
     for name, pair in factors.items():

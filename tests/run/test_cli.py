@@ -278,12 +278,12 @@ def test_two_processes_do_not_go_on_with_one_run(small: Path) -> None:
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     hold = (
         "import sys, pathlib; from srlora_pl.util.files import alone_in\n"
-        "with alone_in(pathlib.Path(sys.argv[1])) as alone: print(alone, flush=True); sys.stdin.read()"
+        "with alone_in(pathlib.Path(sys.argv[1])): print('alone', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", hold, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
-        assert other.stdout.readline() == "True\n"
+        assert other.stdout.readline() == "alone\n"
         code, _, err = cli("fit", "--config", "small.yaml", "--ckpt_path", "last", home=small)
         assert code == 2
         assert "another run is at work in runs/" in err

@@ -5,8 +5,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
+import torch
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
-from srlora_pl import GLUEData, SRLoRA
+from srlora_pl import Adaptation, GLUEData, LoRA, LoRASB, SRLoRA
 from srlora_pl.data.loader import EpochBatches
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.run import config
@@ -19,6 +21,8 @@ OVERLAYS = {
     "dylora": "DyLoRA",
     "hydralora": "HydraLoRA",
     "lora": "LoRA",
+    "lora_ga": "LoRAGA",
+    "lora_sb": "LoRASB",
     "lora_xs": "LoRAXS",
     "pissa": "PiSSA",
     "srlora": "SRLoRA",
@@ -81,15 +85,19 @@ def test_there_is_an_overlay_for_each_method() -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_config_parses_and_names_srlora(name: str) -> None:
+def test_config_parses_and_names_its_method(name: str) -> None:
     method = parse(name).model.init_args.method
-    assert method.class_path == "srlora_pl.SRLoRA"
+    assert method.class_path == ("srlora_pl.LoRASB" if name.endswith("_lora_sb.yaml") else "srlora_pl.SRLoRA")
     given = config.read(str(ROOT / "configs" / name))["model"]["init_args"]["method"]["init_args"]
     assert {key: method.init_args[key] for key in given} == given
 
 
-@pytest.mark.parametrize("overlay", OVERLAYS)
-@pytest.mark.parametrize("name", TASKS)
+# Every overlay on an image and a text task, and one of them on every task.
+OVERLAID = [(name, overlay) for name in ("quickstart.yaml", "roberta_cola_lora_sb.yaml") for overlay in OVERLAYS]
+OVERLAID += [(name, "lora") for name in TASKS if (name, "lora") not in OVERLAID]
+
+
+@pytest.mark.parametrize(("name", "overlay"), OVERLAID)
 def test_overlay_changes_the_method_and_keeps_the_rest(
     name: str, overlay: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,18 +105,21 @@ def test_overlay_changes_the_method_and_keeps_the_rest(
     alone, under = parse(name).clone(), parse(name, f"methods/{overlay}.yaml").clone()
     before, after = alone.model.init_args.pop("method"), under.model.init_args.pop("method")
     assert after.class_path == f"srlora_pl.{OVERLAYS[overlay]}"
-    assert [after.init_args[key] for key in SHARED] == [before.init_args[key] for key in SHARED]
+    own = config.read(str(ROOT / f"configs/methods/{overlay}.yaml"))["model"]["init_args"]["method"].get(
+        "init_args", {}
+    )
+    kept = [key for key in SHARED if key in after.init_args and key not in own]
+    assert [after.init_args[key] for key in kept] == [before.init_args[key] for key in kept]
+    assert {key: after.init_args[key] for key in own} == own
     assert alone == under
     assert "note:" not in capsys.readouterr().err
-    if overlay == "srlora":
+    if after.class_path == before.class_path and not own:
         assert after == before
-    else:
-        assert "target_rank" not in after.init_args
 
 
 @pytest.mark.parametrize("first", OVERLAYS)
-@pytest.mark.parametrize("name", TASKS)
-def test_the_last_of_two_overlays_gives_the_method(name: str, first: str) -> None:
+def test_the_last_of_two_overlays_gives_the_method(first: str) -> None:
+    name = "quickstart.yaml"
     assert parse(name, f"methods/{first}.yaml", "methods/srlora.yaml") == parse(name)
     lora = parse(name, "methods/lora.yaml")
     assert parse(name, f"methods/{first}.yaml", "methods/lora.yaml") == lora
@@ -158,6 +169,37 @@ def test_glue_configs_hold_the_papers_settings(task: str) -> None:
     assert (data.task, data.batch_size, data.max_length, data.val_fraction) == (task, paper.batch, 128, 0.0)
     assert (trainer.max_epochs, trainer.max_steps, trainer.precision) == (paper.epochs, -1, "32-true")
     assert (trainer.val_check_interval, trainer.check_val_every_n_epoch) == (500, None)
+
+
+# Optimizer steps of 30 epochs in batches of 128, and 6 % of them.
+ROBERTA = {"cola": (2010, 120), "rte": (600, 36), "mrpc": (870, 52), "stsb": (1350, 81), "qnli": (24_570, 1474)}
+ROBERTA |= {"sst2": (15_810, 948)}
+
+
+@pytest.mark.parametrize("task", ROBERTA)
+def test_roberta_configs_hold_the_papers_settings(task: str) -> None:
+    settings, (steps, warmup) = parse(f"roberta_{task}_lora_sb.yaml"), ROBERTA[task]
+    model, data, trainer = settings.model.init_args, settings.data.init_args, settings.trainer
+    assert model.backbone == "FacebookAI/roberta-large"
+    assert (model.optimizer, model.lr, model.weight_decay, model.schedule) == ("adamw", 1e-3, 0.01, "linear")
+    assert model.warmup_steps == warmup == int(0.06 * steps)
+    assert -(-GLUE_TASKS[task].rows // data.batch_size) * trainer.max_epochs == steps
+    assert (data.task, data.batch_size, data.max_length, data.val_fraction) == (task, 128, 128, 0.0)
+    assert (trainer.precision, trainer.gradient_clip_val) == ("32-true", None)
+    method = model.method.init_args
+    assert (method.rank, method.alpha, method.first_step, method.gradient_samples) == (24, None, "adamw", 0.001)
+
+
+def test_the_roberta_configs_train_as_many_numbers_as_the_paper_lists() -> None:
+    """55.3K for LoRA-XS and LoRA-SB at rank 24; 2,162K for LoRA at rank 8."""
+    settings = parse("roberta_cola_lora_sb.yaml").model.init_args.method.init_args
+    config = RobertaConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
+    for method, numbers in ((LoRASB(**settings), 55_296), (LoRA(8, target_modules=settings.target_modules), 2_162_688)):
+        with torch.device("meta"):
+            net = RobertaForSequenceClassification(config)
+        adaptation = Adaptation(net, method, ["classifier"])
+        adapters = [p for layer in adaptation.layers.values() for p in layer.adapter_parameters() if p.requires_grad]
+        assert sum(p.numel() for p in adapters) == numbers
 
 
 class Rows:

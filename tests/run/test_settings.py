@@ -1,8 +1,9 @@
 """Settings on their way from files and the command line through a run to its own config.yaml, and back."""
 
 import argparse
+import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, Union
 
 import pytest
 from hypothesis import example, given, settings
@@ -117,6 +118,17 @@ def test_numbers_in_free_arguments_stay_numbers() -> None:
         "depth": 3,
         "pretrained": False,
     }
+
+
+@pytest.mark.parametrize("name", ["limit_train_batches", "limit_predict_batches", "val_check_interval"])
+def test_a_limit_is_a_number_of_batches_or_a_share_as_it_is_written(name: str) -> None:
+    """Though typing may hold Optional[Union[float, int]] for Lightning's annotation, by which 1 would be 1.0."""
+    for clear in typing._cleanups:
+        clear()
+    assert str(Optional[Union[float, int]]).startswith("typing.Union[float")  # noqa: UP007, UP045
+    for text, value in (("1", 1), ("1.0", 1.0), ("0.5", 0.5)):
+        found = parse(TASK, options=(f"--trainer.{name}={text}",)).config.trainer[name]
+        assert (type(found), found) == (type(value), value)
 
 
 def with_callback(name: str, **init_args: Any) -> config.Node:

@@ -7,7 +7,7 @@ from scipy import stats
 from sklearn import metrics as sk
 from torch import Tensor
 
-from srlora_pl.tasks.scores import Mean, OneClass, metrics
+from srlora_pl.tasks.scores import OneClass, ScoreOfAll, metrics
 from srlora_pl.util.errors import UserError
 from tests.helpers.errors import mentions
 
@@ -17,7 +17,7 @@ def computed(problem: str, names: list[str], classes: int, preds: Tensor, target
     found = metrics(problem, names, classes)
     for metric in found.values():
         for p, t in zip(preds.split(7), target.split(7), strict=True):
-            metric.update(p, t)
+            metric.update(preds=p, target=t)
     return {name: float(metric.compute()) for name, metric in found.items()}
 
 
@@ -134,7 +134,7 @@ def test_multi_label_scores(case):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ([], ["model.score_names", "empty"]),
+        ([], ["model.score_names", "[]"]),
         (["mathews"], ["'mathews'", "'matthews'"]),
         (["pearson"], ["'pearson'", "single_label", "accuracy, f1, matthews"]),
     ],
@@ -148,12 +148,13 @@ def test_a_mean_does_not_depend_on_how_the_batches_are_cut():
     values = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) + torch.arange(10_000) % 7 * 1000
     means = []
     for size in (1, 64, 10_000):
-        metric = Mean().to("cpu")  # moving resets the dtype that torchmetrics' own mean casts to
+        # Moving resets the dtype that torchmetrics' own mean casts to.
+        metric = ScoreOfAll(torch.mean, "value").to("cpu")
         for batch in values.split(size):
-            metric.update(batch)
+            metric.update(value=batch)
         means.append(float(metric.compute()))
     assert means == pytest.approx([float(values.double().mean())] * 3, rel=1e-14)
-    metric.update(torch.tensor([torch.nan]))
+    metric.update(value=torch.tensor([torch.nan]))
     assert metric.compute().isnan()
 
 

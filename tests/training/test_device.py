@@ -24,7 +24,7 @@ from srlora_pl import ImageClassifier, ImageData, LoRA, PiSSA, SRLoRA, TextClass
 from srlora_pl.lowrank import Adaptation, Spectrum
 from srlora_pl.lowrank.starts.spectrum import spectra
 from srlora_pl.reporting import Monitor, Progress, ResumableCurves, ResumableTensorBoardLogger
-from srlora_pl.tasks.scores import SCORES, Mean, metrics
+from srlora_pl.tasks.scores import SCORES, ScoreOfAll, metrics
 from tests.helpers.encoders import BERT, DEBERTA, Data, folder, samples
 from tests.helpers.images import SMALL_VIT
 from tests.helpers.toys import toy_batches, toy_net, train
@@ -250,9 +250,9 @@ def test_scores_need_no_float64_on_the_device(problem):
     }[problem]
     with Watch():
         for name, metric in metrics(problem, tuple(SCORES[problem]), 3).items():
-            metric.to(DEVICE).update(preds.to(DEVICE), target.to(DEVICE))
+            metric.to(DEVICE).update(preds=preds.to(DEVICE), target=target.to(DEVICE))
             value = metric.compute()
             assert (value.device, value.dtype) == (DEVICE, torch.float32), name
-        mean = Mean().to(DEVICE)
-        mean.update(logits[:, 0].to(DEVICE))
+        mean = ScoreOfAll(torch.mean, "value").to(DEVICE)
+        mean.update(value=logits[:, 0].to(DEVICE))
         assert (mean.compute().device, mean.compute().dtype) == (DEVICE, torch.float32)

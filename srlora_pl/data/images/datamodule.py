@@ -1,7 +1,7 @@
 """Images for classification: known data sets, the user's own folder, or a data set of ``datasets``."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from srlora_pl.data.images.sources import NamesOnly, find_source
 from srlora_pl.data.images.transforms import ImageTransform
 from srlora_pl.data.loader import Key, user_error_as_batch
 from srlora_pl.data.protocols import Batch, model_of
-from srlora_pl.data.splits import hold_out
-from srlora_pl.util.errors import UserError, listed
+from srlora_pl.util.errors import UserError, listed, require
 
 
 class ImageData(DataModule):
@@ -37,9 +36,6 @@ class ImageData(DataModule):
             with such folders in them, also as ``Training/``, ``valid/`` and the like), a folder of a data set of
             ``datasets``, or that data set's name on the hub. Hidden folders and files are left out.
         batch_size: images in a batch, per device.
-        val_fraction: share of the training data held out for validation, in [0, 1).
-        seed: of that split only.
-        num_workers: processes that load data; 0 loads in the main process.
         image_column: column of the images in a data set of ``datasets``.
         label_column: column of the labels there.
         hflip: mirror half of the training images left to right.
@@ -48,19 +44,20 @@ class ImageData(DataModule):
         predict_root: a folder of images or one file to predict; None predicts the test split.
         class_names: of a trained model, in the order of its outputs, to predict ``predict_root`` without the data at
             ``root``; ``python cli.py predict`` takes them from the checkpoint.
+        kwargs: the other arguments of `DataModule`.
 
     Raises:
         UserError: the data is missing, empty, broken or of one class; an argument is out of its range.
     """
+
+    kind = "image"
 
     def __init__(
         self,
         name: str | None = None,
         root: str = "data",
         batch_size: int = 64,
-        val_fraction: float = 0.1,
-        seed: int = 0,
-        num_workers: int = 0,
+        *,
         image_column: str = "image",
         label_column: str = "label",
         hflip: bool = True,
@@ -68,12 +65,12 @@ class ImageData(DataModule):
         test_crop_pct: float = 1.0,
         predict_root: str | None = None,
         class_names: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, val_fraction, seed, num_workers)
-        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise UserError(f"data.crop_scale is {list(crop_scale)}; it needs 0 < smallest <= largest <= 1.")
-        if not 0 < test_crop_pct <= 1:
-            raise UserError(f"data.test_crop_pct is {test_crop_pct}; it must be above 0 and at most 1.")
+        super().__init__(batch_size=batch_size, **kwargs)
+        smallest, largest = crop_scale
+        require("data.crop_scale", list(crop_scale), "0 < smallest <= largest <= 1", 0 < smallest <= largest <= 1)
+        require("data.test_crop_pct", test_crop_pct, "above 0 and at most 1", 0 < test_crop_pct <= 1)
         self.options = {"crop_scale": tuple(crop_scale), "hflip": hflip, "test_crop_pct": test_crop_pct}
         self.predict_root = predict_root
         self.source = (
@@ -88,7 +85,6 @@ class ImageData(DataModule):
             )
         self.transform: ImageTransform | None = None
         self._splits: dict[str, Split] = {}
-        self._name: Callable[[int], str] = str
 
     def prepare_data(self) -> None:
         """Download what is missing; the user's own pictures are predicted without the training data."""
@@ -105,44 +101,26 @@ class ImageData(DataModule):
                 "set self.data_config in the model's __init__."
             )
         self.transform = ImageTransform.for_model(config, **self.options)
-        if stage in ("fit", "validate"):
-            self._load_train_and_val()
-            if stage == "fit" and self.has_test_labels:  # a run ends with a test, whose errors shall come before it
-                self._split("test")
-        elif stage == "test":
-            if not self.has_test_labels:
-                raise UserError("The data has no labelled test split; add one, or run validate instead.")
-            self.test_set = self._images(self._split("test"))
-        elif stage == "predict":
-            self._load_predict()
+        self._splits.pop("predict", None)  # the folder, or its content, may have changed
+        super().load(stage)
+        for split in self.needed(stage):
+            self._split(split)
         self.left_out = dict(sum((split.left_out for split in self._splits.values()), Counter()))
 
-    def _load_train_and_val(self) -> None:
-        train = self._split("train")
-        assert train.labels is not None
-        if "val" in self.source.splits:
-            self.train_set, self.val_set = self._images(train), self._images(self._split("val"))
-            return
-        kept, held = hold_out(train.labels, self.val_fraction, self.seed, "image")
-        self.train_set = self._images(train, kept)
-        self.val_set = self._images(train, held) if len(held) else None
-
-    def _load_predict(self) -> None:
-        if self.predict_root is None and "test" not in self.source.splits:
-            raise UserError("The data has no test split to predict; set data.predict_root to images.")
-        self._splits.pop("predict", None)  # the folder, or its content, may have changed
-        split = self._split("test" if self.predict_root is None else "predict")
-        self._name = split.name
-        self.predict_set = self._images(Split(split.images, None))
+    def splits(self, use: str) -> list[str]:
+        if use == "predict" and self.predict_root:
+            return [use]
+        name = "test" if use == "predict" else use
+        exists = self.has_test_labels if use == "test" else name == "train" or name in self.source.splits
+        return [name] if exists else []
 
     @property
     def has_test_labels(self) -> bool:
-        """Whether there is a test split to score on."""
         return self.source.has_labels("test")
 
     def sample_name(self, index: int) -> str:
         """The name of a predicted image: its file, or its index in the test split."""
-        return self._name(index)
+        return self._splits[self.splits("predict")[0]].name(index)
 
     def _split(self, name: str) -> Split:
         if name not in self._splits:
@@ -153,10 +131,11 @@ class ImageData(DataModule):
             self._splits[name] = split
         return self._splits[name]
 
-    def _images(self, split: Split, rows: Tensor | None = None) -> "MemoryImages | FileImages":
+    def dataset(self, split: str, rows: Tensor | None, use: str) -> "MemoryImages | FileImages":
         assert self.transform is not None
-        kind = MemoryImages if isinstance(split.images, Tensor) else FileImages
-        return kind(split, rows, self.transform)
+        images, labels = self._split(split).images, None if use == "predict" else self._split(split).labels
+        kind = MemoryImages if isinstance(images, Tensor) else FileImages
+        return kind(images, labels, rows, self.transform)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Crop and resize the images that the workers did not, then normalise; the batch is on its device."""
@@ -173,20 +152,9 @@ class ImageData(DataModule):
 class _Images(KeyedDataset):
     """Some ``rows``, int64 (m,), or all images of a split."""
 
-    images: Any
-
-    def __init__(self, split: Split, rows: Tensor | None, transform: ImageTransform) -> None:
-        self.images, self.labels, self.transform = split.images, split.labels, transform
-        self.rows = torch.arange(len(split.images)) if rows is None else rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def _batch(self, images: Tensor, whole: bool, index: Tensor) -> Batch:
-        batch: Batch = {"image": images, "whole": whole, "index": index}
-        if self.labels is not None:
-            batch["label"] = self.labels[self.rows[index]]
-        return batch
+    def __init__(self, images: Any, labels: Tensor | None, rows: Tensor | None, transform: ImageTransform) -> None:
+        self.images, self.labels, self.transform = images, labels, transform
+        self.rows = torch.arange(len(images)) if rows is None else rows
 
 
 class MemoryImages(_Images):
@@ -194,7 +162,7 @@ class MemoryImages(_Images):
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         index, epoch = split_keys(keys)
-        batch = self._batch(self.images[self.rows[index]], True, index)
+        batch = self.labelled(index, image=self.images[self.rows[index]], whole=True)
         if epoch is not None:
             batch["crops"] = self.transform.crops(torch.stack([epoch, index], 1), *self.images.shape[2:])
         return batch
@@ -210,7 +178,7 @@ class FileImages(_Images):
             images = self._test(rows) if epoch is None else self._train(rows, torch.stack([epoch, index], 1))
         except UserError as error:
             return user_error_as_batch(error)
-        return self._batch(images, False, index)
+        return self.labelled(index, image=images, whole=False)
 
     def _test(self, rows: list[int]) -> Tensor:
         return torch.stack([self.images.decode(row, self.transform.test_one) for row in rows])

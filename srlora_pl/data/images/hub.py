@@ -179,16 +179,13 @@ def _load(root: str, label_column: str, left_out: Counter[str]) -> dict[str, Any
             return {"train": load_from_disk(root)}
         if not (folder / "dataset_dict.json").exists():
             return _load_files(folder, label_column, left_out)
-        try:
-            return dict(load_from_disk(root))
-        except FileNotFoundError as error:
-            raise UserError(f"data.root '{root}' is not whole ({one_line(error)}); save the data set again.") from None
+        return dict(load_from_disk(root))
     except UserError:
         raise
     except Exception as error:  # whatever its many readers raise
         raise UserError(
             f"data.root '{root}' is neither a folder of images here nor a data set that could be loaded "
-            f"({one_line(error)}); give a folder, or download the data set and give its folder."
+            f"({one_line(error)}); give the folder of a whole data set, or of images."
         ) from None
 
 

@@ -16,7 +16,7 @@ from srlora_pl.data.base import is_hub_name
 from srlora_pl.data.images.folders import Folder
 from srlora_pl.data.images.hub import Hub, is_table
 from srlora_pl.data.images.pictures import Source, Split
-from srlora_pl.util.errors import UserError, did_you_mean, listed, one_line
+from srlora_pl.util.errors import UserError, listed, one_line, require_one_of
 
 
 class NamesOnly(Source):
@@ -51,13 +51,9 @@ class Digits(Source):
 
 @dataclass(frozen=True)
 class _Known:
-    build: Callable[..., Any]  # (root, split, download) -> a torchvision data set
+    kind: Callable[..., Any]
     files: str  # the files to put into place by hand if they cannot be downloaded
     class_names: list[str]
-
-
-def _by_train(kind: type) -> Callable[..., Any]:
-    return lambda root, split, download: kind(root, train=split == "train", download=download)
 
 
 _CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
@@ -73,18 +69,10 @@ wardrobe whale willow_tree wolf woman worm
 """
 
 TORCHVISION = {
-    "cifar10": _Known(_by_train(CIFAR10), f"{CIFAR10.url} into {{root}}", _CIFAR10.split()),
-    "cifar100": _Known(_by_train(CIFAR100), f"{CIFAR100.url} into {{root}}", _CIFAR100.split()),
-    "mnist": _Known(
-        _by_train(MNIST),
-        f"the four files *-ubyte.gz of {MNIST.mirrors[0]} into {{root}}/MNIST/raw",
-        _TEN_DIGITS,
-    ),
-    "stl10": _Known(
-        lambda root, split, download: STL10(root, split=split, download=download),
-        f"{STL10.url} into {{root}}",
-        _STL10.split(),
-    ),
+    "cifar10": _Known(CIFAR10, f"{CIFAR10.url} into {{root}}", _CIFAR10.split()),
+    "cifar100": _Known(CIFAR100, f"{CIFAR100.url} into {{root}}", _CIFAR100.split()),
+    "mnist": _Known(MNIST, f"the four files *-ubyte.gz of {MNIST.mirrors[0]} into {{root}}/MNIST/raw", _TEN_DIGITS),
+    "stl10": _Known(STL10, f"{STL10.url} into {{root}}", _STL10.split()),
 }
 NAMES = ("digits", *TORCHVISION)
 
@@ -114,8 +102,9 @@ class Torchvision(Source):
         return Split(images, torch.as_tensor(np.asarray(labels)).long())
 
     def _build(self, split: str, download: bool) -> Any:
+        part = {"split": split} if self.name == "stl10" else {"train": split == "train"}
         try:
-            return self.known.build(self.root, split, download)
+            return self.known.kind(self.root, download=download, **part)
         except (OSError, RuntimeError, ValueError, AssertionError, EOFError, UnpicklingError) as error:
             # PyTorch's own advice on such a file is to let it run code.
             reason = "a file holds more than tensors" if isinstance(error, UnpicklingError) else one_line(error)
@@ -127,15 +116,9 @@ class Torchvision(Source):
 
 def find_source(name: str | None, root: str, image_column: str, label_column: str) -> Source:
     """The source that a config's ``data.name`` and ``data.root`` mean."""
-    if name is not None and name not in NAMES:
-        raise UserError(
-            f"data.name is {name!r}{did_you_mean(name, NAMES)}; it is one of {listed(NAMES)}, or absent for a "
-            f"folder of your own at data.root."
-        )
-    if name == "digits":
-        return Digits()
     if name is not None:
-        return Torchvision(name, root)
+        require_one_of("data.name", name, NAMES)
+        return Digits() if name == "digits" else Torchvision(name, root)
     path = Path(root)
     if path.is_dir():
         if is_table(path):

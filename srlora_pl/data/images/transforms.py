@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from srlora_pl.util.errors import UserError
+from srlora_pl.util.errors import UserError, require_one_of
 from srlora_pl.util.precision import full_precision
 from srlora_pl.util.randomness import derive, run_seed, uniform
 
@@ -202,11 +202,7 @@ class ImageTransform:
     @classmethod
     def for_model(cls, config: dict[str, Any], **options: Any) -> "ImageTransform":
         """The transform for a model's data config (as timm's ``resolve_model_data_config`` gives it)."""
-        if config["interpolation"] not in _FILTERS:
-            raise UserError(
-                f"The model's data config asks for interpolation {config['interpolation']!r}, but images are "
-                f"resized with {' or '.join(_FILTERS)}; set one of them in model.data_config."
-            )
+        require_one_of("interpolation in model.data_config", config["interpolation"], _FILTERS)
         _, height, width = config["input_size"]
         mean, std = tuple(config["mean"]), tuple(config["std"])
         return cls((height, width), mean, std, config["interpolation"], **options)
@@ -255,7 +251,7 @@ class ImageTransform:
 
     def crops(self, keys: Tensor, height: int, width: int) -> Tensor:
         """`Boxes` of the samples ``keys``, whose images have one size, as one tensor: int64 (5, b)."""
-        return torch.stack(self.boxes(self.numbers(keys), height, width))
+        return torch.stack(random_boxes(self.numbers(keys), height, width, self.crop_scale, self.hflip))
 
     def numbers(self, keys: Tensor) -> Tensor:
         """The random numbers for the augmentation of the samples ``keys``: a function of (run seed, epoch, index).
@@ -264,15 +260,11 @@ class ImageTransform:
         """
         return uniform(derive(run_seed(), _AUGMENT), keys, DRAWS)
 
-    def boxes(self, numbers: Tensor, height: int, width: int) -> Boxes:
-        """The training crops of images of one size."""
-        return random_boxes(numbers, height, width, self.crop_scale, self.hflip)
-
     # -- one image, in a worker: the same crops and, for images that draft() leaves alone, the same pixels
 
     def train_one(self, image: Image.Image, numbers: Tensor) -> Tensor:
         """One augmented picture of any size, decoded here: uint8 (3, H, W); ``numbers``: its row, (1, `DRAWS`)."""
-        boxes = self.boxes(numbers, image.height, image.width)
+        boxes = random_boxes(numbers, image.height, image.width, self.crop_scale, self.hflip)
         top, left, height, width, flip = (int(value) for value in boxes)
         small = self._cut(image, (left, top, left + width, top + height), self.size)
         return _to_tensor(small.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else small)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,10 @@ from torch import Tensor
 from srlora_pl.data.base import DataModule, KeyedDataset, split_keys
 from srlora_pl.data.loader import Key
 from srlora_pl.data.protocols import Batch, ModelForData, model_of
-from srlora_pl.data.splits import hold_out
 from srlora_pl.data.texts.labels import Problem
 from srlora_pl.data.texts.tokens import Tokens, load_tokenizer, tokenize
 from srlora_pl.util.cache import cache_folder
-from srlora_pl.util.errors import UserError
+from srlora_pl.util.errors import UserError, require
 from srlora_pl.util.randomness import derive, run_seed
 
 _BUCKETS = int.from_bytes(b"buckets")
@@ -30,8 +29,8 @@ class Texts:
     """A split as read: n texts, or n pairs of texts, and their labels (n, ...), None where there are none."""
 
     first: Sequence[str]
-    second: Sequence[str] | None
-    labels: Tensor | None
+    second: Sequence[str] | None = None
+    labels: Tensor | None = field(default=None, kw_only=True)
 
 
 class TextDataModule(DataModule):
@@ -46,95 +45,54 @@ class TextDataModule(DataModule):
     is random. A subclass gives `splits` and `read`, and sets the four attributes below in ``__init__``.
 
     Args:
-        batch_size: samples in a batch, per device.
-        val_fraction: share of the training data held out for validation, in [0, 1).
-        seed: of that split only.
-        num_workers: processes that make batches; 0 makes them in the main process.
         max_length: the most tokens of a text or pair of texts; the rest is cut.
         pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length; done
             anyway for a network that sees its padding, such as FNet.
         cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
+        kwargs: the arguments of `DataModule`.
     """
 
+    kind = "text"
     num_classes: int  # 1 for regression
     class_names: list[str]  # none for regression
     problem: Problem
     score_names: list[str]  # for the task to report, the main one first
 
     def __init__(
-        self,
-        batch_size: int,
-        val_fraction: float,
-        seed: int,
-        num_workers: int,
-        max_length: int,
-        pad_to_max_length: bool,
-        cache_dir: str | None,
+        self, *, max_length: int = 128, pad_to_max_length: bool = False, cache_dir: str | None = None, **kwargs: Any
     ) -> None:
-        super().__init__(batch_size, val_fraction, seed, num_workers)
-        if max_length < 1:
-            raise UserError(f"data.max_length is {max_length}, but it must be 1 or more.")
+        super().__init__(**kwargs)
+        require("data.max_length", max_length, "1 or more", max_length >= 1)
         self.max_length, self.pad_to_max_length = max_length, pad_to_max_length
         self.cache = cache_folder("tokens") if cache_dir is None else Path(cache_dir).expanduser()
         self._tokenizer: tuple[str, dict[str, Any], Any] = ("", {}, None)  # its name, its options and itself
         self._read: dict[str, tuple[Tokens, Tensor | None]] = {}
-        self._said: set[str] = set()  # splits whose cut texts were reported
-
-    def splits(self, use: str) -> list[str]:
-        """Names of the splits for ``train``, ``val``, ``test`` or ``predict``; several are scored apart.
-
-        Without a name for ``val``, validation samples are held out of the training split.
-        """
-        raise NotImplementedError
 
     def read(self, split: str) -> Texts:
         """The texts and labels of a split."""
         raise NotImplementedError
 
-    @property
-    def has_test_labels(self) -> bool:
-        """Whether there is a test split to score on."""
-        return bool(self.splits("test"))
-
     # -- loading
 
     def prepare_data(self) -> None:
         """Download what is missing and tokenise it, in one process; the others find it in the cache."""
-        for split in self._needed(str(self.trainer.state.fn.value)):  # type: ignore[union-attr]
+        for split in self.needed(str(self.trainer.state.fn.value)):  # type: ignore[union-attr]
             self._tokens(split)
 
-    def _needed(self, stage: str) -> list[str]:
-        if stage == "fit":
-            # A run ends with a test, whose errors shall come before training.
-            return [*dict.fromkeys(self.splits("train") + self.splits("val") + self.splits("test"))]
-        if stage == "validate":
-            return self.splits("val") or self.splits("train")
-        return self.splits(stage)
-
     def load(self, stage: str) -> None:
-        """Tokenise the splits of ``stage`` and report how many texts were cut."""
-        self._require_room()
-        self._say_padding()
-        if stage in ("fit", "validate"):
-            self._load_train_and_val(stage)
-        elif stage == "test":
-            if not self.has_test_labels:
-                raise UserError("The data has no labelled test split; add one, or run validate instead.")
-            self.test_set = self._sets("test")
-        elif stage == "predict":
-            if not self.splits("predict"):
-                raise UserError("The data has no test split to predict; set data.predict_root to a file of texts.")
-            self.predict_set = self._sets("predict")
-        for split in self._needed(stage):
-            self._require_known(split)
-            self._say_truncated(split)
-
-    def _require_room(self) -> None:
+        """Tokenise the splits of ``stage``."""
         longest = self._model.max_tokens
-        if longest is not None and self.max_length > longest:
-            raise UserError(
-                f"data.max_length is {self.max_length}, but this model has positions for {longest} tokens: lower it."
+        if longest is not None:
+            most = f"at most {longest}, the tokens that this model has positions for"
+            require("data.max_length", self.max_length, most, self.max_length <= longest)
+        if self._pads_to_max_length and not self.pad_to_max_length:
+            rank_zero_info(
+                f"The network of model.backbone {self._model.backbone_name!r} sees the padding of a text, so all are "
+                f"padded to data.max_length {self.max_length}, as with data.pad_to_max_length."
             )
+        for split in self.needed(stage):
+            self._require_known(split)
+        super().load(stage)
 
     def _require_known(self, split: str) -> None:
         """Refuse a token without an embedding, which would end the run with an error of the device in some batch."""
@@ -149,42 +107,32 @@ class TextDataModule(DataModule):
                     f"the network knows {known} of them, counted from 0; put the tokenizer of this network there."
                 )
 
-    def _load_train_and_val(self, stage: str) -> None:
-        names = self.splits("val")
-        self.val_set = self._sets("val") if names else None
-        if names and stage == "validate":
-            return
-        tokens, labels = self._tokens(self.splits("train")[0])
-        assert labels is not None
-        kept = torch.arange(len(tokens))
-        if not names and self.val_fraction > 0:
-            strata = labels if self.problem == "single_label" else torch.zeros(len(tokens), dtype=torch.int64)
-            kept, held = hold_out(strata, self.val_fraction, self.seed, "text")
-            self.val_set = self._set(tokens, labels, held, by_length=True)
-        self.train_set = self._set(tokens, labels, kept, by_length=False)
-
-    def _sets(self, use: str) -> KeyedDataset | list[KeyedDataset]:
-        sets: list[KeyedDataset] = []
-        for split in self.splits(use):
-            tokens, labels = self._tokens(split)
-            rows = torch.arange(len(tokens))
-            sets.append(self._set(tokens, None if use == "predict" else labels, rows, by_length=True))
-        return sets if len(sets) > 1 else sets[0]
-
-    def _set(self, tokens: Tokens, labels: Tensor | None, rows: Tensor, by_length: bool) -> "TokenSet":
-        tokenizer = self._load_tokenizer()
+    def dataset(self, split: str, rows: Tensor | None, use: str) -> "TokenSet":
+        tokens, labels = self._tokens(split)
         left = self._model.pads_left
-        left = tokenizer.padding_side == "left" if left is None else left
-        pad = (self._pads_to_max_length, self.padding_token or 0, left)
-        return TokenSet(tokens, labels, rows, by_length, self.max_length, *pad)
+        return TokenSet(
+            tokens=tokens,
+            labels=None if use == "predict" else labels,
+            rows=torch.arange(len(tokens)) if rows is None else rows,
+            by_length=use != "train",
+            max_length=self.max_length,
+            pad_to_max_length=self._pads_to_max_length,
+            pad=self.padding_token or 0,
+            pad_left=self._load_tokenizer().padding_side == "left" if left is None else left,
+        )
 
     def _tokens(self, split: str) -> tuple[Tokens, Tensor | None]:
-        """Tokens and labels of a split, read once."""
+        """Tokens and labels of a split, read once, with a note on how many texts were cut."""
         tokenizer = self._load_tokenizer()
         if split not in self._read:
             texts = self.read(split)
             tokens = tokenize(tokenizer, texts.first, texts.second, self.max_length, self.cache)
             self._read[split] = (tokens, texts.labels)
+            if tokens.truncated:
+                rank_zero_info(
+                    f"{tokens.truncated} of the {len(tokens)} samples in '{split}' are longer than data.max_length "
+                    f"{self.max_length} tokens and were cut."
+                )
         return self._read[split]
 
     def _load_tokenizer(self) -> Any:
@@ -198,7 +146,6 @@ class TextDataModule(DataModule):
         if (name, options) != self._tokenizer[:2]:
             self._tokenizer = (name, options, load_tokenizer(name, options))
             self._read.clear()
-            self._said.clear()
         return self._tokenizer[-1]
 
     @property
@@ -220,23 +167,6 @@ class TextDataModule(DataModule):
     @property
     def _pads_to_max_length(self) -> bool:
         return self.pad_to_max_length or self._model.sees_padding
-
-    def _say_padding(self) -> None:
-        if self._pads_to_max_length and not self.pad_to_max_length:
-            name = self._model.backbone_name
-            rank_zero_info(
-                f"The network of model.backbone {name!r} sees the padding of a text, so all are padded to "
-                f"data.max_length {self.max_length}, as with data.pad_to_max_length."
-            )
-
-    def _say_truncated(self, split: str) -> None:
-        tokens = self._tokens(split)[0]
-        if tokens.truncated and split not in self._said:
-            self._said.add(split)
-            rank_zero_info(
-                f"{tokens.truncated} of the {len(tokens)} samples in '{split}' are longer than data.max_length "
-                f"{self.max_length} tokens and were cut."
-            )
 
     # -- order
 
@@ -269,6 +199,7 @@ def in_buckets(order: Tensor, lengths: Tensor, size: int, generator: torch.Gener
     return torch.cat([pieces[torch.randperm(whole, generator=generator)].flatten(), short])
 
 
+@dataclass(eq=False, kw_only=True)
 class TokenSet(KeyedDataset):
     """Tokenised texts, padded by the batch.
 
@@ -276,27 +207,21 @@ class TokenSet(KeyedDataset):
     batch too large for the memory fails at once), each with its position among ``rows`` as ``index``.
     """
 
-    def __init__(
-        self,
-        tokens: Tokens,
-        labels: Tensor | None,
-        rows: Tensor,
-        by_length: bool,
-        max_length: int,
-        pad_to_max_length: bool,
-        pad: int,
-        pad_left: bool,
-    ) -> None:
-        self.tokens, self.labels, self.rows = tokens, labels, rows
-        self.max_length, self.pad_to_max_length = max_length, pad_to_max_length
-        self.pad, self.pad_left = pad, pad_left
-        lengths = tokens.lengths[rows]
-        self.padded_lengths = (-(-lengths // _ROUND) * _ROUND).clamp(max=max_length)
-        in_turn = torch.arange(len(rows))
-        self.turns = lengths.argsort(descending=True, stable=True) if by_length else in_turn
+    tokens: Tokens
+    labels: Tensor | None
+    rows: Tensor
+    by_length: bool
+    max_length: int
+    pad_to_max_length: bool
+    pad: int
+    pad_left: bool
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __post_init__(self) -> None:
+        lengths = self.tokens.lengths[self.rows]
+        rounded = (-(-lengths // _ROUND) * _ROUND).clamp(max=self.max_length)
+        self.padded_lengths = torch.full_like(rounded, self.max_length) if self.pad_to_max_length else rounded
+        longest_first = lengths.argsort(descending=True, stable=True)
+        self.turns = longest_first if self.by_length else torch.arange(len(self.rows))
 
     def extremes(self) -> tuple[int, int]:
         """The longest and the shortest text, so that one of them is padded."""
@@ -305,9 +230,5 @@ class TokenSet(KeyedDataset):
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         index = self.turns[split_keys(keys)[0]]
-        rows = self.rows[index]
-        length = self.max_length if self.pad_to_max_length else int(self.padded_lengths[index].max())
-        batch: Batch = {**self.tokens.padded(rows, length, self.pad, self.pad_left), "index": index}
-        if self.labels is not None:
-            batch["label"] = self.labels[rows]
-        return batch
+        length = int(self.padded_lengths[index].max())
+        return self.labelled(index, **self.tokens.padded(self.rows[index], length, self.pad, self.pad_left))

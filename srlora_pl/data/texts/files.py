@@ -1,6 +1,7 @@
 """Texts and labels from the user's own files."""
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -21,7 +22,7 @@ from srlora_pl.data.texts.labels import (
     refuse_vectors,
 )
 from srlora_pl.data.texts.tables import SUFFIXES, Table, read_table
-from srlora_pl.util.errors import UserError, did_you_mean, listed
+from srlora_pl.util.errors import UserError, listed, require, require_one_of
 
 _SCORES = {"single_label": ["accuracy"], "multi_label": ["f1", "accuracy"], "regression": ["pearson", "spearman"]}
 
@@ -42,22 +43,14 @@ class TextData(TextDataModule):
             for numbers.
         separator: of the fields of a CSV or TSV; by default the comma or the tab.
         label_separator: between the classes of a sample, if a ``multi_label`` file holds them as text, not as a list.
-        batch_size: samples in a batch, per device.
-        val_fraction: share of the training data held out for validation where there is no ``val`` file, in [0, 1).
-        seed: of that split only.
-        num_workers: processes that make batches; 0 makes them in the main process.
-        max_length: the most tokens of a text or pair of texts; the rest is cut.
-        pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length.
         predict_root: a file to predict, labels not needed; None predicts the test file.
-        cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
         class_names: of a trained model, in the order of its outputs (none for numbers), to predict ``predict_root``
             without the files at ``root``; ``python cli.py predict`` takes them from the checkpoint.
+        kwargs: the arguments of `TextDataModule`.
 
     Raises:
         UserError: a file, column, text or label is missing or wrong; an argument is out of its range.
     """
-
-    names_numbers = False  # whether the classes are those of a ClassLabel, which older checkpoints call by number
 
     def __init__(
         self,
@@ -67,29 +60,21 @@ class TextData(TextDataModule):
         problem: Problem = "single_label",
         separator: str | None = None,
         label_separator: str = ",",
-        batch_size: int = 16,
-        val_fraction: float = 0.1,
-        seed: int = 0,
-        num_workers: int = 0,
-        max_length: int = 128,
-        pad_to_max_length: bool = False,
+        *,
         predict_root: str | None = None,
-        cache_dir: str | None = None,
         class_names: list[str] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, val_fraction, seed, num_workers, max_length, pad_to_max_length, cache_dir)
+        super().__init__(**kwargs)
         self.text_columns = [text_column] if isinstance(text_column, str) else list(text_column)
         distinct = len(set(self.text_columns) - {label_column})
         if distinct != len(self.text_columns) or distinct not in (1, 2):
             raise UserError(
                 f"data.text_column is {text_column!r}; name one column, or a list of two, other than the label's."
             )
-        for key, value in (("separator", separator), ("label_separator", label_separator)):
-            if value is not None and len(value) != 1:
-                raise UserError(f"data.{key} is {value!r}, but it must be one character.")
-        if problem not in _SCORES:
-            near = did_you_mean(problem, _SCORES)
-            raise UserError(f"data.problem is {problem!r}{near}; it is one of {', '.join(_SCORES)}.")
+        for key, value in {"separator": separator, "label_separator": label_separator}.items():
+            require(f"data.{key}", value, "one character", value is None or len(value) == 1)
+        require_one_of("data.problem", problem, _SCORES)
         self.label_column, self.problem, self.score_names = label_column, problem, _SCORES[problem]
         self.separator, self.label_separator = separator, label_separator
         files, others = find_files(Path(root).expanduser()) if class_names is None else ({}, [])
@@ -142,7 +127,7 @@ class TextData(TextDataModule):
                 f"where they are one class."
             )
         names = train.class_labels.get(self.label_column)
-        self.names_numbers = names is not None
+        self.names_numbers = names is not None  # older checkpoints call the classes of a ClassLabel by number
         return classes if names is None else names
 
     def _encode(self, table: Table) -> Tensor:
@@ -163,8 +148,7 @@ class TextData(TextDataModule):
 
     def read(self, split: str) -> Texts:
         table = self._tables[split]
-        columns = [table.texts(column) for column in self.text_columns]
-        return Texts(columns[0], columns[1] if len(columns) > 1 else None, self._labels.get(split))
+        return Texts(*map(table.texts, self.text_columns), labels=self._labels.get(split))
 
 
 def find_files(root: Path) -> tuple[dict[str, Path], list[Path]]:

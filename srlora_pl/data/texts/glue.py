@@ -12,10 +12,10 @@ from srlora_pl.data.base import is_hub_name
 from srlora_pl.data.texts.datamodule import TextDataModule, Texts
 from srlora_pl.data.texts.labels import encode_classes, encode_numbers, name_numbers
 from srlora_pl.data.texts.tables import Table, read_table
-from srlora_pl.util.errors import UserError, did_you_mean, one_line
+from srlora_pl.util.errors import UserError, one_line, require_one_of
 
 
-@dataclass(frozen=True)
+@dataclass
 class GLUETask:
     """The layout of one task's files, and its scores.
 
@@ -36,21 +36,12 @@ class GLUETask:
     parts: tuple[str, ...] = ("",)
     skip_broken: bool = False
 
-    @property
-    def dev(self) -> tuple[str, ...]:
-        """Names of the dev files, without their ending."""
-        return tuple(f"dev{part}" for part in self.parts)
-
-    @property
-    def test(self) -> tuple[str, ...]:
-        """Names of the test files, without their ending."""
-        return tuple(f"test{part}" for part in self.parts)
-
-    @property
-    def submissions(self) -> tuple[str, ...]:
-        """Names of the files that GLUE's server takes, one for each of `test`."""
+    def __post_init__(self) -> None:
         short = {"": "", "_matched": "-m", "_mismatched": "-mm"}
-        return tuple(f"{self.folder}{short[part]}.tsv" for part in self.parts)
+        self.dev = [f"dev{part}" for part in self.parts]  # the files' names, without their ending
+        self.test = [f"test{part}" for part in self.parts]
+        # The files that GLUE's server takes, one for each of `test`.
+        self.submissions = [f"{self.folder}{short[part]}.tsv" for part in self.parts]
 
 
 _PAIR = ("sentence1", "sentence2")
@@ -95,11 +86,7 @@ class GLUEData(TextDataModule):
         root: a folder that holds the task's folder of TSV files (``CoLA/train.tsv``), or a name on the hub.
         batch_size: samples in a batch, per device.
         val_fraction: share of the training data held out for validation, in [0, 1); 0 validates on dev.
-        seed: of that split only.
-        num_workers: processes that make batches; 0 makes them in the main process.
-        max_length: the most tokens of a text or pair of texts; the rest is cut.
-        pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length.
-        cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
+        kwargs: the other arguments of `TextDataModule`.
 
     Raises:
         UserError: the task is unknown; files are missing or not GLUE's; an argument is out of its range.
@@ -111,18 +98,12 @@ class GLUEData(TextDataModule):
         root: str = "nyu-mll/glue",
         batch_size: int = 16,
         val_fraction: float = 0.0,
-        seed: int = 0,
-        num_workers: int = 0,
-        max_length: int = 128,
-        pad_to_max_length: bool = False,
-        cache_dir: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(batch_size, val_fraction, seed, num_workers, max_length, pad_to_max_length, cache_dir)
+        super().__init__(batch_size=batch_size, val_fraction=val_fraction, **kwargs)
         self.task_name = task.lower().replace("-", "").replace("_", "")
         if self.task_name not in TASKS:
-            raise UserError(
-                f"data.task is {task!r}{did_you_mean(self.task_name, TASKS)}; it is one of {', '.join(TASKS)}."
-            )
+            require_one_of("data.task", task, TASKS)
         self.task, self.root = TASKS[self.task_name], root
         self.class_names = list(self.task.names)
         self.num_classes = len(self.class_names) or 1
@@ -138,8 +119,8 @@ class GLUEData(TextDataModule):
         if use == "train":
             return ["train"]
         if use == "val":
-            return [] if self.val_fraction > 0 else list(self.task.dev)
-        return list(self.task.dev if use == "test" else self.task.test)
+            return [] if self.val_fraction > 0 else self.task.dev
+        return self.task.dev if use == "test" else self.task.test
 
     def read(self, split: str) -> Texts:
         return self._read_hub(split) if self.folder is None else self._read_tsv(self.folder, split)
@@ -157,14 +138,12 @@ class GLUEData(TextDataModule):
         if not hidden:
             encode = partial(encode_classes, classes=task.words) if task.words else encode_numbers
             labels = encode(table, task.label)
-        return Texts(texts[0], texts[1] if len(texts) > 1 else None, labels)
+        return Texts(*texts, labels=labels)
 
     def _read_hub(self, split: str) -> Texts:
         table = _load_hub(self.root, self.task_name, split.replace("dev", "validation"), self.task)
-        columns = [name for name in table.column_names if name not in ("idx", "label")]
-        texts = [list(table[name]) for name in columns]
-        labels = None if split in self.task.test else self._hub_labels(table, split)
-        return Texts(texts[0], texts[1] if len(texts) > 1 else None, labels)
+        texts = (list(table[name]) for name in table.column_names if name not in ("idx", "label"))
+        return Texts(*texts, labels=None if split in self.task.test else self._hub_labels(table, split))
 
     def _hub_labels(self, table: Any, split: str) -> Tensor:
         """The labels by name: a copy of the data set may number them in another order."""

@@ -5,6 +5,8 @@ from srlora_pl.lowrank.methods.dora import DoRA
 from srlora_pl.lowrank.methods.dylora import DyLoRA
 from srlora_pl.lowrank.methods.hydralora import HydraLoRA
 from srlora_pl.lowrank.methods.lora import LoRA
+from srlora_pl.lowrank.methods.lora_ga import LoRAGA
+from srlora_pl.lowrank.methods.lora_sb import LoRASB
 from srlora_pl.lowrank.methods.lora_xs import LoRAXS
 from srlora_pl.lowrank.methods.pissa import PiSSA
 from srlora_pl.lowrank.methods.srlora import SRLoRA
@@ -12,8 +14,32 @@ from srlora_pl.lowrank.methods.tied_lora import TiedLoRA
 from srlora_pl.lowrank.methods.vera import VeRA
 from srlora_pl.util.errors import UserError, did_you_mean
 
-__all__ = ["DoRA", "DyLoRA", "HydraLoRA", "LoRA", "LoRAXS", "PiSSA", "SRLoRA", "TiedLoRA", "VeRA"]
-REGISTRY: list[type[Method]] = [LoRA, PiSSA, SRLoRA, LoRAXS, DoRA, VeRA, TiedLoRA, DyLoRA, HydraLoRA]
+__all__ = [
+    "DoRA",
+    "DyLoRA",
+    "HydraLoRA",
+    "LoRA",
+    "LoRAGA",
+    "LoRASB",
+    "LoRAXS",
+    "PiSSA",
+    "SRLoRA",
+    "TiedLoRA",
+    "VeRA",
+]
+REGISTRY: list[type[Method]] = [
+    LoRA,
+    PiSSA,
+    SRLoRA,
+    LoRAXS,
+    LoRASB,
+    LoRAGA,
+    DoRA,
+    VeRA,
+    TiedLoRA,
+    DyLoRA,
+    HydraLoRA,
+]
 
 
 def from_spec(spec: dict[str, object]) -> Method:

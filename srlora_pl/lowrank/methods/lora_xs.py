@@ -61,4 +61,4 @@ class LoRAXS(Method):
         matrix.B.copy_(leading.U)
         matrix.A.copy_(leading.sigma[:, None] * leading.Vh)
         R = matrix.of(matrix.layer.get_parameter("lora_R").detach())
-        R.copy_(torch.randn(R.shape, generator=generator_for(matrix.name)) * self.init_std)
+        R.copy_(torch.randn(R.shape, generator=generator_for(matrix.name, adaptation.seed)) * self.init_std)

@@ -34,19 +34,17 @@ class Spectrum:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, weight: Tensor, directions: int, name: str = "weight") -> "Spectrum":
+    def of(cls, weight: Tensor, directions: int, name: str = "the weight") -> "Spectrum":
         """The first ``directions`` triplets of ``weight`` (out, in), computed in fp64 and kept on the CPU in its dtype.
 
         Raises:
-            UserError: if the weight is zero or holds a NaN or an infinity.
+            UserError: if the weight, which errors call ``name``, is zero or holds a NaN or an infinity.
         """
         W = weight.to(float64_device(weight.device)).double()
         if not torch.isfinite(W).all():
-            raise UserError(f"the weight of {name} holds NaN or infinity, load a sound checkpoint of the backbone")
+            raise UserError(f"{name} holds NaN or infinity, load a sound checkpoint of the backbone")
         if not W.any():
-            raise UserError(
-                f"the weight of {name} is zero and has no singular directions, leave it out with exclude_modules"
-            )
+            raise UserError(f"{name} is zero and has no singular directions, leave it out with exclude_modules")
         k = min(directions, *W.shape)
         U, sigma, Vh = _gram_svd(W, k)
         if sigma[-1] < _GRAM_LIMIT * sigma[0]:
@@ -63,11 +61,11 @@ class Spectrum:
         return len(self.sigma)
 
     def require(self, count: int, name: str) -> None:
-        """Refuse a spectrum of fewer than ``count`` triplets, that of the weight of ``name``."""
+        """Refuse a spectrum of fewer than ``count`` triplets, that of the matrix ``name``."""
         if len(self) < count:
             raise UserError(
-                f"rank {count} is above the {len(self)} singular directions that the weight of {name} has, lower rank "
-                "or give this layer its own in rank_pattern"
+                f"the start needs {count} singular directions of {name}, which has {len(self)}: lower rank or give "
+                "this layer its own in rank_pattern"
             )
 
     def first(self, count: int) -> "Spectrum":
@@ -105,6 +103,9 @@ def spectra(progress: ShowProgress = iter, cache: Path | None = None) -> Sources
     """
 
     def find(adaptation: AdaptedNetwork) -> dict[str, Spectrum]:
+        return adaptation.run_on_rank_zero(lambda: find_here(adaptation))
+
+    def find_here(adaptation: AdaptedNetwork) -> dict[str, Spectrum]:
         matrices = adaptation.matrices
         directions = {matrix.name: adaptation.method.directions(matrix) for matrix in matrices}
         dtype = str(matrices[0].weight.dtype).removeprefix("torch.")
@@ -115,7 +116,7 @@ def spectra(progress: ShowProgress = iter, cache: Path | None = None) -> Sources
             found = {}
             for matrix in progress(matrices):
                 W0 = adaptation.weights.pretrained_weight(matrix)
-                found[matrix.name] = Spectrum.of(W0, directions[matrix.name], matrix.name)
+                found[matrix.name] = Spectrum.of(W0, directions[matrix.name], f"the weight of {matrix.name}")
         if file is not None:
             file.write(found, directions)
         return found

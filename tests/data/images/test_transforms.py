@@ -94,7 +94,7 @@ sides = st.integers(4, 90)
 def test_random_crops_equal_pil(height: int, width: int, size: tuple[int, int], kind: str, seed: int) -> None:
     images = torch.randint(0, 256, (5, 3, height, width), generator=torch.Generator().manual_seed(seed)).byte()
     crop = transform(size, kind, crop_scale=(0.05, 1.0))
-    boxes = crop.boxes(crop.numbers(keys(5, seed)), height, width)
+    boxes = random_boxes(crop.numbers(keys(5, seed)), height, width, crop.crop_scale, crop.hflip)
 
     expected = []
     for image, top, left, h, w, flip in zip(images, *(part.tolist() for part in boxes), strict=True):

@@ -1,0 +1,126 @@
+"""Starts from the gradients of the frozen weights (LoRA-SB, LoRA-GA), estimated layer by layer."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from srlora_pl.lowrank.linear import AdaptedLinear
+from srlora_pl.lowrank.method import AdaptedNetwork, Gradient, ShowProgress, Sources, generator_for
+from srlora_pl.lowrank.starts.spectrum import Spectrum
+from srlora_pl.util.errors import UserError
+from srlora_pl.util.precision import full_precision
+
+
+def gradients(
+    losses: Callable[[Any], Tensor], batches: Iterable[Any], lr: float | None = None, progress: ShowProgress = iter
+) -> Sources:
+    """The source of `Adaptation.start` for methods that start from gradients.
+
+    The gradients are summed over all samples, in float32 and in training mode (with dropout). The network, its
+    gradients, buffers and modes, and torch's random state stay as they are. In a process group each process gives its
+    own batches, and their sums are added up.
+
+    Args:
+        losses: the loss of each sample of a batch, (B,).
+        batches: of training samples, on the device of the network.
+        lr: the learning rate with which full fine-tuning would take its first step; LoRA-SB needs it.
+        progress: wraps the list of matrices to show how far the decomposition is.
+    """
+
+    def find(adaptation: AdaptedNetwork) -> dict[str, Spectrum]:
+        device = adaptation.matrices[0].weight.device
+        own, seen = _sums(adaptation, losses, batches)
+        samples = int(_over_processes(torch.tensor(seen), device))
+        if not samples:
+            raise UserError("there are no samples to estimate gradients from, give gradients() some batches")
+        totals = {name: _over_processes(total, device) for name, total in own.items()}
+
+        def decompose() -> dict[str, Spectrum]:
+            found = {}
+            with full_precision():
+                for matrix in progress(adaptation.matrices):
+                    total = matrix.of_weight(totals[matrix.layer_name]).to(matrix.weight.device)
+                    name = f"the gradient of {matrix.name}"
+                    if not total.isfinite().all():
+                        raise UserError(f"{name} holds NaN or infinity, see to the samples and the pretrained weights")
+                    step = adaptation.method.step_of(Gradient(total, samples, lr))
+                    found[matrix.name] = Spectrum.of(step, adaptation.method.directions(matrix), name)
+            return found
+
+        return adaptation.run_on_rank_zero(decompose)
+
+    return find
+
+
+def _over_processes(values: Tensor, device: torch.device) -> Tensor:
+    """The sum of ``values`` over all processes that train together, on whose ``device`` they are added up."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values
+    moved = values.to(device)
+    torch.distributed.all_reduce(moved)
+    return moved.cpu()
+
+
+def _sums(
+    adaptation: AdaptedNetwork, losses: Callable[[Any], Tensor], batches: Iterable[Any]
+) -> tuple[dict[str, Tensor], int]:
+    """The gradients (out, in) of this process's samples by layer, summed on the CPU, and the number of samples."""
+    layers = {matrix.layer_name: matrix.layer for matrix in adaptation.matrices}
+    totals = {name: torch.zeros_like(layer.weight, device="cpu") for name, layer in layers.items()}
+    trained = [p for layer in layers.values() for p in layer.adapter_parameters() if p.requires_grad]
+    samples = 0
+    with _as_it_was(adaptation.net, adaptation.seed), _gathered(layers, totals):
+        for batch in batches:
+            with torch.enable_grad():
+                loss = losses(batch)
+                # The adapters' own gradients are by the way: every path to a layer's output leads to one of them.
+                torch.autograd.grad(loss.sum(), trained, allow_unused=True)
+            samples += len(loss)
+    return totals, samples
+
+
+@contextmanager
+def _gathered(layers: dict[str, AdaptedLinear], totals: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, every backward pass adds dY^T X of each layer to its total: on the device there is one at a time."""
+
+    def watch(layer: AdaptedLinear, total: Tensor) -> Callable[..., None]:
+        def after_forward(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            x = inputs[0].detach().reshape(-1, layer.in_features)
+
+            @full_precision()
+            def after_backward(dy: Tensor) -> None:
+                total.add_((dy.reshape(-1, layer.out_features).T.to(total.dtype) @ x.to(total.dtype)).cpu())
+
+            output.register_hook(after_backward)
+
+        return after_forward
+
+    hooks = [layer.register_forward_hook(watch(layer, totals[name])) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _as_it_was(net: nn.Module, seed: int) -> Iterator[None]:
+    """Inside, ``net`` is in training mode; modes, buffers and torch's random state are as before afterwards."""
+    modes = {module: module.training for module in net.modules()}
+    buffers = {buffer: buffer.clone() for buffer in net.buffers()}
+    devices = {parameter.device for parameter in net.parameters() if parameter.is_cuda}
+    net.train()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(generator_for("gradients", seed).initial_seed())
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
