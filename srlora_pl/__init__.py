@@ -6,7 +6,20 @@ Names are loaded on first use, so that ``import srlora_pl.lowrank`` (the maths) 
 from importlib import import_module
 from typing import Any
 
-_METHODS = ("DoRA", "DyLoRA", "HydraLoRA", "LoRA", "LoRAGA", "LoRASB", "LoRAXS", "PiSSA", "SRLoRA", "TiedLoRA", "VeRA")
+_METHODS = (
+    "Bottleneck",
+    "DoRA",
+    "DyLoRA",
+    "HydraLoRA",
+    "LoRA",
+    "LoRAGA",
+    "LoRASB",
+    "LoRAXS",
+    "PiSSA",
+    "SRLoRA",
+    "TiedLoRA",
+    "VeRA",
+)
 _HOMES = {
     **dict.fromkeys(("Adaptation", "Method", "gradients", *_METHODS), "srlora_pl.lowrank"),
     "SRLoRAMixin": "srlora_pl.training.mixin",

@@ -7,6 +7,7 @@ from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
 from srlora_pl.lowrank.methods import (
+    Bottleneck,
     DoRA,
     DyLoRA,
     HydraLoRA,
@@ -27,6 +28,7 @@ __all__ = [
     "Adaptation",
     "AdaptedLinear",
     "Adapter",
+    "Bottleneck",
     "Controller",
     "DoRA",
     "DyLoRA",

@@ -15,11 +15,11 @@ from torch.func import functional_call
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, Adapter, LowRankLinear
 from srlora_pl.lowrank.delta import change
-from srlora_pl.lowrank.methods import REGISTRY, DoRA, HydraLoRA, LoRASB, LoRAXS, TiedLoRA, VeRA
+from srlora_pl.lowrank.methods import REGISTRY, Bottleneck, DoRA, HydraLoRA, LoRASB, LoRAXS, TiedLoRA, VeRA
 from srlora_pl.lowrank.targets import block_and_kind
 from srlora_pl.models import peft_folder
 from tests.helpers.contract_program import batches, loss_of, parallel, sources_of, trained_in_one_process
-from tests.helpers.methods import Bottlenecks, Core
+from tests.helpers.methods import Bottlenecks, Core, made
 from tests.helpers.toys import ToyNet, toy_net
 
 METHODS = [*REGISTRY, Core, Bottlenecks]
@@ -32,6 +32,7 @@ SIZES = {
     HydraLoRA: lambda matrices: sum(m.rank * (m.shape[1] + 4 * m.shape[0]) + 4 * m.shape[1] for m in matrices),
     LoRASB: lambda matrices: sum(m.rank**2 for m in matrices),
     LoRAXS: lambda matrices: sum(m.rank**2 for m in matrices),
+    Bottleneck: lambda matrices: 2 * 2 * (2 * 12 * 64 + 12 + 64),
     Bottlenecks: lambda matrices: 2 * (RANK * 12 * 2),
     VeRA: lambda matrices: sum(m.rank + m.shape[0] for m in matrices),
     TiedLoRA: lambda matrices: (
@@ -55,7 +56,7 @@ class Loop:
         self.net = net(dtype=dtype)
         self.W0 = copy.deepcopy(self.net.state_dict())
         torch.manual_seed(3)
-        method = kind(**{"rank": RANK, "alpha": 8.0, **settings})
+        method = made(kind, **{"rank": RANK, "alpha": 8.0, **settings})
         self.adaptation = Adaptation(self.net, method, ["head"], pretrained=lambda: self.W0)
         self.optimizer = optimizer([p for p in self.net.parameters() if p.requires_grad], lr=0.01)
         self.adaptation.start(sources_of(self.net, method))
@@ -113,7 +114,7 @@ def run(kind, _trained):
 def test_injection_and_start_leave_the_output(kind):
     net, x = toy_net(dtype=torch.float64), batches(1, torch.float64)[0][0]
     before = net(x)
-    adaptation = Adaptation(net, kind(rank=RANK, alpha=8.0))
+    adaptation = Adaptation(net, made(kind, rank=RANK, alpha=8.0))
     assert torch.equal(net(x), before)
     adaptation.start(sources_of(net, adaptation.method))
     if kind.compensates:

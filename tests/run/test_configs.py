@@ -17,6 +17,7 @@ from tests.helpers.paths import ROOT
 
 TASKS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 OVERLAYS = {
+    "bottleneck": "Bottleneck",
     "dora": "DoRA",
     "dylora": "DyLoRA",
     "hydralora": "HydraLoRA",

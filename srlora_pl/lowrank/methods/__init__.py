@@ -1,6 +1,7 @@
 """One small class a method: what a config names under ``model.method``."""
 
 from srlora_pl.lowrank.method import Method
+from srlora_pl.lowrank.methods.bottleneck import Bottleneck
 from srlora_pl.lowrank.methods.dora import DoRA
 from srlora_pl.lowrank.methods.dylora import DyLoRA
 from srlora_pl.lowrank.methods.hydralora import HydraLoRA
@@ -15,6 +16,7 @@ from srlora_pl.lowrank.methods.vera import VeRA
 from srlora_pl.util.errors import UserError, did_you_mean
 
 __all__ = [
+    "Bottleneck",
     "DoRA",
     "DyLoRA",
     "HydraLoRA",
@@ -39,6 +41,7 @@ REGISTRY: list[type[Method]] = [
     TiedLoRA,
     DyLoRA,
     HydraLoRA,
+    Bottleneck,
 ]
 
 
