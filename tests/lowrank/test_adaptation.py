@@ -7,6 +7,7 @@ from torch import nn
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, PiSSA, SRLoRA
 from srlora_pl.lowrank.kernels import merged as merge
+from tests.helpers.errors import mentions
 from tests.helpers.toys import (
     ROUNDING,
     assert_same_state,

@@ -8,6 +8,7 @@ from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, HydraLoRA, LoRA
 from srlora_pl.lowrank.delta import change
 from srlora_pl.lowrank.measures import size_of_change
+from tests.helpers.errors import mentions
 from tests.helpers.toys import optimizer_of, toy_batches, toy_net, train
 
 
