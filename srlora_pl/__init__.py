@@ -6,7 +6,28 @@ Names are loaded on first use, so that ``import srlora_pl.lowrank`` (the maths) 
 from importlib import import_module
 from typing import Any
 
-_METHODS = ("AdaLoRA", "LoRA", "LoRAGA", "LoRASB", "LoRAXS", "Peft", "PiSSA", "PromptTuning", "ReLoRA", "SRLoRA")
+_METHODS = (
+    "AdaLoRA",
+    "BitFit",
+    "DoRA",
+    "DyLoRA",
+    "Full",
+    "GaLore",
+    "HydraLoRA",
+    "LinearProbe",
+    "LoRA",
+    "LoRAGA",
+    "LoRAPro",
+    "LoRASB",
+    "LoRAXS",
+    "Peft",
+    "PiSSA",
+    "PromptTuning",
+    "ReLoRA",
+    "SRLoRA",
+    "TiedLoRA",
+    "VeRA",
+)
 _HOMES = {
     **dict.fromkeys(("Adaptation", "Method", "gradients", *_METHODS), "srlora_pl.lowrank"),
     "SRLoRAMixin": "srlora_pl.training.mixin",

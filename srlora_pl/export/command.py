@@ -87,7 +87,8 @@ def export_model(
         folder: new or empty, unless ``force``.
         format: ``merged``, plain weights in timm's or transformers' own layout; or ``peft``, a LoRA on the pretrained
             weights.
-        rank: compresses the LoRA to this rank; None for the exact one.
+        rank: compresses the LoRA to this rank; None for the exact one. Where the method's first pairs are a model of
+            their own, it takes so many of each matrix, in either format.
         force: write into a folder that holds files already; those of other names stay, but for weights and adapters
             of another export: the libraries would load them too.
         class_names: one per class; by default those that the task was trained on.
@@ -98,8 +99,6 @@ def export_model(
     """
     if format not in FORMATS:
         raise UserError(f"--format {format} is unknown, it is one of {', '.join(FORMATS)}")
-    if rank is not None and format != "peft":
-        raise UserError(f"--rank {rank} belongs to --format peft, leave it out for merged weights")
     target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"--output {folder} is a file, give a folder")
@@ -112,6 +111,15 @@ def export_model(
         )
     class_names = class_names or task.trained_classes
     class_names = class_names if len(class_names) == task.hparams.get("num_classes") else ()
+    if rank is not None and task.adaptation.method.nested:
+        with task.adaptation.at_rank(rank):
+            return _export(task, target, format, None, class_names)
+    if rank is not None and format != "peft":
+        raise UserError(f"--rank {rank} belongs to --format peft, leave it out for merged weights")
+    return _export(task, target, format, rank, class_names)
+
+
+def _export(task: Task, target: Path, format: str, rank: int | None, class_names: Sequence[str]) -> Report:
     plain = task.adaptation.merged_copy()
     for name, value in plain.state_dict().items():
         if not value.isfinite().all():
@@ -201,7 +209,7 @@ def _changed(base: nn.Module, factors: Mapping[str, Factors], modules: Mapping[s
     """``base`` with the content of a PEFT folder merged into its weights, in place."""
     for name, each in factors.items():
         weight = base.get_parameter(f"{name}.weight")
-        weight.copy_(weight.double() + each.B.double() @ each.A.double())
+        weight.copy_(each.applied_to(weight))
     for name, state in modules.items():
         base.get_submodule(name).load_state_dict(state)
     return base

@@ -6,7 +6,28 @@
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
-from srlora_pl.lowrank.methods import AdaLoRA, LoRA, LoRAGA, LoRASB, LoRAXS, Peft, PiSSA, PromptTuning, ReLoRA, SRLoRA
+from srlora_pl.lowrank.methods import (
+    AdaLoRA,
+    BitFit,
+    DoRA,
+    DyLoRA,
+    Full,
+    GaLore,
+    HydraLoRA,
+    LinearProbe,
+    LoRA,
+    LoRAGA,
+    LoRAPro,
+    LoRASB,
+    LoRAXS,
+    Peft,
+    PiSSA,
+    PromptTuning,
+    ReLoRA,
+    SRLoRA,
+    TiedLoRA,
+    VeRA,
+)
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.starts.gradient import gradients
 from srlora_pl.lowrank.starts.spectrum import Spectrum
@@ -16,9 +37,17 @@ __all__ = [
     "Adaptation",
     "AdaptedLinear",
     "Adapter",
+    "BitFit",
     "Controller",
+    "DoRA",
+    "DyLoRA",
+    "Full",
+    "GaLore",
+    "HydraLoRA",
+    "LinearProbe",
     "LoRA",
     "LoRAGA",
+    "LoRAPro",
     "LoRASB",
     "LoRAXS",
     "LowRankLinear",
@@ -30,5 +59,7 @@ __all__ = [
     "SRLoRA",
     "Schedule",
     "Spectrum",
+    "TiedLoRA",
+    "VeRA",
     "gradients",
 ]

@@ -6,10 +6,11 @@ Factors are computed in float64 and rounded to float32 once.
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from srlora_pl.lowrank.ledger import Ledger
@@ -21,19 +22,21 @@ from srlora_pl.util.precision import full_precision
 
 @dataclass(frozen=True)
 class Factors:
-    """What training changed in one linear layer: W_eff - W0 = ``B @ A``.
+    """What training changed in one linear layer: W_eff = W0 + ``B @ A``.
 
     Attributes:
         B: (out, k), float32.
         A: (k, in), float32.
-        size: Frobenius norm of W_eff - W0.
-        lost: Frobenius norm of what a smaller k left out of ``B @ A``.
+        size: Frobenius norm of ``B @ A``, before a smaller k.
+        lost: Frobenius norm of what a smaller k left out of it.
+        magnitudes: (out,), float32; W_eff is then W0 + ``B @ A`` with its rows scaled to these norms.
     """
 
     B: Tensor
     A: Tensor
     size: float
     lost: float = 0.0
+    magnitudes: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -43,6 +46,11 @@ class Factors:
     def error(self) -> float:
         """``lost`` relative to ``size``."""
         return self.lost / self.size if self.size else 0.0
+
+    def applied_to(self, W0: Tensor) -> Tensor:
+        """W_eff (out, in), float64."""
+        W = W0.double() + self.B.double() @ self.A.double()
+        return W if self.magnitudes is None else self.magnitudes[:, None].double() * F.normalize(W)
 
 
 def overall_error(factors: Iterable[Factors]) -> float:
@@ -102,11 +110,11 @@ def _linear(weight: Tensor, bias: object) -> nn.Linear:
 def change(
     adaptation: AdaptedNetwork, rank: int | None = None, before: Mapping[str, tuple[Tensor, Tensor]] | None = None
 ) -> dict[str, Factors]:
-    """W_eff - W0 by layer: exact, or the best approximation of at most ``rank``.
+    """W_eff by layer, as a change of W0: exact, or the best approximation of at most ``rank``.
 
-    W_eff - W0 = s B A + all updates in the ledger. Stacked, they are the factors; their rank is at most the number of
-    their columns, in a fused linear summed over its matrices, and never above min(out, in). A layer in which no pair
-    acts is left out.
+    W_eff - W0 = s B A + all updates in the ledger, where the method does not rescale it. Stacked, they are the factors;
+    their rank is at most the number of their columns, in a fused linear summed over its matrices, and never above
+    min(out, in). A layer in which no pair acts is left out.
 
     Args:
         adaptation: stays as it is.
@@ -118,9 +126,12 @@ def change(
         UserError: the method's change is no sum of low-rank updates; or ``rank`` is below 1 or above min(out, in) of a
             layer.
     """
-    if not adaptation.method.additive:
-        name = type(adaptation.method).__name__
-        raise UserError(f"{name} changes the network by more than low-rank updates of weights, which is no LoRA")
+    method = adaptation.method
+    if not (method.additive or method.rescales):
+        raise UserError(
+            f"{type(method).__name__} does not train low-rank updates of weights alone, so no LoRA holds what it "
+            "trained: take the merged weights (--format merged)"
+        )
     before, factors, pretrained = before or {}, {}, None
     groups = {name: list(group) for name, group in groupby(adaptation.matrices, lambda matrix: matrix.layer_name)}
     for name in [*groups, *(name for name in before if name not in groups)]:
@@ -138,8 +149,17 @@ def change(
         smallest = min(len(B), A.shape[1])
         if rank is not None and not 1 <= rank <= smallest:
             raise UserError(f"rank {rank} does not lie between 1 and min(out, in) = {smallest} of {name}, change it")
-        factors[name] = _factorize(B, A, min(limit, smallest), rank)
-    return {name: each for name, each in factors.items() if each.rank}
+        found = _factorize(B, A, min(limit, smallest), rank)
+        if found.rank:
+            factors[name] = replace(found, magnitudes=_magnitudes(adaptation, name)) if method.rescales else found
+    return factors
+
+
+def _magnitudes(adaptation: AdaptedNetwork, name: str) -> Tensor:
+    """The row norms of a layer's W_eff, adapted or not."""
+    layer = adaptation.net.get_submodule(name)
+    own = layer.magnitudes() if isinstance(layer, AdaptedLinear) else None
+    return _double(layer.get_parameter("weight").norm(dim=1) if own is None else own).float()
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The adapted linear layer, and the matrices inside it."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +17,12 @@ class Adapter(nn.Module):
 
     Attributes:
         adapter_names: its own parameters, trained or not, in the order of a state.
+        output_factors: which of them are the B of a low-rank update, next to its output; see `lr_ratio`.
         disabled: whether it lets its input pass as the pretrained network would; see `Adaptation.disabled`.
     """
 
     adapter_names: ClassVar[tuple[str, ...]] = ()
+    output_factors: ClassVar[tuple[str, ...]] = ("lora_B",)
     disabled = False
     merged = False
 
@@ -74,7 +77,14 @@ class AdaptedLinear(Adapter):
         adapted: which of these blocks have factors.
         dropout: probability with which an input element is dropped on the way to the factors only.
         options: of the subclass, from `Method.layer_options`; handed to `build`.
+
+    Attributes:
+        shared: factors that other layers use too; in a list, so that they are no submodules.
+        evaluation_rank: how many of the first pairs act outside training, where the method is `nested`.
     """
+
+    shared: "Sequence[SharedFactors]" = ()
+    evaluation_rank: int | None = None
 
     def __init__(
         self,
@@ -114,6 +124,10 @@ class AdaptedLinear(Adapter):
         """The factors that a forward pass in training mode uses, where they are others."""
         return self.factors()
 
+    def magnitudes(self) -> Tensor | None:
+        """The norms that the rows of W_eff, (out,), are scaled to, where the layer scales them."""
+        return None
+
     def acting(self) -> Tensor | None:
         """Which pairs act, bool (..., r); None: all of them. The others are no part of what is exported."""
         return None
@@ -132,6 +146,10 @@ class AdaptedLinear(Adapter):
         """(..., in) -> (..., out)."""
         if self.merged or self.disabled:
             return F.linear(x, self.weight, self.bias)
+        return self.adapted_forward(x)
+
+    def adapted_forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), with the adapter beside the weight."""
         B, A = self.training_factors() if self.training else self.factors()
         operands = (x, self.weight, self.bias, A, B, self.scaling, self._some_parts)
         if self.training and self.dropout.p > 0:
@@ -197,7 +215,7 @@ class AdaptedLinear(Adapter):
 class LowRankLinear(AdaptedLinear):
     """The layer of LoRA: ``lora_A`` (r, in) and ``lora_B`` (out, r) train; where the linear is fused, p of each."""
 
-    adapter_names = ("lora_A", "lora_B")
+    adapter_names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
 
     def build(self, p: tuple[int, ...], out: int, in_: int) -> None:
         self.lora_A = nn.Parameter(self.weight.new_zeros(*p, self.rank, in_))
@@ -210,7 +228,7 @@ class LowRankLinear(AdaptedLinear):
 class SharedFactors(Adapter):
     """Factors that several layers use, so that they stand once in a network and in its state.
 
-    A layer refers to it without owning it: ``self.shared = [holder]``.
+    A layer refers to it without owning it, see `AdaptedLinear`.
 
     Args:
         shared_A: (..., r, in).
@@ -246,8 +264,13 @@ class Matrix:
         return tensor.view(self.layer.parts, *self.shape)[self.layer.adapted[self.index]]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """A tensor shaped like one of the layer's adapter parameters -> view of this matrix's part."""
-        return tensor if self.layer.parts == 1 else tensor[self.index]
+        """A tensor shaped like one of the layer's adapter parameters -> view of this matrix's part.
+
+        Vectors of several matrices lie one behind the other: as vectors they are not decayed.
+        """
+        if self.layer.parts == 1:
+            return tensor
+        return tensor.chunk(len(self.layer.adapted))[self.index] if tensor.dim() == 1 else tensor[self.index]
 
     @property
     def weight(self) -> Tensor:

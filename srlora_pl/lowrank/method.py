@@ -1,6 +1,7 @@
 """The two roles of a method: its settings (`Method`), and all that it changes while training (`Controller`)."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear, Matrix
+from srlora_pl.lowrank.own_optimizer import OwnOptimizer, split
 from srlora_pl.lowrank.target_settings import TargetSettings
 from srlora_pl.lowrank.targets import select
 from srlora_pl.lowrank.weights import FrozenWeights
@@ -21,12 +23,18 @@ class AdaptedNetwork(Protocol):
 
     net: nn.Module
     method: "Method"
+    trainable: list[str]
+    new: list[str]
     layers: dict[str, Adapter]
     matrices: list[Matrix]
     steps_before: int
     seed: int
     run_on_rank_zero: Callable[[Callable[[], Any]], Any]
     weights: FrozenWeights
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps of this run that are over."""
 
     def add(self, matrix: Matrix, B: Tensor, A: Tensor, alpha: float) -> None:
         """W += alpha B A."""
@@ -59,6 +67,12 @@ class Gradient(NamedTuple):
     total: Tensor
     samples: int
     lr: float | None
+
+
+def kaiming_uniform(shape: Sequence[int], name: str) -> Tensor:
+    """The A (..., in) that LoRA starts from, uniform in +-1 / sqrt(in), of the random numbers of ``name``."""
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(*shape).uniform_(-bound, bound, generator=generator_for(name))
 
 
 class Progress(NamedTuple):
@@ -152,24 +166,37 @@ class Method(TargetSettings):
     """The settings of a method: what a config names under ``model.method``. Holds nothing of any network.
 
     Attributes:
-        layer: the class that replaces the chosen linears.
+        layer: the class that replaces the chosen linears; None: nothing is put in.
         starts_from: the source of the start, by matrix: nothing, or a `Spectrum`, of the pretrained weight or of the
             gradient of the loss with respect to it. Until such a start all adapter parameters are 0.
         compensates: the start leaves the network's output as it was.
         moves_weights: changes frozen weights, so that none may be in half precision.
+        trains_weights: trains parameters of the network itself, see `trains`.
         averages: a parameter means the same throughout, so that weights may be averaged.
         additive: W_eff - W0 is the sum of low-rank updates, so that it can be written as one LoRA.
+        rescales: W_eff is W0 and low-rank updates with its rows scaled to `AdaptedLinear.magnitudes`, so that it can be
+            written as PEFT's DoRA.
         continues_lora: a LoRA that was trained elsewhere can be the start.
+        own_optimizer: the only class of optimizer that trains it, see `optimizer`; None: any does.
+        lr_ratio: see `TargetSettings`; 1 for methods without.
+        nested: the first pairs of a matrix, any number of them, are a model of their own; see `Adaptation.at_rank`.
+        free_settings: arguments that do not touch training: a checkpoint's may differ.
         added_tokens: that it puts before every text, by which texts must be shorter than the network's limit.
     """
 
-    layer: ClassVar[type[AdaptedLinear]] = LowRankLinear
+    layer: ClassVar[type[AdaptedLinear] | None] = LowRankLinear
     starts_from: ClassVar[Literal["nothing", "spectrum", "gradient"]] = "nothing"
     compensates: ClassVar[bool] = True
     moves_weights: ClassVar[bool] = False
+    trains_weights: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     additive: ClassVar[bool] = True
+    rescales: ClassVar[bool] = False
     continues_lora: ClassVar[bool] = False
+    own_optimizer: ClassVar[type[OwnOptimizer] | None] = None
+    lr_ratio: float = 1.0
+    nested: ClassVar[bool] = False
+    free_settings: ClassVar[tuple[str, ...]] = ()
     added_tokens: int = 0
 
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
@@ -179,6 +206,8 @@ class Method(TargetSettings):
             taken: dotted names of parts that are new or train whole, which no adapter belongs into.
         """
         layers: dict[str, Adapter] = {}
+        if self.layer is None:
+            return layers
         for target in select(net, self, taken):
             parent, _, child = target.name.rpartition(".")
             layers[target.name] = self.layer(
@@ -228,8 +257,29 @@ class Method(TargetSettings):
     def start(self, adaptation: AdaptedNetwork, matrix: Matrix, source: Any) -> None:
         """Set the values of the start, once per network and before training."""
 
+    def optimizer(
+        self, adaptation: AdaptedNetwork, groups: list[dict[str, Any]], form: str = "adamw", momentum: float = 0.9
+    ) -> Optimizer | None:
+        """The method's own optimizer, in place of that called ``form``; None: it has none.
+
+        Args:
+            groups: of `Adaptation.param_groups`.
+            form: ``adamw`` or ``sgd``.
+            momentum: of ``sgd``.
+
+        Raises:
+            UserError: another form.
+        """
+        if self.own_optimizer is None:
+            return None
+        return self.own_optimizer(split(groups, self.own_settings(adaptation)), form, momentum)
+
+    def own_settings(self, adaptation: AdaptedNetwork) -> Mapping[int, dict[str, Any]]:
+        """By id of a parameter: the settings that `own_optimizer` trains it with."""
+        return {}
+
     def rate_factor(self, step: int, last_step: float, factor: Callable[[int], float]) -> float:
-        """What the learning rate is multiplied by in optimizer step ``step`` (from 0) of a run of ``last_step`` steps.
+        """The factor of the learning rate in optimizer step ``step`` (from 0) of a run of ``last_step`` steps.
 
         Args:
             last_step: infinite where nobody knows it.

@@ -63,7 +63,7 @@ def write(
     task_type: str | None,
     class_names: Sequence[str] = (),
 ) -> int:
-    """Write a PEFT folder whose LoRA is ``factors``, and return the size of its weights in bytes.
+    """Write a PEFT folder whose LoRA is ``factors``, a DoRA where these have magnitudes; return its weights' bytes.
 
     Every alpha equals its rank, so that the scaling is 1.
 
@@ -78,6 +78,8 @@ def write(
     tensors = {f"{_PREFIX}{name}.{key}": value for name, state in modules.items() for key, value in state.items()}
     for name, pair in factors.items():
         tensors |= {f"{_PREFIX}{name}.lora_A.weight": pair.A, f"{_PREFIX}{name}.lora_B.weight": pair.B}
+        if pair.magnitudes is not None:
+            tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = pair.magnitudes
     rank = Counter(pair.rank for pair in factors.values()).most_common(1)[0][0]
     others = {re.escape(name): pair.rank for name, pair in factors.items() if pair.rank != rank}
     config = {
@@ -96,6 +98,7 @@ def write(
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
+        "use_dora": any(pair.magnitudes is not None for pair in factors.values()),
         "init_lora_weights": True,
     }
     about = {"format": "pt"} | ({_CLASS_NAMES: json.dumps(list(class_names))} if class_names else {})

@@ -5,9 +5,24 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from srlora_pl.lowrank import AdaptedLinear, Adapter, Method, Peft, Spectrum
+from srlora_pl.lowrank import Adaptation, AdaptedLinear, Adapter, Method, Peft, Spectrum
 from srlora_pl.lowrank.methods.pissa import PiSSA
+from srlora_pl.util.signatures import arguments_of_class
+
+
+def made(kind: type[Method], **settings) -> Method:
+    """A method of ``kind`` with those of the ``settings`` that it takes: not all have a rank."""
+    known = arguments_of_class(kind)
+    return kind(**{name: value for name, value in settings.items() if name in known})
+
+
+def trainer_of(adaptation: Adaptation, kind: type[Optimizer], **settings) -> Optimizer:
+    """An optimizer of ``kind`` or, where the method has one, its own in the same form."""
+    form = "sgd" if kind is torch.optim.SGD else "adamw"
+    own = adaptation.method.optimizer(adaptation, adaptation.param_groups(settings["lr"]), form)
+    return own or kind([p for p in adaptation.net.parameters() if p.requires_grad], **settings)
 
 
 class CoreLinear(AdaptedLinear):

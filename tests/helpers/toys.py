@@ -119,6 +119,7 @@ def changes(adaptation, before):
     return {
         name: layer.merged_weight().double() - before.get_parameter(f"{name}.weight").detach().double()
         for name, layer in adaptation.layers.items()
+        if layer.matrices(name)
     }
 
 

@@ -15,27 +15,55 @@ from torch.func import functional_call
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, Adapter, LowRankLinear, Peft, PromptTuning
 from srlora_pl.lowrank.delta import change
-from srlora_pl.lowrank.methods import REGISTRY, AdaLoRA, LoRASB, LoRAXS
+from srlora_pl.lowrank.methods import (
+    REGISTRY,
+    AdaLoRA,
+    BitFit,
+    DoRA,
+    Full,
+    GaLore,
+    HydraLoRA,
+    LinearProbe,
+    LoRASB,
+    LoRAXS,
+    TiedLoRA,
+    VeRA,
+)
+from srlora_pl.lowrank.targets import block_and_kind
 from srlora_pl.models import peft_folder
 from tests.helpers.contract_program import batches, loss_of, parallel, sources_of, trained_in_one_process
-from tests.helpers.methods import IA3, OFT, Bottlenecks, Core, PeftLoRA
+from tests.helpers.methods import IA3, OFT, Bottlenecks, Core, PeftLoRA, made, trainer_of
 from tests.helpers.toys import ToyNet, toy_net
 
 # PEFT's tuners stand for Peft; a prompt needs the embeddings of words.
 METHODS = [*(kind for kind in REGISTRY if kind not in (Peft, PromptTuning)), PeftLoRA, IA3, OFT, Core, Bottlenecks]
 STEPS, RANK = 12, 4
 pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "ignore:.*no whole number of switches")
-# How many numbers train besides the head, of adapted ``matrices``; where it is not r (out + in) for each.
+# How many numbers train besides the head, of adapted ``matrices``; where it is not r (out + in) for each. Two blocks of
+# the network, 12 wide and 20 within, follow an embedding of 5.
+BIASES = 12 + 2 * (3 * 12 + 12 + 20 + 12)
 SIZES = {
+    DoRA: lambda matrices: sum(m.rank * sum(m.shape) + m.shape[0] for m in matrices),
     Core: lambda matrices: sum(m.rank**2 for m in matrices),
     AdaLoRA: lambda matrices: sum(m.rank * (sum(m.shape) + 1) for m in matrices),  # as many pairs as it begins with
     LoRASB: lambda matrices: sum(m.rank**2 for m in matrices),
+    HydraLoRA: lambda matrices: sum(m.rank * (m.shape[1] + 4 * m.shape[0]) + 4 * m.shape[1] for m in matrices),
     LoRAXS: lambda matrices: sum(m.rank**2 for m in matrices),
+    **dict.fromkeys((Full, GaLore), lambda matrices: BIASES + 5 * 12 + 2 * (4 * 12 * 12 + 2 * 12 * 20)),
+    LinearProbe: lambda matrices: 0,
+    BitFit: lambda matrices: BIASES,
     Bottlenecks: lambda matrices: 2 * (RANK * 12 * 2),
+    VeRA: lambda matrices: sum(m.rank + m.shape[0] for m in matrices),
+    TiedLoRA: lambda matrices: (
+        sum(m.rank * sum(m.shape) for m in {block_and_kind(m.name)[1]: m for m in matrices}.values())
+        + sum(m.rank + m.shape[0] for m in matrices)
+    ),
     PeftLoRA: lambda matrices: 2 * (RANK * (24 + 32 + 32) + 12 + 20 + 12),
     IA3: lambda matrices: 2 * (12 + 20 + 20),
     OFT: lambda matrices: 2 * (12 + 12 + 20) // 4 * 6,  # the upper triangle of each rotation of 4 inputs
 }
+# Functions of a layer whose results a method's gradient takes for constants.
+CONSTANTS = {DoRA: ("norms",)}
 
 
 @pytest.fixture(params=METHODS, ids=lambda kind: kind.__name__)
@@ -50,9 +78,9 @@ class Loop:
         self.net = net(dtype=dtype)
         self.W0 = copy.deepcopy(self.net.state_dict())
         torch.manual_seed(3)
-        method = kind(**{"rank": RANK, "alpha": 8.0, **settings})
+        method = made(kind, **{"rank": RANK, "alpha": 8.0, **settings})
         self.adaptation = Adaptation(self.net, method, ["head"], pretrained=lambda: self.W0)
-        self.optimizer = optimizer([p for p in self.net.parameters() if p.requires_grad], lr=0.01)
+        self.optimizer = trainer_of(self.adaptation, optimizer, lr=0.01)
         self.adaptation.start(sources_of(self.net, method))
         self.adaptation.plan(STEPS)
         self.events: list[int] = []
@@ -108,7 +136,7 @@ def run(kind, _trained):
 def test_injection_and_start_leave_the_output(kind):
     net, x = toy_net(dtype=torch.float64), batches(1, torch.float64)[0][0]
     before = net(x)
-    adaptation = Adaptation(net, kind(rank=RANK, alpha=8.0))
+    adaptation = Adaptation(net, made(kind, rank=RANK, alpha=8.0))
     assert torch.equal(net(x), before)
     adaptation.start(sources_of(net, adaptation.method))
     if kind.compensates:
@@ -122,7 +150,8 @@ def test_only_declared_tensors_move(run):
     weights = {id(matrix.layer.weight) for matrix in run.adaptation.matrices}
     moved = set()
     for name, parameter in run.net.named_parameters():
-        declared = id(parameter) in adapters or (id(parameter) in weights and run.adaptation.method.moves_weights)
+        declared = id(parameter) in adapters or run.adaptation.method.trains(name, parameter)
+        declared |= id(parameter) in weights and run.adaptation.method.moves_weights
         if name in run.W0 and not torch.equal(parameter, run.W0[name]):
             moved.add(name)
             assert declared or name.startswith("head")
@@ -147,10 +176,14 @@ def test_the_weight_is_its_pretrained_self_and_the_ledger(run):
     assert all(torch.equal(weight, run.W0[f"{name}.weight"]) for name, weight in pretrained.items())
 
 
-def test_gradients_are_those_of_finite_differences(run):
-    """Along one random direction in each tensor that trains."""
+def test_gradients_are_those_of_finite_differences(run, monkeypatch):
+    """Along one random direction in each tensor that trains, with what the method takes for constant held."""
     batch, generator = batches(1, torch.float64)[0], torch.Generator().manual_seed(5)
     trained = {name: p for name, p in run.net.named_parameters() if p.requires_grad}
+    for layer in run.adaptation.layers.values():
+        for constant in CONSTANTS.get(type(run.adaptation.method), ()):
+            value = getattr(layer, constant)()
+            monkeypatch.setattr(layer, constant, lambda value=value: value)
     gradients = torch.autograd.grad(loss_of(run.net, batch), list(trained.values()))
     for (name, parameter), gradient in zip(trained.items(), gradients, strict=True):
         along = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -172,14 +205,14 @@ def test_as_many_parameters_train_as_the_formula_says(kind, run):
 
 
 def test_merging_keeps_the_output_and_is_undone_to_the_bit(run):
-    x = batches(1, torch.float64)[0][0]
-    before, state = run.net(x), copy.deepcopy(run.net.state_dict())
+    x, state = batches(1, torch.float64)[0][0], copy.deepcopy(run.net.state_dict())
     if any(type(layer).merge is Adapter.merge for layer in run.adaptation.layers.values()):
         with pytest.raises(UserError, match="cannot be merged"):
             run.adaptation.merge()
         with pytest.raises(UserError, match="cannot be merged"):
             run.adaptation.merged_copy()
         return
+    before = run.net.eval()(x)
     copied = run.adaptation.merged_copy()
     assert list(copied.state_dict()) == list(run.W0)
     torch.testing.assert_close(copied.double()(x), before, rtol=0, atol=1e-5)
@@ -188,11 +221,16 @@ def test_merging_keeps_the_output_and_is_undone_to_the_bit(run):
         torch.testing.assert_close(run.net(x), before, rtol=0, atol=1e-13)
     finally:
         run.adaptation.unmerge()
+        run.net.train()
     assert all(torch.equal(value, state[name]) for name, value in run.net.state_dict().items())
 
 
 def test_disabled_is_the_pretrained_network(run):
     x = batches(1, torch.float64)[0][0]
+    if run.adaptation.method.trains_weights:
+        with pytest.raises(UserError, match=type(run.adaptation.method).__name__), run.adaptation.disabled():
+            pass
+        return
     pretrained = toy_net(dtype=torch.float64)
     pretrained.head.load_state_dict(run.net.head.state_dict())
     after = run.net(x)
@@ -201,10 +239,10 @@ def test_disabled_is_the_pretrained_network(run):
     assert torch.equal(run.net(x), after)
 
 
-def test_the_change_is_one_lora_for_peft(kind, tmp_path):
+def test_the_change_is_one_lora_or_dora_for_peft(kind, tmp_path):
     peft = pytest.importorskip("peft")
     run = Loop(kind, net=SplitNet.made).train()
-    if not run.adaptation.method.additive:
+    if not (run.adaptation.method.additive or run.adaptation.method.rescales):
         with pytest.raises(UserError, match=kind.__name__):
             change(run.adaptation)
         return
@@ -213,7 +251,7 @@ def test_the_change_is_one_lora_for_peft(kind, tmp_path):
     net.head.load_state_dict(run.net.head.state_dict())
     loaded = peft.PeftModel.from_pretrained(net, str(tmp_path))
     x = batches(1, torch.float64)[0][0]
-    torch.testing.assert_close(loaded(x), run.net(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(loaded(x), run.net.eval()(x), rtol=0, atol=1e-5)
 
 
 def test_a_run_that_stops_anywhere_goes_on_to_the_bit(kind):
@@ -297,17 +335,27 @@ class Three(nn.Module):
         return torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1)
 
 
+def shared_of(matrix):
+    """The factors that this matrix shares with others; a fused layer has one for all of its parts or one for each."""
+    shared = matrix.layer.shared
+    return shared[matrix.index :][:1] if len(shared) > 1 else shared
+
+
 def test_a_fused_linear_equals_three(kind, run):
     three, fused, x = Loop(kind, net=SplitNet.made), Loop(kind), batches(1, torch.float64)[0][0]
     for theirs, ours in zip(fused.adaptation.matrices, three.adaptation.matrices, strict=True):
         for name in ours.layer.adapter_names:  # a random start depends on the name of the matrix
             ours.of(getattr(ours.layer, name).data).copy_(theirs.of(getattr(theirs.layer, name).data))
+        for shared, their_shared in zip(shared_of(ours), shared_of(theirs), strict=True):
+            shared.load_state_dict(their_shared.state_dict())
     three.train()
     torch.testing.assert_close(three.net(x), run.net(x), rtol=0, atol=1e-10)
     assert three.events == run.events
 
 
-@pytest.mark.parametrize("kind", [kind for kind in METHODS if kind.layer is LowRankLinear and kind.additive])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in METHODS if kind.layer is LowRankLinear and kind.additive and not kind.own_optimizer]
+)
 def test_until_its_first_event_it_trains_as_peft_does(kind):
     peft = pytest.importorskip("peft")
     ours = Loop(kind, torch.optim.SGD, net=SplitNet.made)

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from srlora_pl import ImageClassifier, LoRA, PiSSA, ReLoRA, SRLoRA
+from srlora_pl import Full, ImageClassifier, LoRA, PiSSA, ReLoRA, SRLoRA
 from srlora_pl.lowrank.methods import from_spec
 from srlora_pl.models.timm_models import build_backbone
 from srlora_pl.util.errors import UserError
@@ -353,6 +353,9 @@ def test_compile_takes_each_block_that_holds_adapters(classifier, monkeypatch):
     compiled.clear()
     model = classifier(compile=True, method=LoRA(rank=2, layers="1"))
     assert compiled == [model.net.blocks[1]]
+    compiled.clear()
+    model = classifier(compile=True, method=Full())
+    assert compiled == list(model.net.blocks)
 
 
 def test_matmul_precision_holds_during_a_run(classifier, trainer, loader):
