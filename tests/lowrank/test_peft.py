@@ -96,9 +96,11 @@ def test_an_adaptation_can_be_copied_and_pickled() -> None:
         layer = copied.layers["blocks.0.fc1"]
         assert layer.module is copied.net.blocks[0].fc1
         assert layer.adapter_parameters()[0].requires_grad
-        with copied.disabled():
-            pass
-        assert layer.adapter_parameters()[0].requires_grad
+        for trains in (True, False):
+            layer.adapter_parameters()[0].requires_grad_(trains)
+            with copied.disabled():
+                pass
+            assert layer.adapter_parameters()[0].requires_grad == trains
 
 
 def test_what_was_frozen_stays_so_and_is_saved() -> None:
@@ -139,6 +141,7 @@ def test_what_it_cannot_serve_is_refused_at_once(config, words) -> None:
             ["LoraConfig", "pretrained weights"],
         ),
         ({"peft_type": "LORA", "bias": "all"}, {}, ["bias", "beside PEFT's layers"]),
+        ({"peft_type": "LORA", "target_modules": ["fc1", "head"]}, {}, ["target_modules takes head", "leave it out"]),
         ({"peft_type": "IA3"}, {}, ["PEFT cannot place IA3Config", "feedforward_modules"]),
         ({"peft_type": "LORA"}, {"target_modules": ["query"]}, ["blocks.0.qkv", "'qkv'"]),
         ({"peft_type": "LORA", "target_modules": ["nothing"]}, {}, ["PEFT cannot place LoraConfig", "nothing"]),

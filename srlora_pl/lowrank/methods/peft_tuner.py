@@ -2,18 +2,18 @@
 
 import copy
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from srlora_pl.lowrank.linear import Adapter
 from srlora_pl.lowrank.method import Method, generator_for
-from srlora_pl.lowrank.target_settings import ALL_LINEAR
+from srlora_pl.lowrank.methods.tuner_layer import TunerLayer
+from srlora_pl.lowrank.target_settings import ALL_LINEAR, is_below
 from srlora_pl.lowrank.targets import select
 from srlora_pl.util.errors import UserError, one_line, require_one_of
 
@@ -28,74 +28,6 @@ _REFUSED = {
     "XLORA": "routes whole adapters that were trained before: take another one",
 }
 _NO_SETTINGS = ("inference_mode", "peft_version")
-
-
-class TunerLayer(Adapter):
-    """The book-keeping of one layer of PEFT's, which stands in the network itself and is no part of this module."""
-
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self._held = [module]
-        self._unmerged: list[tuple[nn.Parameter, Tensor]] = []
-
-    @property
-    def module(self) -> Any:
-        return self._held[0]
-
-    @property
-    def adapter_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        kinds = (*self.module.adapter_layer_names, *self.module.other_param_names)
-        return tuple(name for name, _ in self.module.named_parameters() if name.partition(".")[0] in kinds)
-
-    def adapter_parameters(self) -> list[nn.Parameter]:
-        return [self.module.get_parameter(name) for name in self.adapter_names]
-
-    @property
-    def disabled(self) -> bool:  # type: ignore[override]
-        return self.module.disable_adapters
-
-    @disabled.setter
-    def disabled(self, value: bool) -> None:
-        trained = [(parameter, parameter.requires_grad) for parameter in self.module.parameters()]
-        self.module.enable_adapters(not value)  # which freezes or frees them too
-        for parameter, trains in trained:
-            parameter.requires_grad_(trains)
-
-    @property
-    def merged(self) -> bool:  # type: ignore[override]
-        return bool(self._unmerged)
-
-    def merge(self) -> None:
-        if not self.merged:
-            base = self.module.get_base_layer()
-            before = [(parameter, parameter.detach().clone()) for parameter in base.parameters()]
-            _merge(self.module)
-            self._unmerged = before
-
-    def unmerge(self) -> None:
-        if self.merged:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that it is inexact, which is mended below
-                self.module.unmerge()
-            for parameter, value in self._unmerged:
-                parameter.data = value
-            self._unmerged = []
-
-    def merged_module(self) -> nn.Module:
-        copied = copy.deepcopy(self.module)
-        if not self.merged:
-            _merge(copied)
-        return copied.get_base_layer()
-
-
-@torch.no_grad()
-def _merge(module: Any) -> None:
-    try:
-        module.merge(safe_merge=True)
-    except (NotImplementedError, ValueError, TypeError, AttributeError) as error:
-        kind = type(module).__module__.rpartition(".tuners.")[2].partition(".")[0]
-        why = f" ({one_line(error)})" if str(error) else ""
-        raise UserError(f"PEFT's {kind} cannot be merged into a weight{why}, so there are no merged ones") from error
 
 
 class Peft(Method):
@@ -154,7 +86,8 @@ class Peft(Method):
 
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
         peft, config = library(type(self).__name__), self._configuration()
-        if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in net.modules()):
+        kind = peft.tuners.tuners_utils.BaseTunerLayer
+        if any(isinstance(module, kind) for module in net.modules()):
             raise UserError("the network has adapters already, adapt a new one")
         if getattr(config, "target_modules", "") is None:
             config.target_modules = "|".join(map(re.escape, self._names(net, taken)))
@@ -171,7 +104,11 @@ class Peft(Method):
                 f"method.config starts {type(config).__name__} with other pretrained weights, which nothing could tell "
                 "later: take another start"
             )
-        return self._found(net, peft.tuners.tuners_utils.BaseTunerLayer, before)
+        layers = {n: TunerLayer(m) for n, m in net.named_modules() if isinstance(m, kind)}
+        _require_only(layers, net, taken, {id(parameter) for parameter, *_ in before})
+        for layer in layers.values():
+            layer.match_precision()
+        return dict(layers)
 
     def _names(self, net: nn.Module, taken: Sequence[str]) -> list[str]:
         targets = select(net, self, taken)
@@ -183,20 +120,16 @@ class Peft(Method):
                 )
         return [target.name for target in targets]
 
-    @staticmethod
-    def _found(net: nn.Module, kind: type, before: list[tuple[nn.Parameter, int, int]]) -> dict[str, Adapter]:
-        """The layers that are in ``net`` now, in the precision of the weights beside them."""
-        layers = {name: TunerLayer(module) for name, module in net.named_modules() if isinstance(module, kind)}
-        for layer in layers.values():
-            dtype = layer.module.get_base_layer().weight.dtype
-            for parameter in layer.adapter_parameters():
-                if parameter.is_floating_point() and dtype == torch.float64:
-                    parameter.data = parameter.data.to(dtype)
-        ours = {id(parameter) for layer in layers.values() for parameter in layer.adapter_parameters()}
-        for name, parameter in net.named_parameters():
-            if id(parameter) not in ours and (parameter.requires_grad or all(parameter is not p for p, *_ in before)):
-                raise UserError(f"method.config trains {name}, which is beside PEFT's layers: leave that setting out")
-        return dict(layers)
+
+def _require_only(layers: Mapping[str, Adapter], net: nn.Module, taken: Sequence[str], before: set[int]) -> None:
+    """Refuse a tuner in a part that trains whole, and one that trains or made anything beside ``layers``."""
+    for name in layers:
+        if is_below(name, taken):
+            raise UserError(f"method.config.target_modules takes {name}, which trains whole: leave it out")
+    ours = {id(parameter) for layer in layers.values() for parameter in layer.adapter_parameters()}
+    for name, parameter in net.named_parameters():
+        if id(parameter) not in ours and (parameter.requires_grad or id(parameter) not in before):
+            raise UserError(f"method.config trains {name}, which is beside PEFT's layers: leave that setting out")
 
 
 def library(method: str) -> Any:
