@@ -9,6 +9,7 @@ from typing import Any
 _METHODS = (
     "AdaLoRA",
     "BitFit",
+    "Bottleneck",
     "DoRA",
     "DyLoRA",
     "Full",

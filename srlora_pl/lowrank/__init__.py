@@ -9,6 +9,7 @@ from srlora_pl.lowrank.method import Controller, Method
 from srlora_pl.lowrank.methods import (
     AdaLoRA,
     BitFit,
+    Bottleneck,
     DoRA,
     DyLoRA,
     Full,
@@ -38,6 +39,7 @@ __all__ = [
     "AdaptedLinear",
     "Adapter",
     "BitFit",
+    "Bottleneck",
     "Controller",
     "DoRA",
     "DyLoRA",

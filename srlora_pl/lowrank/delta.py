@@ -130,7 +130,7 @@ def change(
     if not (method.additive or method.rescales):
         raise UserError(
             f"{type(method).__name__} does not train low-rank updates of weights alone, so no LoRA holds what it "
-            "trained: take the merged weights (--format merged)"
+            "trained: take the merged weights (--format merged), if there are any, or the checkpoint itself"
         )
     before, factors, pretrained = before or {}, {}, None
     groups = {name: list(group) for name, group in groupby(adaptation.matrices, lambda matrix: matrix.layer_name)}

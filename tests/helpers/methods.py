@@ -7,15 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from srlora_pl.lowrank import Adaptation, AdaptedLinear, Adapter, Method, Peft, Spectrum
+from srlora_pl.lowrank import Adaptation, AdaptedLinear, Adapter, Method, Peft, Spectrum, methods
 from srlora_pl.lowrank.methods.pissa import PiSSA
 from srlora_pl.util.signatures import arguments_of_class
 
+# What a method needs to be told of a `ToyNet`, where its defaults are names in real networks.
+TOY_SETTINGS: dict[type[Method], dict] = {methods.Bottleneck: {"target_modules": ["proj", "fc2"]}}
+
 
 def made(kind: type[Method], **settings) -> Method:
-    """A method of ``kind`` with those of the ``settings`` that it takes: not all have a rank."""
+    """A method of ``kind`` with those of the ``settings`` that it takes, for a `ToyNet`: not all have a rank."""
     known = arguments_of_class(kind)
-    return kind(**{name: value for name, value in settings.items() if name in known})
+    return kind(**{name: value for name, value in settings.items() if name in known}, **TOY_SETTINGS.get(kind, {}))
 
 
 def trainer_of(adaptation: Adaptation, kind: type[Optimizer], **settings) -> Optimizer:

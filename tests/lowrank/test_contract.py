@@ -19,6 +19,7 @@ from srlora_pl.lowrank.methods import (
     REGISTRY,
     AdaLoRA,
     BitFit,
+    Bottleneck,
     DoRA,
     Full,
     GaLore,
@@ -52,6 +53,7 @@ SIZES = {
     **dict.fromkeys((Full, GaLore), lambda matrices: BIASES + 5 * 12 + 2 * (4 * 12 * 12 + 2 * 12 * 20)),
     LinearProbe: lambda matrices: 0,
     BitFit: lambda matrices: BIASES,
+    Bottleneck: lambda matrices: 2 * 2 * (2 * 12 * 64 + 12 + 64),
     Bottlenecks: lambda matrices: 2 * (RANK * 12 * 2),
     VeRA: lambda matrices: sum(m.rank + m.shape[0] for m in matrices),
     TiedLoRA: lambda matrices: (

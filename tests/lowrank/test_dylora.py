@@ -78,11 +78,26 @@ def test_all_matrices_have_the_rank_of_the_step_and_resumed_runs_too() -> None:
         train(adaptation.net, adaptation, optimizer_of(adaptation.net), batch, first_step=step - 1)
         adaptation.after_optimizer(step)
     assert len(set(seen)) > 2
-    resumed = begun(seed=99)
+    resumed = begun(seed=97)
     assert [resumed.controller.rank_of_step(step) for step in range(1, 13)] != seen
+    assert pairs_of_next_step(resumed) != pairs_of_next_step(adaptation)
     resumed.load_state_dict(adaptation.state_dict())
     assert pairs_of_next_step(resumed) == pairs_of_next_step(adaptation)
     assert [resumed.controller.rank_of_step(step) for step in range(1, 13)] == seen
+
+
+def test_all_processes_draw_with_the_seed_of_the_first() -> None:
+    """From the first step on: a run starts and plans before it."""
+    first, other = begun(seed=1), begun(seed=3)
+    assert pairs_of_next_step(other) != pairs_of_next_step(first)
+    other.run_on_rank_zero = lambda compute: first.seed
+    for adaptation in (first, other):
+        adaptation.start()
+        adaptation.plan(100)
+    assert pairs_of_next_step(other) == pairs_of_next_step(first) == first.controller.rank_of_step(1)
+    steps = range(1, 101)
+    assert [*map(other.controller.rank_of_step, steps)] == [*map(first.controller.rank_of_step, steps)]
+    assert [*map(begun(seed=3).controller.rank_of_step, steps)] != [*map(first.controller.rank_of_step, steps)]
 
 
 @pytest.mark.parametrize("rank", [1, 3, 4])

@@ -19,11 +19,15 @@ from tests.helpers.paths import ROOT
 
 TASKS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 OVERLAYS = {
+    "adalora": "AdaLoRA",
     "bitfit": "BitFit",
+    "bottleneck": "Bottleneck",
+    "dora": "DoRA",
+    "dylora": "DyLoRA",
     "full": "Full",
     "galore": "GaLore",
+    "hydralora": "HydraLoRA",
     "linear_probe": "LinearProbe",
-    "adalora": "AdaLoRA",
     "lora": "LoRA",
     "lora_ga": "LoRAGA",
     "lora_plus": "LoRA",
@@ -32,13 +36,10 @@ OVERLAYS = {
     "lora_xs": "LoRAXS",
     "peft_ia3": "Peft",
     "pissa": "PiSSA",
-    "rslora": "LoRA",
     "prompt_tuning": "PromptTuning",
     "relora": "ReLoRA",
+    "rslora": "LoRA",
     "srlora": "SRLoRA",
-    "dora": "DoRA",
-    "dylora": "DyLoRA",
-    "hydralora": "HydraLoRA",
     "tied_lora": "TiedLoRA",
     "vera": "VeRA",
 }

@@ -3,6 +3,7 @@
 from srlora_pl.lowrank.method import Method
 from srlora_pl.lowrank.methods.adalora import AdaLoRA
 from srlora_pl.lowrank.methods.bitfit import BitFit
+from srlora_pl.lowrank.methods.bottleneck import Bottleneck
 from srlora_pl.lowrank.methods.dora import DoRA
 from srlora_pl.lowrank.methods.dylora import DyLoRA
 from srlora_pl.lowrank.methods.full import Full
@@ -26,6 +27,7 @@ from srlora_pl.util.errors import UserError, did_you_mean
 __all__ = [
     "AdaLoRA",
     "BitFit",
+    "Bottleneck",
     "DoRA",
     "DyLoRA",
     "Full",
@@ -60,6 +62,7 @@ REGISTRY: list[type[Method]] = [
     ReLoRA,
     DyLoRA,
     HydraLoRA,
+    Bottleneck,
     PromptTuning,
     Peft,
     Full,

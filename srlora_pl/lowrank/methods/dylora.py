@@ -50,12 +50,12 @@ class DrawnRanks(Controller):
 
     def __init__(self, method: "DyLoRA", adaptation: AdaptedNetwork) -> None:
         super().__init__(adaptation)
-        self.method, self.seed = method, torch.initial_seed()
+        self.method = method
         self._open_gates()
 
     def rank_of_step(self, step: int) -> int:
         """b of optimizer step ``step``, counted from the first of all runs."""
-        digest = hashlib.sha256(f"{self.seed} {step}".encode()).digest()
+        digest = hashlib.sha256(f"{self.adaptation.seed} rank {step}".encode()).digest()
         choices = self.method.rank - self.method.min_rank + 1
         return self.method.min_rank + int.from_bytes(digest[:8], "big") % choices
 
@@ -65,15 +65,15 @@ class DrawnRanks(Controller):
             if isinstance(layer, NestedLinear):
                 layer.open_gate(pairs)
 
+    def plan(self, first_step: int, last_step: int, strict: bool) -> str:
+        self._open_gates()  # the seed is that of all processes now
+        return ""
+
     def after_optimizer(self, step: int, optimizer: Optimizer | None) -> bool:
         self._open_gates()
         return False
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"seed": self.seed}
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.seed = state["seed"]
         self._open_gates()
 
 
