@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 
 from benchmarks.report import report
-from benchmarks.step_time import INTERVAL, Variant, image_batches, network, random_texts
+from benchmarks.step_time import STEPS, Variant, image_batches, network, random_texts
 from srlora_pl.util.system import device_name
 
 
@@ -32,18 +32,19 @@ def main() -> None:
     switches: list[float] = []
     for _ in range(arguments.rounds):
         variant.timed_step(batch, nullcontext)
-        variant.time_a_switch(device)
-        switches.append(variant.switch_seconds)
+        variant.time_events()
+        switches.append(variant.event_seconds)
     step, switch = statistics.median(variant.seconds[1:]), statistics.median(switches)
+    share = switch / step * variant.events / STEPS[kind]
     report(
         f"{arguments.model}, batch {arguments.batch}, {device_name(device)}",
         ["step", "switch", "switch / step", "share of a run"],
-        [[step, switch, switch / step, f"{switch / step / INTERVAL[kind]:.2%}"]],
+        [[step, switch, switch / step, f"{share:.2%}"]],
         {
             "benchmark": "switch_time",
             "arguments": vars(arguments),
             "device": device_name(device),
-            "ratios": {"switch_vs_step": switch / step, "share_of_run": switch / step / INTERVAL[kind]},
+            "ratios": {"switch_vs_step": switch / step, "share_of_run": share},
             "seconds": {"step": step, "switch": switch},
         },
     )
