@@ -104,8 +104,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("--output", required=True, help="the folder of runs and results; runs in it are gone on with, not repeated")
     add("--methods", metavar="M,M,...", help="names in configs/methods/, or overlays; by default lora,pissa,srlora")
     add("--seeds", type=int, default=5, help="runs of each method, by default 5, from the config's seed on")
-    grid = "values of a setting to choose from for each method, by validation of the first seed; may be repeated"
-    add("--grid", action="append", default=[], metavar="KEY=VALUE,VALUE,...", help=grid)
+    grid = "values of a setting to choose from, by validation of the first seed; M.KEY=... are those of the method M"
+    add("--grid", action="extend", nargs="+", default=[], metavar="KEY=VALUE,VALUE,...", help=grid)
     add("--dry-run", action="store_true", help="list the runs, estimate the time, and stop")
 
     written = "Each figure is written as PNG and SVG, and the data behind it as CSV."

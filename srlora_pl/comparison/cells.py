@@ -1,6 +1,7 @@
 """The runs of a comparison: each is a run of the command line in a folder of its own."""
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -40,7 +41,7 @@ class Plan:
     Attributes:
         configs: the task's config files, laid over each other.
         methods: the overlay file of each.
-        grid: the values of each setting to choose among for each method; every combination is a point.
+        grids: by method, the values of each setting to choose among; every combination is a point.
         seeds: the first one also chooses the point.
         options: of the command line, for every run.
         folder: of the runs and the results.
@@ -48,19 +49,24 @@ class Plan:
 
     configs: tuple[str, ...]
     methods: Mapping[str, Path]
-    grid: Mapping[str, Sequence[str]]
+    grids: Mapping[str, Mapping[str, Sequence[str]]]
     seeds: tuple[int, ...]
     options: tuple[str, ...]
     folder: Path
 
+    def points(self, method: str) -> list[tuple[tuple[str, str], ...]]:
+        grid = self.grids[method]
+        return [tuple(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
     @property
-    def points(self) -> list[tuple[tuple[str, str], ...]]:
-        return [tuple(zip(self.grid, values, strict=True)) for values in product(*self.grid.values())]
+    def chooses(self) -> bool:
+        """Whether a method has several points."""
+        return any(len(self.points(method)) > 1 for method in self.methods)
 
     @property
     def trials(self) -> list[Cell]:
         """The runs that choose each method's point: all points with the first seed."""
-        return [Cell(method, point, self.seeds[0]) for method in self.methods for point in self.points]
+        return [Cell(method, point, self.seeds[0]) for method in self.methods for point in self.points(method)]
 
     def repetitions(self, best: Iterable[Cell]) -> list[Cell]:
         """The ``best`` cells with the other seeds, seed by seed, so that methods can be compared early on."""
@@ -69,6 +75,14 @@ class Plan:
     @property
     def size(self) -> int:
         return len(self.trials) + len(self.methods) * (len(self.seeds) - 1)
+
+    def command(self, grids: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
+        """The command line that goes on with this comparison on other ``grids``."""
+        entries = [f"{name}.{key}={','.join(values)}" for name, grid in grids.items() for key, values in grid.items()]
+        words = [word for file in self.configs for word in ("--config", file)]
+        words += ["--methods", ",".join(map(str, self.methods.values())), "--seeds", str(len(self.seeds))]
+        words += ["--output", str(self.folder), *self.options, "--grid", *entries]
+        return shlex.join(["python", "cli.py", "compare", *words])
 
     def arguments(self, cell: Cell) -> list[str]:
         """The words of the command line that begin the run of ``cell`` or go on with it."""

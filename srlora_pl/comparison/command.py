@@ -69,8 +69,8 @@ def plans_of(given: Namespace, options: tuple[str, ...]) -> list[Plan]:
     chosen = _methods(given.methods.split(",") if given.methods else methods)
     if given.seeds < 1:
         raise UserError(f"--seeds is {given.seeds}, it must be 1 or more")
-    output, grid = Path(given.output), _grid(given.grid)
-    _refuse_settings(_keys(options), list(grid))
+    output, grids = Path(given.output), _grids(given.grid, [*chosen])
+    _refuse_settings(_keys(options), list(dict.fromkeys(key for grid in grids.values() for key in grid)))
     tasks = {name: (str(_own_file(f"{name}.yaml")),) for name in names} or {"": tuple(given.config)}
     plans = []
     for name, files in tasks.items():
@@ -78,7 +78,7 @@ def plans_of(given: Namespace, options: tuple[str, ...]) -> list[Plan]:
         first = settings.get("seed_everything")
         first = first if type(first) is int else 0  # true and null are no seeds
         seeds = tuple(range(first, first + given.seeds))
-        plans.append(Plan(files, chosen, grid, seeds, options, output / name))
+        plans.append(Plan(files, chosen, grids, seeds, options, output / name))
     return plans
 
 
@@ -103,20 +103,31 @@ def _own_file(name: str) -> Path:
     raise UserError(f"there is no configs/{name}{did_you_mean(Path(name).stem, known)}, give the path of a YAML file")
 
 
-def _grid(entries: Sequence[str]) -> dict[str, list[str]]:
-    """The values of each setting; commas inside brackets belong to a value."""
-    grid: dict[str, list[str]] = {}
+def _grids(entries: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """By method, the values of each setting: those of an entry that begins with its name, or of one for all methods.
+
+    Commas inside brackets belong to a value.
+    """
+    of_all: dict[str, list[str]] = {}
+    of_each: dict[str, dict[str, list[str]]] = {method: {} for method in methods}
     for entry in entries:
-        key, equals, values = entry.partition("=")
+        place, equals, values = entry.partition("=")
+        method = next((each for each in methods if place.startswith(f"{each}.")), None)
+        if method is None and place.split(".")[1:2] in (["model"], ["data"], ["trainer"]):
+            first = place.partition(".")[0]
+            raise UserError(
+                f"--grid {entry!r} is for {first}, which --methods does not name{did_you_mean(first, methods)}"
+            )
+        grid, key = (of_all, place) if method is None else (of_each[method], place.removeprefix(f"{method}."))
         found = [value.strip() for value in re.split(r",(?![^\[]*\])", values)]
         if not (key and equals and all(found)):
             raise UserError(f"--grid {entry!r} must be a setting and its values, such as model.lr=0.001,0.003")
         if len(set(map(_canonical, found))) < len(found):
             raise UserError(f"--grid {entry!r} names a value twice")
         if key in grid:
-            raise UserError(f"--grid gives {key} twice, put all its values behind one {key}=")
+            raise UserError(f"--grid gives {place} twice, put all its values behind one {place}=")
         grid[key] = found
-    return grid
+    return {method: {**of_all, **own} for method, own in of_each.items()}
 
 
 def _canonical(value: str) -> str:
@@ -212,7 +223,7 @@ def _finished(plan: Plan, cells: Sequence[Cell]) -> list[Outcome]:
         UserError: they are points of a grid, and have no validation to choose by.
     """
     outcomes = [Outcome.read(cell, summary) for cell in cells if (summary := plan.summary(cell))]
-    if len(plan.points) > 1 and not all(outcome.summary["best"] for outcome in outcomes):
+    if plan.chooses and not all(outcome.summary["best"] for outcome in outcomes):
         raise UserError("a grid is chosen from by validation, but the runs have none: set data.val_fraction above 0")
     return outcomes
 
@@ -220,7 +231,7 @@ def _finished(plan: Plan, cells: Sequence[Cell]) -> list[Outcome]:
 def _best(plan: Plan, trials: Sequence[Outcome]) -> dict[str, Cell]:
     """Each method's best point; of a method that lacks one there is none, as the best may be the one that it lacks."""
     of = {method: [trial for trial in trials if trial.cell.method == method] for method in plan.methods}
-    return {method: best_point(mine) for method, mine in of.items() if len(mine) == len(plan.points)}
+    return {method: best_point(mine) for method, mine in of.items() if len(mine) == len(plan.points(method))}
 
 
 # -- results
@@ -235,8 +246,9 @@ def _write(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) ->
     rows, made = [outcome.row() for outcome in outcomes], made_with(outcomes)
     nothing = "No method has finished all its runs with the first seed, so there is nothing to compare.\n"
     lines = [table(chosen, _papers(plan)) if chosen else nothing, *_left_out(plan, outcomes, best)]
-    lines += [*at_the_edge(plan.grid, best), *unequal_terms(chosen)]
-    if len(plan.points) > 1 and (remedy := outcomes[0].remedy):
+    edges, wider = at_the_edge(plan.grids, best)
+    lines += [*edges, *([f"* To look there: {plan.command(wider)}"] if edges else []), *unequal_terms(chosen)]
+    if plan.chooses and (remedy := outcomes[0].remedy):
         lines.append(f"* The grid was chosen from by the same data that the scores are of, so they flatter: {remedy}.")
     if differing := [name for name, found in made.items() if len(found) > 1]:
         lines.append(
@@ -247,7 +259,7 @@ def _write(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) ->
         "configs": plan.configs,
         "config_hash": _digests(plan),
         "options": plan.options,
-        "grid": plan.grid,
+        "grids": plan.grids,
         "chosen": {method: dict(cell.point) for method, cell in best.items()},
         "seeds": plan.seeds,
         "commit": system.commit(),  # of the code that writes this; of the runs:
@@ -272,7 +284,7 @@ def _left_out(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell])
     for method in (method for method in plan.methods if method not in best):
         failed = [cell.name for cell in plan.trials if cell.method == method and cell not in done]
         lines.append(
-            f"* {method} is left out: {len(failed)} of its {len(plan.points)} runs with the first seed failed "
+            f"* {method} is left out: {len(failed)} of its {len(plan.points(method))} runs with the first seed failed "
             f"({', '.join(failed)}): mend it, or leave the value out of --grid or the method out of --methods."
         )
     return lines
@@ -282,7 +294,7 @@ def _papers(plan: Plan) -> Mapping[str, Mapping[str, float]]:
     """The paper's numbers, where the config file is this package's own and no setting makes another task of it."""
     file, more = Path(plan.configs[0]), [*plan.configs[1:], *map(str, plan.methods.values())]
     own = system.REPOSITORY / "configs" / file.name
-    given = {*map(_short_key, (*_keys(plan.options), *plan.grid))}
+    given = {*map(_short_key, (*_keys(plan.options), *(key for grid in plan.grids.values() for key in grid)))}
     given |= {key for each in more for key in config.keys(config.read(each))}
     is_own = own.is_file() and own.read_bytes() == file.read_bytes() and not given & _TASK
     return NUMBERS.get(file.stem, {}) if is_own else {}

@@ -3,7 +3,7 @@
 import csv
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -16,7 +16,16 @@ from srlora_pl.run import config
 from srlora_pl.util.tables import markdown
 
 _ROUNDING = 1e-6  # of scores in single precision; a sample more in 40,000 changes one by 2.5e-5
+_MANY = 4  # methods, beyond which not each two of them are tested
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
+Grids = Mapping[str, Mapping[str, Sequence[str]]]  # see `Plan`
+# What a run costs, by the title of a column: from its summary, and how it is written.
+_COSTS: dict[str, tuple[Callable[[Mapping[str, Any]], float], str]] = {
+    "trained": (lambda summary: summary["parameters"]["trained"], ",.0f"),
+    "steps": (lambda summary: summary["steps"], ",.0f"),
+    "seconds": (lambda summary: summary["seconds"], ",.0f"),
+    "GiB": (lambda summary: summary["peak_memory"] / 2**30, ".2f"),
+}
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,8 @@ def table(outcomes: Mapping[str, Sequence[Outcome]], paper: Mapping[str, Mapping
         numbers = [paper.get(method, {}).get(kind) for method in outcomes]
         if any(numbers):
             columns.append(("paper", [f"{number:g}" if number else "-" for number in numbers]))
+    for title, (cost, form) in _COSTS.items():
+        columns.append((title, [format(statistics.fmean(cost(run.summary) for run in runs), form) for runs in every]))
     course = [("method", [*outcomes])]
     for name in ("val/score", "val/loss"):
         for i, quarter in enumerate(QUARTERS):
@@ -182,10 +193,10 @@ def _spread(values: Sequence[float | None], name: str) -> str:
 
 
 def _differences(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
-    """A line for each two methods."""
-    lines = []
+    """A line for each two methods; of many methods for the first one and each other."""
+    lines, pairs = [], list(combinations(outcomes, 2))
     scores = {method: {run.cell.seed: run.score for run in runs} for method, runs in outcomes.items()}
-    for first, second in combinations(outcomes, 2):
+    for first, second in pairs[: len(outcomes) - 1] if len(outcomes) > _MANY else pairs:
         if found := Difference.between(scores[first], scores[second]):
             lines.append(
                 f"* {first} - {second}: {100 * found.mean:+.2f} points (95 % interval {100 * found.low:+.2f} to "
@@ -198,33 +209,42 @@ def _differences(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
     return lines
 
 
-def at_the_edge(grid: Mapping[str, Sequence[str]], best: Mapping[str, Cell]) -> list[str]:
-    """A line for each method and setting where the best point has the lowest or the highest number of the grid."""
-    lines = []
-    for key, texts in grid.items():
-        try:
-            values = sorted(map(float, texts))
-        except ValueError:  # no numbers
-            continue
-        for method, cell in best.items() if len(values) > 1 else ():
-            text = dict(cell.point)[key]
-            if float(text) in (values[0], values[-1]):
+def at_the_edge(grids: Grids, best: Mapping[str, Cell]) -> tuple[list[str], dict[str, dict[str, list[str]]]]:
+    """A line for each method and setting where the best point has the lowest or the highest number of its grid, and the
+    grids with the numbers beyond."""
+    lines, wider = [], {method: {key: [*values] for key, values in grid.items()} for method, grid in grids.items()}
+    for method, cell in best.items():
+        for key, text in cell.point:
+            try:
+                values = sorted(map(float, grids[method][key]))
+            except ValueError:  # no numbers
+                continue
+            if len(values) > 1 and float(text) in (values[0], values[-1]):
                 end = "lowest" if float(text) == values[0] else "highest"
                 lines.append(f"* {method} chose {key} {text}, the {end} of the grid: the best may lie beyond it.")
-    return lines
+                wider[method][key] += _beyond(values, end)
+    return lines, wider
+
+
+def _beyond(values: Sequence[float], end: str) -> list[str]:
+    """The next number beyond an ``end`` of ``values``, ascending: at the same ratio, or difference if one is not above
+    0; none beyond a 0."""
+    edge, inner = (values[0], values[1]) if end == "lowest" else (values[-1], values[-2])
+    if edge == 0:
+        return []
+    beyond = edge * edge / inner if values[0] > 0 else 2 * edge - inner
+    return [f"{int(beyond)}" if all(value == int(value) for value in (*values, beyond)) else f"{beyond:.2g}"]
 
 
 def unequal_terms(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
     """A line where methods differ in the number of trained parameters or of steps."""
-    differing = []
-    for name in ("trained parameters", "steps"):
-        counts = {method: sorted({run.row()[name] for run in runs}) for method, runs in outcomes.items()}
-        if len(set(map(tuple, counts.values()))) > 1:
-            spans = {
-                method: " to ".join(f"{n:,}" for n in sorted({all_[0], all_[-1]})) for method, all_ in counts.items()
-            }
-            differing.append(f"{name} ({', '.join(map(' '.join, spans.items()))})")
-    return [f"* The methods are not on equal terms: {', '.join(differing)}."] if differing else []
+    rows = {method: [run.row() for run in runs] for method, runs in outcomes.items()}
+    names = [
+        name
+        for name in ("trained parameters", "steps")
+        if len({tuple(sorted({row[name] for row in each})) for each in rows.values()}) > 1
+    ]
+    return [f"* The methods are not on equal terms: they differ in {' and '.join(names)}."] if names else []
 
 
 def made_with(outcomes: Iterable[Outcome]) -> dict[str, list[str | None]]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from srlora_pl.lowrank import checks, loop, storage
+from srlora_pl.lowrank import checks, groups, loop, storage
 from srlora_pl.lowrank.formats import FORMAT, upgraded
 from srlora_pl.lowrank.former_names import FormerNames
 from srlora_pl.lowrank.inference import Inference
@@ -68,6 +68,7 @@ class Adaptation(Inference, FormerNames):
         for matrix in self.matrices:
             method.initialize(matrix)
         frozen = freeze(net, self.layers, method.frozen_adapter(), method.trains, self.trainable, self.new)
+        groups.require_output_factors(method, self.layers)
         self.weights = FrozenWeights(net, frozen, self.matrices, pretrained)
         self.ledgers = self.weights.ledgers
         self.started = method.starts_from == "nothing"
@@ -169,6 +170,7 @@ class Adaptation(Inference, FormerNames):
             UserError: see `start` and `plan`; or the optimizer does not train the adapters.
         """
         checks.require_trained(self.layers, optimizer)
+        groups.require_suitable(self.method, self.layers, optimizer)
         self.start(sources)
         self.plan(last_step)
         for hook in self._hooks:  # of an earlier run, which would count each step twice
@@ -256,7 +258,7 @@ class Adaptation(Inference, FormerNames):
         """
         state = upgraded(state, self.matrices)
         self.unmerge()
-        checks.require_same_method(self.method.spec(), state["method"], self.method.free_settings)
+        checks.require_same_method(self.method, state["method"])
         asked = self._planned if self._last_step == self.steps_before else None  # by a plan that no step has followed
         self.weights.device = device
         self.weights.load_state_dict(state, state["compact"])

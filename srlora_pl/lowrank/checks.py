@@ -1,6 +1,6 @@
 """Refusals of a training loop that would go wrong in silence."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -11,6 +11,7 @@ from srlora_pl.lowrank.linear import Adapter
 from srlora_pl.lowrank.optimizer_state import parameters_of
 from srlora_pl.lowrank.target_settings import is_below
 from srlora_pl.util.errors import UserError, did_you_mean
+from srlora_pl.util.signatures import defaults_of_class
 
 _PATIENCE = 20  # steps within which every adapter must have had a gradient
 
@@ -65,20 +66,23 @@ def require_sources(method: Any) -> NoReturn:
     raise UserError(f"{name} starts from a {kind} of each weight: give start() or attach() its sources")
 
 
-def require_same_method(ours: dict[str, Any], theirs: dict[str, Any], free: Sequence[str] = ()) -> None:
-    """Refuse a state of another method, or of the same one with other values but for those of ``free`` arguments.
+def require_same_method(method: Any, theirs: dict[str, Any]) -> None:
+    """Refuse a state of another method, or of ``method`` with other values, but for its free settings.
 
-    Both as `Method.spec` gives them.
+    Args:
+        theirs: the `Method.spec` of the state; a setting that it lacks had its default before there was a choice.
     """
+    ours = method.spec()
     if ours["class_path"] != theirs["class_path"]:
         raise UserError(
             f"the checkpoint was made with {theirs['class_path']} and model.method is {ours['class_path']}, "
             "use the checkpoint's method"
         )
+    saved = {**defaults_of_class(type(method)), **theirs["init_args"]}
     differing = [
-        f"{key} {theirs['init_args'].get(key)!r} (now {value!r})"
+        f"{key} {saved.get(key)!r} (now {value!r})"
         for key, value in ours["init_args"].items()
-        if theirs["init_args"].get(key) != value and key not in free
+        if saved.get(key) != value and key not in method.free_settings
     ]
     if differing:
         raise UserError(f"the checkpoint was made with method.{', '.join(differing)}, use the checkpoint's values")

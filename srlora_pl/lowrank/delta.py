@@ -83,10 +83,8 @@ def merged_copy(
         if name in shared:
             continue
         if not isinstance(layer, AdaptedLinear):
-            raise UserError(
-                f"{name} is a {type(layer).__name__}, which is no part of a weight, so it cannot be merged: keep the "
-                "adapted network"
-            )
+            kept[id(layer.module)] = layer.merged_module().to("cpu", torch.float32).requires_grad_(False)
+            continue
         weight = layer.merged_weight() if weights is None else weights[name]
         kept[id(layer)] = _linear(weight, None if layer.bias is None else kept[id(layer.bias)])
     # deepcopy takes what it finds here for copies that it has made already
@@ -116,7 +114,7 @@ def change(
 
     W_eff - W0 = s B A + all updates in the ledger, where the method does not rescale it. Stacked, they are the factors;
     their rank is at most the number of their columns, in a fused linear summed over its matrices, and never above
-    min(out, in).
+    min(out, in). A layer in which no pair acts is left out.
 
     Args:
         adaptation: stays as it is.
@@ -130,8 +128,10 @@ def change(
     """
     method = adaptation.method
     if not (method.additive or method.rescales):
-        name = type(method).__name__
-        raise UserError(f"{name} changes the network by more than low-rank updates of weights, which is no LoRA")
+        raise UserError(
+            f"{type(method).__name__} does not train low-rank updates of weights alone, so no LoRA holds what it "
+            "trained: take the merged weights (--format merged), if there are any, or the checkpoint itself"
+        )
     before, factors, pretrained = before or {}, {}, None
     groups = {name: list(group) for name, group in groupby(adaptation.matrices, lambda matrix: matrix.layer_name)}
     for name in [*groups, *(name for name in before if name not in groups)]:
@@ -150,7 +150,8 @@ def change(
         if rank is not None and not 1 <= rank <= smallest:
             raise UserError(f"rank {rank} does not lie between 1 and min(out, in) = {smallest} of {name}, change it")
         found = _factorize(B, A, min(limit, smallest), rank)
-        factors[name] = replace(found, magnitudes=_magnitudes(adaptation, name)) if method.rescales else found
+        if found.rank:
+            factors[name] = replace(found, magnitudes=_magnitudes(adaptation, name)) if method.rescales else found
     return factors
 
 

@@ -46,10 +46,18 @@ class Importance:
         finite = all_finite([each for each in gradients if id(each) not in own])
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
         sensitivity = torch.cat([each.flatten() for each in torch._foreach_mul(weights, grads)]).abs_()  # Eq. 3
-        self.smoothed, self.uncertainty = self.smoothed.to(sensitivity), self.uncertainty.to(sensitivity)
         finite = finite & sensitivity.amax().isfinite()
         if inverse_scale is not None:
             sensitivity *= inverse_scale
+        self.average(sensitivity, finite)
+
+    def average(self, sensitivity: Tensor, finite: Tensor) -> None:
+        """Take in the ``sensitivity`` of one step, like the buffers and overwritten, unless the step is not ``finite``.
+
+        Args:
+            finite: a bool scalar on the device.
+        """
+        self.smoothed, self.uncertainty = self.smoothed.to(sensitivity), self.uncertainty.to(sensitivity)
         # In Eq. 5 |I - new average| is beta1 |I - old average|, so one difference serves both, and 0 leaves no trace.
         difference = sensitivity.sub_(self.smoothed).masked_fill_(~finite, 0)
         self.smoothed.add_(difference, alpha=1 - self.beta1)  # Eq. 4

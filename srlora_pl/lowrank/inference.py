@@ -1,14 +1,17 @@
-"""A network under adaptation as others see it: merged, without its adapters, counted."""
+"""A network under adaptation as others see it: merged, without its adapters, counted, in groups for an optimizer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
 from srlora_pl.lowrank.checks import require_unmerged
 from srlora_pl.lowrank.delta import merged_copy
+from srlora_pl.lowrank.groups import output_factors, param_groups
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter
 from srlora_pl.lowrank.method import Method
+from srlora_pl.lowrank.target_settings import is_below
 from srlora_pl.lowrank.weights import FrozenWeights
 from srlora_pl.util.errors import UserError
 
@@ -18,6 +21,7 @@ class Inference:
 
     net: nn.Module
     method: Method
+    trainable: list[str]
     layers: dict[str, Adapter]
     weights: FrozenWeights
 
@@ -41,7 +45,13 @@ class Inference:
 
         Parts that train beside the adapters, such as a head, stay as trained, and so do statistics that a forward pass
         updates (BatchNorm).
+
+        Raises:
+            UserError: the method trains the network's own parameters.
         """
+        if self.method.trains_weights:
+            name = type(self.method).__name__
+            raise UserError(f"{name} trains the network itself, so disabled() has nothing to leave out: build it anew")
         if any(layer.disabled for layer in self.layers.values()):
             yield
             return
@@ -79,6 +89,31 @@ class Inference:
     def pretrained_weights(self) -> dict[str, Tensor]:
         """W0 of every adapted linear; equal to rounding where only W and the ledgers are left to tell it."""
         return self.weights.pretrained()
+
+    def param_groups(
+        self,
+        lr: float,
+        weight_decay: float = 0.0,
+        head_lr: float | None = None,
+        parameters: Iterable[nn.Parameter] | None = None,
+    ) -> list[dict[str, Any]]:
+        """What an optimizer trains, in groups: ``torch.optim.AdamW(adaptation.param_groups(lr=1e-3))``.
+
+        Args:
+            lr: learning rate; that of the factors B of low-rank updates is ``method.lr_ratio`` times as high.
+            weight_decay: of matrices; vectors are not decayed.
+            head_lr: learning rate of the parameters in ``trainable``, by default ``lr``.
+            parameters: by default the network's.
+        """
+        head = {id(p) for name, p in self.net.named_parameters() if is_below(name, self.trainable)}
+        fast = {id(p) for p in output_factors(self.layers)}
+
+        def rate_of(parameter: nn.Parameter) -> float:
+            if head_lr is not None and id(parameter) in head:
+                return head_lr
+            return lr * self.method.lr_ratio if id(parameter) in fast else lr
+
+        return param_groups(self.net.parameters() if parameters is None else parameters, rate_of, weight_decay)
 
     def print_trainable_parameters(self) -> None:
         """Print how many of the network's parameters train."""

@@ -17,10 +17,12 @@ class Adapter(nn.Module):
 
     Attributes:
         adapter_names: its own parameters, trained or not, in the order of a state.
+        output_factors: which of them are the B of a low-rank update, next to its output; see `lr_ratio`.
         disabled: whether it lets its input pass as the pretrained network would; see `Adaptation.disabled`.
     """
 
     adapter_names: ClassVar[tuple[str, ...]] = ()
+    output_factors: ClassVar[tuple[str, ...]] = ("lora_B",)
     disabled = False
     merged = False
 
@@ -31,6 +33,19 @@ class Adapter(nn.Module):
     def matrices(self, name: str) -> "list[Matrix]":
         """The adapted matrices of this module, which is called ``name`` in its network."""
         return []
+
+    @property
+    def module(self) -> nn.Module:
+        """What stands in the network."""
+        return self
+
+    def merged_module(self) -> nn.Module:
+        """What takes its place in a copy of the network without adapters; it may share tensors.
+
+        Raises:
+            UserError: nothing can.
+        """
+        raise UserError(f"{type(self).__name__} is no part of a weight, so it cannot be merged")
 
     def merge(self) -> None:
         """Make the adapter part of the pretrained weights, for inference.
@@ -113,6 +128,10 @@ class AdaptedLinear(Adapter):
         """The norms that the rows of W_eff, (out,), are scaled to, where the layer scales them."""
         return None
 
+    def acting(self) -> Tensor | None:
+        """Which pairs act, bool (..., r); None: all of them. The others are no part of what is exported."""
+        return None
+
     @property
     def merged(self) -> bool:  # type: ignore[override]
         """Whether the update is at present part of ``weight``."""
@@ -131,7 +150,8 @@ class AdaptedLinear(Adapter):
 
     def adapted_forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), with the adapter beside the weight."""
-        B, A = self.training_factors() if self.training else self.factors()
+        with torch.autocast(x.device.type, enabled=False):  # products of factors are as exact as the factors
+            B, A = self.training_factors() if self.training else self.factors()
         operands = (x, self.weight, self.bias, A, B, self.scaling, self._some_parts)
         if self.training and self.dropout.p > 0:
             return two_branches(*operands, pairs_input=self.dropout(x))
@@ -266,6 +286,7 @@ class Matrix:
         return self.of(self.layer.lora_B.detach())  # type: ignore[union-attr, operator]
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """B (out, r) and A (r, in) as they act now, detached; ``scaling * B @ A`` is the update."""
-        B, A = self.layer.factors()
-        return self.of(B.detach()), self.of(A.detach())
+        """B (out, k) and A (k, in) of the pairs that act now, detached; ``scaling * B @ A`` is the update."""
+        B, A = (self.of(factor.detach()) for factor in self.layer.factors())
+        acting = self.layer.acting()
+        return (B, A) if acting is None else (B[:, self.of(acting)], A[self.of(acting)])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear, Matrix
+from srlora_pl.lowrank.own_optimizer import OwnOptimizer, split
 from srlora_pl.lowrank.target_settings import TargetSettings
 from srlora_pl.lowrank.targets import select
 from srlora_pl.lowrank.weights import FrozenWeights
@@ -22,6 +23,8 @@ class AdaptedNetwork(Protocol):
 
     net: nn.Module
     method: "Method"
+    trainable: list[str]
+    new: list[str]
     layers: dict[str, Adapter]
     matrices: list[Matrix]
     steps_before: int
@@ -52,12 +55,6 @@ def generator_for(name: str, seed: int | None = None) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def kaiming_uniform(shape: Sequence[int], name: str) -> Tensor:
-    """The A (..., in) that LoRA starts from, uniform in +-1 / sqrt(in), of the random numbers of ``name``."""
-    bound = 1 / math.sqrt(shape[-1])
-    return torch.empty(*shape).uniform_(-bound, bound, generator=generator_for(name))
-
-
 class Gradient(NamedTuple):
     """The gradient of the loss with respect to one frozen weight, over some training samples.
 
@@ -70,6 +67,12 @@ class Gradient(NamedTuple):
     total: Tensor
     samples: int
     lr: float | None
+
+
+def kaiming_uniform(shape: Sequence[int], name: str) -> Tensor:
+    """The A (..., in) that LoRA starts from, uniform in +-1 / sqrt(in), of the random numbers of ``name``."""
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(*shape).uniform_(-bound, bound, generator=generator_for(name))
 
 
 class Progress(NamedTuple):
@@ -163,30 +166,38 @@ class Method(TargetSettings):
     """The settings of a method: what a config names under ``model.method``. Holds nothing of any network.
 
     Attributes:
-        layer: the class that replaces the chosen linears.
+        layer: the class that replaces the chosen linears; None: nothing is put in.
         starts_from: the source of the start, by matrix: nothing, or a `Spectrum`, of the pretrained weight or of the
             gradient of the loss with respect to it. Until such a start all adapter parameters are 0.
         compensates: the start leaves the network's output as it was.
         moves_weights: changes frozen weights, so that none may be in half precision.
+        trains_weights: trains parameters of the network itself, see `trains`.
         averages: a parameter means the same throughout, so that weights may be averaged.
         additive: W_eff - W0 is the sum of low-rank updates, so that it can be written as one LoRA.
         rescales: W_eff is W0 and low-rank updates with its rows scaled to `AdaptedLinear.magnitudes`, so that it can be
             written as PEFT's DoRA.
         continues_lora: a LoRA that was trained elsewhere can be the start.
+        own_optimizer: the only class of optimizer that trains it, see `optimizer`; None: any does.
+        lr_ratio: see `TargetSettings`; 1 for methods without.
         nested: the first pairs of a matrix, any number of them, are a model of their own; see `Adaptation.at_rank`.
         free_settings: arguments that do not touch training: a checkpoint's may differ.
+        added_tokens: that it puts before every text, by which texts must be shorter than the network's limit.
     """
 
-    layer: ClassVar[type[AdaptedLinear]] = LowRankLinear
+    layer: ClassVar[type[AdaptedLinear] | None] = LowRankLinear
     starts_from: ClassVar[Literal["nothing", "spectrum", "gradient"]] = "nothing"
     compensates: ClassVar[bool] = True
     moves_weights: ClassVar[bool] = False
+    trains_weights: ClassVar[bool] = False
     averages: ClassVar[bool] = True
     additive: ClassVar[bool] = True
     rescales: ClassVar[bool] = False
     continues_lora: ClassVar[bool] = False
+    own_optimizer: ClassVar[type[OwnOptimizer] | None] = None
+    lr_ratio: float = 1.0
     nested: ClassVar[bool] = False
     free_settings: ClassVar[tuple[str, ...]] = ()
+    added_tokens: int = 0
 
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
         """Put the adapters into ``net``, in place; returns them by dotted name. Here: replace linears by ``layer``.
@@ -195,6 +206,8 @@ class Method(TargetSettings):
             taken: dotted names of parts that are new or train whole, which no adapter belongs into.
         """
         layers: dict[str, Adapter] = {}
+        if self.layer is None:
+            return layers
         for target in select(net, self, taken):
             parent, _, child = target.name.rpartition(".")
             layers[target.name] = self.layer(
@@ -243,6 +256,36 @@ class Method(TargetSettings):
 
     def start(self, adaptation: AdaptedNetwork, matrix: Matrix, source: Any) -> None:
         """Set the values of the start, once per network and before training."""
+
+    def optimizer(
+        self, adaptation: AdaptedNetwork, groups: list[dict[str, Any]], form: str = "adamw", momentum: float = 0.9
+    ) -> Optimizer | None:
+        """The method's own optimizer, in place of that called ``form``; None: it has none.
+
+        Args:
+            groups: of `Adaptation.param_groups`.
+            form: ``adamw`` or ``sgd``.
+            momentum: of ``sgd``.
+
+        Raises:
+            UserError: another form.
+        """
+        if self.own_optimizer is None:
+            return None
+        return self.own_optimizer(split(groups, self.own_settings(adaptation)), form, momentum)
+
+    def own_settings(self, adaptation: AdaptedNetwork) -> Mapping[int, dict[str, Any]]:
+        """By id of a parameter: the settings that `own_optimizer` trains it with."""
+        return {}
+
+    def rate_factor(self, step: int, last_step: float, factor: Callable[[int], float]) -> float:
+        """The factor of the learning rate in optimizer step ``step`` (from 0) of a run of ``last_step`` steps.
+
+        Args:
+            last_step: infinite where nobody knows it.
+            factor: that of the training loop's own schedule, warm-up and all, by step.
+        """
+        return factor(step)
 
     def controller(self, adaptation: AdaptedNetwork) -> Controller:
         return Controller(adaptation)

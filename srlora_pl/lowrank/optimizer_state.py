@@ -1,4 +1,4 @@
-"""The optimizer's memory of single pairs."""
+"""The optimizer's memory of pairs."""
 
 from collections.abc import Callable, Iterable
 from typing import Literal
@@ -64,6 +64,24 @@ def growth_of(new: Tensor, old: Tensor) -> Tensor:
     """
     squares = new.square().sum(1), old.square().sum(1)
     return torch.where(squares[1] > 0, squares[0] / squares[1], torch.ones_like(squares[1]))
+
+
+def prune(
+    optimizer: Optimizer, parameter: Tensor, view: Callable[[Tensor], Tensor], choose: Callable[[Tensor], Tensor]
+) -> None:
+    """Set the same elements of all states that are shaped like ``parameter`` to 0.
+
+    A first moment without its second would be divided by almost nothing.
+
+    Args:
+        view: from a tensor like ``parameter`` to a view of the part that is pruned.
+        choose: from that part of the first moment to the elements, a bool tensor like it.
+    """
+    states = sorted(_shaped_states(optimizer, parameter), key=lambda each: each[0] not in FIRST_MOMENTS)
+    if states:
+        chosen = choose(view(states[0][1]))
+        for _, state in states:
+            view(state).masked_fill_(chosen, 0)
 
 
 def require_recyclable(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The settings that say where adapters go, with which rank and which strength."""
+"""The settings that say where adapters go, with which rank, strength and pace."""
 
 import math
 import re
@@ -34,7 +34,9 @@ class TargetSettings:
         rank_pattern: ranks of their own for layers that match a name or regular expression; the first match counts.
         alpha_pattern: the same for alpha.
         dropout: on the input of the pairs, in [0, 1).
-        use_rslora: s = alpha / sqrt(rank) (rsLoRA).
+        use_rslora: s = alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732).
+        lr_ratio: of the learning rates of B and of all else (LoRA+, arXiv 2402.12354); the paper advises 16, with half
+            of LoRA's own rate.
 
     Attributes:
         limits_rank: a rank above min(out, in) is refused.
@@ -57,8 +59,10 @@ class TargetSettings:
         alpha_pattern: dict[str, float] | None = None,
         dropout: float = 0.0,
         use_rslora: bool = False,
+        lr_ratio: float = 1.0,
     ) -> None:
         self.rank, self.alpha, self.dropout, self.use_rslora = rank, alpha, dropout, use_rslora
+        self.lr_ratio = lr_ratio
         self.target_modules = target_modules
         self.exclude_modules = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
         self.layers, self._layers = layers, _parse_layers(layers)
@@ -77,9 +81,11 @@ class TargetSettings:
                 raise UserError(f"method.{where} is {alpha_}, it must be a finite number above 0")
         if not 0 <= dropout < 1:
             raise UserError(f"method.dropout is {dropout}, it must lie in [0, 1)")
+        if not 0 < lr_ratio < math.inf:
+            raise UserError(f"method.lr_ratio is {lr_ratio}, it must be a finite number above 0")
         patterns = [target_modules] if isinstance(target_modules, str) else target_modules
         for pattern in [*patterns, *self.exclude_modules, *self.rank_pattern, *self.alpha_pattern]:
-            _require_pattern(pattern)
+            require_pattern(pattern)
 
     def rank_of(self, layer: str) -> int:
         """r of the layer with this dotted name."""
@@ -108,7 +114,8 @@ def _parse_layers(layers: str | int | list[int] | None) -> set[int] | None:
     return chosen
 
 
-def _require_pattern(pattern: str) -> None:
+def require_pattern(pattern: str) -> None:
+    """Refuse a ``pattern`` of the user's that is no regular expression."""
     try:
         re.compile(pattern)
     except re.error as error:

@@ -107,6 +107,14 @@ def _inside_blocks(net: nn.Module, modules: dict[str, nn.Module]) -> dict[str, n
     return {name: module for name, module in modules.items() if name.startswith(blocks)}
 
 
+def repeated_blocks(net: nn.Module) -> list[str]:
+    """The dotted names of the repeated blocks of ``net``, the innermost where they are nested."""
+    modules = dict(net.named_modules())
+    lists = [name for name, module in modules.items() if _is_block_list(module)]
+    blocks = [f"{name}.{child}".lstrip(".") for name in lists for child, _ in modules[name].named_children()]
+    return [block for block in blocks if not any(is_below(name, [block]) for name in lists)]
+
+
 def _is_block_list(module: nn.Module) -> bool:
     """A list of layers of one composite class, as ``blocks`` of timm and ``encoder.layer`` of transformers are."""
     children = list(module.children())

@@ -30,7 +30,7 @@ def freeze(
 
     Args:
         layers: the adapters.
-        still: names of adapter parameters that do not train either.
+        still: names of adapter parameters that do not train either; nor do those that were made so.
         trains_too: of a parameter's dotted name and the parameter; see `Method.trains`.
         trainable: dotted names that train whole.
         new: dotted names that the pretrained state dict does not hold.
@@ -38,7 +38,11 @@ def freeze(
     Returns:
         The names of the frozen parameters that it holds.
     """
-    ours = {id(getattr(layer, name)): name not in still for layer in layers.values() for name in layer.adapter_names}
+    ours = {
+        id(parameter): parameter.requires_grad and name not in still
+        for layer in layers.values()
+        for name, parameter in zip(layer.adapter_names, layer.adapter_parameters(), strict=True)
+    }
     frozen = []
     for name, parameter in net.named_parameters():
         trains = ours[id(parameter)] if id(parameter) in ours else trains_too(name, parameter)

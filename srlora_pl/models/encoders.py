@@ -222,13 +222,17 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def max_tokens(net: nn.Module) -> int | None:
-    """The number of learned absolute positions of ``net``; None where it has none, as DeBERTa-v3."""
+def max_tokens(net: nn.Module, added: int = 0) -> int | None:
+    """The number of learned absolute positions of ``net``; None where it has none, as DeBERTa-v3.
+
+    Args:
+        added: tokens beside those of a text, which take positions too.
+    """
     positions = _embedding(net, "position_embeddings")
     if positions is None:
         return None
     # RoBERTa's positions begin behind that of padding.
-    return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1)
+    return positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1) - added
 
 
 def finds_end_by_padding(net: nn.Module) -> bool:

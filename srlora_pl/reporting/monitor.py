@@ -218,11 +218,12 @@ def _card(trainer: Trainer, pl_module: LightningModule) -> str:
         + (f", {trainer.world_size} processes" if trainer.world_size > 1 else ""),
         "precision": str(trainer.precision),
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
-        "method": f"{type(method).__name__}: " + ", ".join(f"{name} {value}" for name, value in given.items()),
+        "method": ": ".join(filter(None, [type(method).__name__, ", ".join(f"{n} {given[n]}" for n in given)])),
         "parameters": parameter_line(pl_module),
     }
     about = markdown(["", ""], [[f"**{name}**", text] for name, text in rows.items()])
-    return f"{about}\n\n{markdown(MATRICES, matrix_rows(adaptation_of(pl_module)))}"
+    rows_of_matrices = matrix_rows(adaptation_of(pl_module))
+    return f"{about}\n\n{markdown(MATRICES, rows_of_matrices)}" if rows_of_matrices else about
 
 
 def _hyperparameters(trainer: Any, pl_module: LightningModule) -> dict[str, int | float | str]:

@@ -74,13 +74,13 @@ class MatrixTable(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:
             return
-        adaptation = adaptation_of(pl_module)
         table = Table(*MATRICES)
         for column in table.columns[1:]:
             column.justify = "right"
-        for row in matrix_rows(adaptation):
+        for row in matrix_rows(adaptation_of(pl_module)):
             table.add_row(*row)
-        Console(highlight=False, soft_wrap=True, markup=False).print(table, parameter_line(pl_module), sep="\n")
+        parts = [table, parameter_line(pl_module)] if table.rows else [parameter_line(pl_module)]
+        Console(highlight=False, soft_wrap=True, markup=False).print(*parts, sep="\n")
 
 
 def matrix_rows(adaptation: Adaptation) -> list[Sequence[str]]:
@@ -108,10 +108,10 @@ def _span(numbers: list[int]) -> str:
 def parameter_line(pl_module: LightningModule) -> str:
     """The numbers of trained and of all parameters, in words."""
     pairs, trained, everything = parameter_counts(pl_module).values()
-    return (
-        f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%}): {pairs:,} in adapters of "
-        f"{len(adaptation_of(pl_module).matrices)} matrices, {trained - pairs:,} beside them"
-    )
+    line = f"{trained:,} of {everything:,} parameters train ({trained / everything:.2%})"
+    matrices = len(adaptation_of(pl_module).matrices)
+    where = f"adapters of {matrices} matrices" if matrices else "adapters"
+    return f"{line}: {pairs:,} in {where}, {trained - pairs:,} beside them" if pairs else line
 
 
 def parameter_counts(pl_module: LightningModule) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """The base of the tasks: a network that a method adapts, its optimizer and schedule, its loss and its scores."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
@@ -18,6 +17,8 @@ from srlora_pl.data.protocols import Batch, DataForTask, data_of
 from srlora_pl.lowrank import Method, gradients
 from srlora_pl.lowrank.method import Sources
 from srlora_pl.lowrank.methods import from_spec
+from srlora_pl.lowrank.target_settings import is_below
+from srlora_pl.lowrank.targets import repeated_blocks
 from srlora_pl.models.family import ModelFamily
 from srlora_pl.models.heads import FoundHead, settle
 from srlora_pl.models.peft_folder import PeftFolder
@@ -30,14 +31,7 @@ from srlora_pl.tasks.guards import (
     require_that_a_batch_passes,
 )
 from srlora_pl.tasks.identity import require_same_classes, require_same_model
-from srlora_pl.tasks.optim import (
-    SCHEDULES,
-    build_optimizer,
-    optimizer_class,
-    param_groups,
-    require_length,
-    schedule_factor,
-)
+from srlora_pl.tasks.optim import SCHEDULES, build_optimizer, optimizer_class, require_length, schedule_factor
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import class_names, keep_settings, keep_to_own_folders, settings_of
 from srlora_pl.training.mixin import SRLoRAMixin
@@ -138,7 +132,6 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.family, method = family, self._method
         net, self.found_head = family.build()
         heads = self.trained_heads(net)
-        self.heads = tuple(f"net.{head}." for head in heads)
         folder = self.hparams["adapter"]
         self.adapter = PeftFolder.read(folder) if folder else None
         prepare = partial(_with_adapter, self.adapter, method, heads)
@@ -157,9 +150,12 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         return self.family.heads(net)
 
     def compile_blocks(self) -> None:
-        """Compile each repeated block that holds adapters: one graph serves all, and start-up stays short."""
-        blocks = {found[1] for name in self.adaptation.layers if (found := re.match(r"((?:.*\.)?\d+)\.", name))}
-        for block in sorted(blocks):
+        """Compile each repeated block that holds adapters: one graph serves all, and start-up stays short.
+
+        Every repeated block where the method puts none in.
+        """
+        blocks, adapters = repeated_blocks(self.net), self.adaptation.layers
+        for block in [b for b in blocks if any(is_below(name, [b]) for name in adapters)] or blocks:
             self.net.get_submodule(block).compile()
 
     def logits(self, batch: Batch) -> Tensor:
@@ -233,15 +229,16 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         total = self.trainer.estimated_stepping_batches
         require_length(self.schedule, 0 if self._is_rehearsal else self.warmup_steps, total)
-        groups = param_groups(
-            self.named_parameters(), lambda name: name.startswith(self.heads), self.lr, self.head_lr, self.weight_decay
-        )
+        groups = self.adaptation.param_groups(self.lr, self.weight_decay, self.head_lr, self.parameters())
         scaled = self.trainer.precision == "16-mixed"
-        optimizer = build_optimizer(self.optimizer, groups, self.lr, self.momentum, scaled)
+        optimizer = self._method.optimizer(self.adaptation, groups, self.optimizer, self.momentum)
+        optimizer = optimizer or build_optimizer(self.optimizer, groups, self.lr, self.momentum, scaled)
 
         # A closure: LambdaLR stores callable objects in checkpoints, and a resumed run may have another length.
         def factor(step: int) -> float:
-            return schedule_factor(self.schedule, step, total, self.warmup_steps)
+            return self._method.rate_factor(
+                step, total, lambda step: schedule_factor(self.schedule, step, total, self.warmup_steps)
+            )
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 

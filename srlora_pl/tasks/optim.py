@@ -2,11 +2,9 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from srlora_pl.util.errors import UserError, did_you_mean
@@ -57,26 +55,6 @@ def optimizer_class(name: str) -> type[Optimizer]:
         f"model.optimizer is {name!r}{did_you_mean(name, known)}: give 'sgd', 'adamw' or the path of a torch "
         "optimizer class such as 'torch.optim.NAdam', and from Python import its module first."
     )
-
-
-def param_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    is_head: Callable[[str], bool],
-    lr: float,
-    head_lr: float | None,
-    weight_decay: float,
-) -> list[dict[str, Any]]:
-    """The trainable parameters, one group per distinct (learning rate, weight decay).
-
-    Fewer groups mean fewer kernel launches. Vectors (biases, norms) are not decayed: decay pulls a scale to 0.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            rate = head_lr if head_lr is not None and is_head(name) else lr
-            decay = weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": ps, "lr": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
 
 
 def build_optimizer(

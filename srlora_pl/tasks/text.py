@@ -94,7 +94,7 @@ class TextClassifier(Task):
         return encoders.head_names(net, self.hparams["train_pooler"])
 
     # For the data, see srlora_pl.data.protocols.ModelForData.
-    max_tokens = property(lambda self: encoders.max_tokens(self.net))
+    max_tokens = property(lambda self: encoders.max_tokens(self.net, self.adaptation.method.added_tokens))
     vocab_size = property(lambda self: encoders.vocab_size(self.net))
     token_types = property(lambda self: encoders.token_types(self.net))
     padding_token = property(lambda self: encoders.padding_token(self.net))

@@ -17,6 +17,7 @@ from torch.serialization import add_safe_globals, safe_globals
 
 from srlora_pl.lowrank import Adaptation, Method
 from srlora_pl.lowrank.checks import require_trained, require_unmerged
+from srlora_pl.lowrank.groups import require_suitable
 from srlora_pl.lowrank.linear import Matrix
 from srlora_pl.lowrank.method import Sources
 from srlora_pl.lowrank.methods import imported
@@ -235,6 +236,7 @@ class SRLoRAMixin(_Module):
         super().on_train_start()
         step, optimizer = self.trainer.global_step, self.trainer.optimizers[0]
         require_trained(self.adaptation.layers, optimizer)
+        require_suitable(self.adaptation.method, self.adaptation.layers, optimizer)
         if self.adaptation.controller.needs_length:
             # Only a resumed run that has become too short is refused here: all others have passed on_fit_start.
             strict = step > 0 and not self.trainer.fast_dev_run  # type: ignore[attr-defined]

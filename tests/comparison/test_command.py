@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +12,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch  # noqa: F401  (before rich: typing keeps the first of Union[float, int] and Union[int, float])
 import pytest
 import rich.progress
 import yaml
@@ -97,6 +97,26 @@ def test_a_plan_is_the_grid_with_one_seed_and_the_best_points_with_the_others(ta
     }
 
 
+def test_a_method_may_have_values_of_its_own(task):
+    grid = ["model.lr=0.1", "lora.model.lr=1,2", "srlora.data.batch_size=4", "srlora.model.method.rank=2,3"]
+    (plan,) = plans_of(given(config=[str(task)], methods="lora,pissa,srlora", grid=grid), ())
+    assert plan.points("lora") == [(("model.lr", "1"),), (("model.lr", "2"),)]
+    assert plan.points("pissa") == [(("model.lr", "0.1"),)]
+    rest = (("model.lr", "0.1"), ("data.batch_size", "4"))
+    assert plan.points("srlora") == [(*rest, ("model.method.rank", "2")), (*rest, ("model.method.rank", "3"))]
+    assert plan.size == 5 + 3 * 4
+
+
+def test_the_command_that_goes_on_means_the_same_runs(task):
+    grid = ["model.lr=0.1,1", "data.crop_scale=[0.5,1]", "pissa.model.lr=3"]
+    options = ("--data.num_workers", "0")
+    (plan,) = plans_of(given(config=[str(task)], methods="lora,pissa", seeds=2, grid=grid), options)
+    words = shlex.split(plan.command(plan.grids))
+    assert words[:3] == ["python", "cli.py", "compare"]
+    found, rest = cli._parsers()[1]["compare"].parse_known_args(words[3:])
+    assert plans_of(found, tuple(rest)) == [plan]
+
+
 def test_the_papers_tables():
     plans = plans_of(given(table="3", output="out"), ())
     assert [plan.folder.name for plan in plans] == [
@@ -122,6 +142,8 @@ def test_the_papers_tables():
         ({"config": ["TASK"], "grid": ["model.lr=0.001,1e-3"]}, ["model.lr=0.001,1e-3", "twice"]),
         ({"config": ["TASK"], "grid": ["data.crop_scale=[0.5,1],[0.50, 1]"]}, ["data.crop_scale", "twice"]),
         ({"config": ["TASK"], "grid": ["model.lr=1", "model.lr=2"]}, ["--grid", "model.lr", "twice"]),
+        ({"config": ["TASK"], "grid": ["lora.model.lr=1", "lora.model.lr=2"]}, ["--grid", "lora.model.lr", "twice"]),
+        ({"config": ["TASK"], "grid": ["lra.model.lr=1,2"]}, ["--grid", "lra", "--methods", "'lora'"]),
         ({"config": ["TASK"], "methods": "lora,"}, ["configs/methods/.yaml"]),
     ],
 )
@@ -166,13 +188,13 @@ def test_one_place_for_a_setting(task):
 
 def test_a_zero_is_a_value_of_its_own_and_whole_numbers_are_not_shares(task):
     grid = ["trainer.limit_train_batches=0,false,1,1.0"]
-    assert len(plans_of(given(config=[str(task)], grid=grid), ("--model.method.rank", "4"))[0].points) == 4
+    assert len(plans_of(given(config=[str(task)], grid=grid), ("--model.method.rank", "4"))[0].points("lora")) == 4
 
 
 def test_commas_inside_brackets_belong_to_a_value(task):
     (plan,) = plans_of(given(config=[str(task)], methods="lora, pissa", grid=["data.crop_scale=[0.5,1],[0.7,1]"]), ())
     assert list(plan.methods) == ["lora", "pissa"]
-    assert plan.points == [(("data.crop_scale", "[0.5,1]"),), (("data.crop_scale", "[0.7,1]"),)]
+    assert plan.points("pissa") == [(("data.crop_scale", "[0.5,1]"),), (("data.crop_scale", "[0.7,1]"),)]
 
 
 def compare(task: Path, output: Path, *more: str) -> list[str]:

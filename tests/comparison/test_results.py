@@ -24,8 +24,8 @@ def outcome(method="lora", seed=0, score=0.5, losses=(4.0, 3.0, 2.0, 1.0), point
         "steps": 40,
         "switches": 3,
         "seconds": 7.0,
-        "peak_memory": 100,
-        "parameters": {"adapters": 5, "trained": 6, "all": 7},
+        "peak_memory": 3 * 2**29,
+        "parameters": {"adapters": 5, "trained": 1234, "all": 5678},
     }
     return Outcome(Cell(method, point, seed), summary, metrics)
 
@@ -93,10 +93,10 @@ def test_the_table():
     }
     lines = table(runs, {"srlora": {"accuracy": 92.5}}).splitlines()
     assert lines[:4] == [
-        "| method | chosen | n | test accuracy, % | paper | test loss |",
-        "| --- | --- | --- | --- | --- | --- |",
-        "| lora | lr 0.1 | 3 | 60.00 ± 10.00 | - | 1.200 ± 0.200 |",
-        "| srlora | - | 3 | 80.00 ± 20.00 | 92.5 | 1.600 ± 0.400 |",
+        "| method | chosen | n | test accuracy, % | paper | test loss | trained | steps | seconds | GiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| lora | lr 0.1 | 3 | 60.00 ± 10.00 | - | 1.200 ± 0.200 | 1,234 | 40 | 7 | 1.50 |",
+        "| srlora | - | 3 | 80.00 ± 20.00 | 92.5 | 1.600 ± 0.400 | 1,234 | 40 | 7 | 1.50 |",
     ]
     parts = ("25%", "50%", "75%", "100%")
     names = " | ".join(f"{name} at {part}" for name in ("val score, %,", "val loss") for part in parts)
@@ -111,15 +111,42 @@ def test_the_table():
     )
 
 
-def test_a_best_point_at_the_edge_of_the_grid_is_told():
-    grid = {"model.lr": ["0.1", "1e-2", "1"], "model.schedule": ["linear", "cosine"], "data.batch_size": ["8"]}
-    rest = (("model.schedule", "linear"), ("data.batch_size", "8"))
-    points = {"lora": "1", "pissa": "0.1", "srlora": "1e-2"}
-    best = {method: Cell(method, (("model.lr", lr), *rest), 0) for method, lr in points.items()}
-    assert at_the_edge(grid, best) == [
+def test_of_many_methods_each_is_tested_against_the_first():
+    runs = {name: [outcome(name, seed, score=0.1 * seed) for seed in range(3)] for name in "abcde"}
+    lines = [line for line in table(runs, {}).splitlines() if line.startswith("*")]
+    assert [line.split(":")[0] for line in lines] == [f"* a against {name}" for name in "bcde"]
+
+
+def test_a_best_point_at_the_edge_of_its_grid_is_told_with_what_lies_beyond():
+    shared = {"model.schedule": ["linear", "cosine"], "data.batch_size": ["8", "16", "32"]}
+    rates = {"lora": ["0.1", "1e-2", "1"], "pissa": ["0.1", "1e-2", "1"], "srlora": ["1e-2", "3e-2"]}
+    grids = {method: {"model.lr": values, **shared} for method, values in rates.items()}
+    points = {"lora": ("1", "16"), "pissa": ("0.1", "8"), "srlora": ("1e-2", "32")}
+    best = {
+        method: Cell(method, (("model.lr", lr), ("model.schedule", "linear"), ("data.batch_size", size)), 0)
+        for method, (lr, size) in points.items()
+    }
+    lines, wider = at_the_edge(grids, best)
+    assert lines == [
         "* lora chose model.lr 1, the highest of the grid: the best may lie beyond it.",
+        "* pissa chose data.batch_size 8, the lowest of the grid: the best may lie beyond it.",
         "* srlora chose model.lr 1e-2, the lowest of the grid: the best may lie beyond it.",
+        "* srlora chose data.batch_size 32, the highest of the grid: the best may lie beyond it.",
     ]
+    assert wider == {
+        "lora": {"model.lr": ["0.1", "1e-2", "1", "10"], **shared},
+        "pissa": {**grids["pissa"], "data.batch_size": ["8", "16", "32", "4"]},
+        "srlora": {**shared, "model.lr": ["1e-2", "3e-2", "0.0033"], "data.batch_size": ["8", "16", "32", "64"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "chosen", "beyond"),
+    [(["0", "0.1"], "0", []), (["0", "0.1"], "0.1", ["0.2"]), (["-2", "2"], "-2", ["-6"]), (["5"], "5", [])],
+)
+def test_beyond_an_edge_that_is_not_above_0_the_difference_goes_on(values, chosen, beyond):
+    _, wider = at_the_edge({"lora": {"x": values}}, {"lora": Cell("lora", (("x", chosen),), 0)})
+    assert wider["lora"]["x"] == [*values, *beyond]
 
 
 def altered(run: Outcome, **summary) -> Outcome:
@@ -129,11 +156,11 @@ def altered(run: Outcome, **summary) -> Outcome:
 def test_methods_that_trained_more_are_named():
     lora, srlora = outcome(), outcome("srlora")
     assert unequal_terms({"lora": [lora, lora], "srlora": [srlora]}) == []
-    assert unequal_terms({"lora": [lora], "srlora": [altered(srlora, parameters={"trained": 1234})]}) == [
-        "* The methods are not on equal terms: trained parameters (lora 6, srlora 1,234)."
+    assert unequal_terms({"lora": [lora], "srlora": [altered(srlora, parameters={"trained": 6})]}) == [
+        "* The methods are not on equal terms: they differ in trained parameters."
     ]
     runs = {"lora": [lora, altered(lora, steps=50)], "srlora": [srlora]}
-    assert unequal_terms(runs) == ["* The methods are not on equal terms: steps (lora 40 to 50, srlora 40)."]
+    assert unequal_terms(runs) == ["* The methods are not on equal terms: they differ in steps."]
 
 
 def test_runs_of_other_code_or_libraries_are_told_apart():
@@ -148,4 +175,4 @@ def test_a_row_is_plain_data():
     assert (row["model.lr"], row["seed"], row["best val/loss"], row["val/loss at 50%"]) == ("0.1", 0, 1.0, 3.0)
     assert row["val/score at 100%"] == 0.9
     assert row["commit"] is None
-    assert (row["seconds"], row["trained parameters"], row["test/score"]) == (7.0, 6, 0.5)
+    assert (row["seconds"], row["trained parameters"], row["test/score"]) == (7.0, 1234, 0.5)

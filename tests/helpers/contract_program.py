@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from srlora_pl.lowrank import Adaptation, Method, gradients
 from srlora_pl.lowrank.method import Sources
-from tests.helpers.methods import made
+from tests.helpers.methods import made, trainer_of
 from tests.helpers.toys import toy_batches, toy_net, train
 
 
@@ -50,7 +50,7 @@ def _train(kind: type, steps: int, rank: int, share: slice, wrap, once) -> dict[
     adaptation.start(sources_of(net, method, share))
     adaptation.plan(steps)
     wrapped = wrap(net)
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
+    optimizer = trainer_of(adaptation, torch.optim.SGD, lr=0.05, momentum=0.9)
     train(wrapped, adaptation, optimizer, [(x[share], y[share]) for x, y in batches(steps, torch.float64)])
     return copy.deepcopy(net.state_dict())
 

@@ -1,11 +1,13 @@
 """Methods that are made in tests, as anybody may make one: the contract holds for them too."""
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from srlora_pl.lowrank import AdaptedLinear, Adapter, Method, Spectrum, methods
+from srlora_pl.lowrank import Adaptation, AdaptedLinear, Adapter, Method, Peft, Spectrum, methods
 from srlora_pl.lowrank.methods.pissa import PiSSA
 from srlora_pl.util.signatures import arguments_of_class
 
@@ -17,6 +19,13 @@ def made(kind: type[Method], **settings) -> Method:
     """A method of ``kind`` with those of the ``settings`` that it takes, for a `ToyNet`: not all have a rank."""
     known = arguments_of_class(kind)
     return kind(**{name: value for name, value in settings.items() if name in known}, **TOY_SETTINGS.get(kind, {}))
+
+
+def trainer_of(adaptation: Adaptation, kind: type[Optimizer], **settings) -> Optimizer:
+    """An optimizer of ``kind`` or, where the method has one, its own in the same form."""
+    form = "sgd" if kind is torch.optim.SGD else "adamw"
+    own = adaptation.method.optimizer(adaptation, adaptation.param_groups(settings["lr"]), form)
+    return own or kind([p for p in adaptation.net.parameters() if p.requires_grad], **settings)
 
 
 class CoreLinear(AdaptedLinear):
@@ -75,3 +84,25 @@ class Bottlenecks(Method):
                 linear.register_forward_hook(lambda _, inputs, y, adapter=adapter: adapter(y))
                 layers[f"{name.rpartition('.')[0]}.bottleneck"] = adapter
         return layers
+
+
+class Tuner(Peft):
+    """A tuner of PEFT on the linears that are not fused, which PEFT has no parts of."""
+
+    settings: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, rank: int = 4, alpha: float = 8.0) -> None:
+        super().__init__(self.settings, target_modules=["proj", "fc1", "fc2"])
+        self.rank, self.alpha = rank, alpha
+
+
+class PeftLoRA(Tuner):
+    settings: ClassVar[dict[str, Any]] = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_bias": True}
+
+
+class IA3(Tuner):
+    settings: ClassVar[dict[str, Any]] = {"peft_type": "IA3", "feedforward_modules": ".*fc2"}
+
+
+class OFT(Tuner):
+    settings: ClassVar[dict[str, Any]] = {"peft_type": "OFT", "r": 0, "oft_block_size": 4}

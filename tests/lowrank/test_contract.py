@@ -13,25 +13,46 @@ from torch import nn
 from torch.func import functional_call
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Adaptation, Adapter, LowRankLinear
+from srlora_pl.lowrank import Adaptation, Adapter, LowRankLinear, Peft, PromptTuning
 from srlora_pl.lowrank.delta import change
-from srlora_pl.lowrank.methods import REGISTRY, Bottleneck, DoRA, HydraLoRA, LoRASB, LoRAXS, TiedLoRA, VeRA
+from srlora_pl.lowrank.methods import (
+    REGISTRY,
+    AdaLoRA,
+    BitFit,
+    Bottleneck,
+    DoRA,
+    Full,
+    GaLore,
+    HydraLoRA,
+    LinearProbe,
+    LoRASB,
+    LoRAXS,
+    TiedLoRA,
+    VeRA,
+)
 from srlora_pl.lowrank.targets import block_and_kind
 from srlora_pl.models import peft_folder
 from tests.helpers.contract_program import batches, loss_of, parallel, sources_of, trained_in_one_process
-from tests.helpers.methods import Bottlenecks, Core, made
+from tests.helpers.methods import IA3, OFT, Bottlenecks, Core, PeftLoRA, made, trainer_of
 from tests.helpers.toys import ToyNet, toy_net
 
-METHODS = [*REGISTRY, Core, Bottlenecks]
+# PEFT's tuners stand for Peft; a prompt needs the embeddings of words.
+METHODS = [*(kind for kind in REGISTRY if kind not in (Peft, PromptTuning)), PeftLoRA, IA3, OFT, Core, Bottlenecks]
 STEPS, RANK = 12, 4
 pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "ignore:.*no whole number of switches")
-# How many numbers train besides the head, of adapted ``matrices``; where it is not r (out + in) for each.
+# How many numbers train besides the head, of adapted ``matrices``; where it is not r (out + in) for each. Two blocks of
+# the network, 12 wide and 20 within, follow an embedding of 5.
+BIASES = 12 + 2 * (3 * 12 + 12 + 20 + 12)
 SIZES = {
     DoRA: lambda matrices: sum(m.rank * sum(m.shape) + m.shape[0] for m in matrices),
     Core: lambda matrices: sum(m.rank**2 for m in matrices),
-    HydraLoRA: lambda matrices: sum(m.rank * (m.shape[1] + 4 * m.shape[0]) + 4 * m.shape[1] for m in matrices),
+    AdaLoRA: lambda matrices: sum(m.rank * (sum(m.shape) + 1) for m in matrices),  # as many pairs as it begins with
     LoRASB: lambda matrices: sum(m.rank**2 for m in matrices),
+    HydraLoRA: lambda matrices: sum(m.rank * (m.shape[1] + 4 * m.shape[0]) + 4 * m.shape[1] for m in matrices),
     LoRAXS: lambda matrices: sum(m.rank**2 for m in matrices),
+    **dict.fromkeys((Full, GaLore), lambda matrices: BIASES + 5 * 12 + 2 * (4 * 12 * 12 + 2 * 12 * 20)),
+    LinearProbe: lambda matrices: 0,
+    BitFit: lambda matrices: BIASES,
     Bottleneck: lambda matrices: 2 * 2 * (2 * 12 * 64 + 12 + 64),
     Bottlenecks: lambda matrices: 2 * (RANK * 12 * 2),
     VeRA: lambda matrices: sum(m.rank + m.shape[0] for m in matrices),
@@ -39,6 +60,9 @@ SIZES = {
         sum(m.rank * sum(m.shape) for m in {block_and_kind(m.name)[1]: m for m in matrices}.values())
         + sum(m.rank + m.shape[0] for m in matrices)
     ),
+    PeftLoRA: lambda matrices: 2 * (RANK * (24 + 32 + 32) + 12 + 20 + 12),
+    IA3: lambda matrices: 2 * (12 + 20 + 20),
+    OFT: lambda matrices: 2 * (12 + 12 + 20) // 4 * 6,  # the upper triangle of each rotation of 4 inputs
 }
 # Functions of a layer whose results a method's gradient takes for constants.
 CONSTANTS = {DoRA: ("norms",)}
@@ -58,7 +82,7 @@ class Loop:
         torch.manual_seed(3)
         method = made(kind, **{"rank": RANK, "alpha": 8.0, **settings})
         self.adaptation = Adaptation(self.net, method, ["head"], pretrained=lambda: self.W0)
-        self.optimizer = optimizer([p for p in self.net.parameters() if p.requires_grad], lr=0.01)
+        self.optimizer = trainer_of(self.adaptation, optimizer, lr=0.01)
         self.adaptation.start(sources_of(self.net, method))
         self.adaptation.plan(STEPS)
         self.events: list[int] = []
@@ -128,15 +152,16 @@ def test_only_declared_tensors_move(run):
     weights = {id(matrix.layer.weight) for matrix in run.adaptation.matrices}
     moved = set()
     for name, parameter in run.net.named_parameters():
-        declared = id(parameter) in adapters or (id(parameter) in weights and run.adaptation.method.moves_weights)
+        declared = id(parameter) in adapters or run.adaptation.method.trains(name, parameter)
+        declared |= id(parameter) in weights and run.adaptation.method.moves_weights
         if name in run.W0 and not torch.equal(parameter, run.W0[name]):
             moved.add(name)
             assert declared or name.startswith("head")
     assert {"head.weight", "head.bias"} <= moved
     still, started = run.adaptation.method.frozen_adapter(), Loop(type(run.adaptation.method)).adaptation
     for name, layer in run.adaptation.layers.items():
-        for adapter in layer.adapter_names:
-            value, before = getattr(layer, adapter), getattr(started.layers[name], adapter)
+        values = layer.adapter_parameters(), started.layers[name].adapter_parameters()
+        for adapter, value, before in zip(layer.adapter_names, *values, strict=True):
             assert torch.equal(value, before) == (adapter in still), f"{name}.{adapter}"
 
 
@@ -204,6 +229,10 @@ def test_merging_keeps_the_output_and_is_undone_to_the_bit(run):
 
 def test_disabled_is_the_pretrained_network(run):
     x = batches(1, torch.float64)[0][0]
+    if run.adaptation.method.trains_weights:
+        with pytest.raises(UserError, match=type(run.adaptation.method).__name__), run.adaptation.disabled():
+            pass
+        return
     pretrained = toy_net(dtype=torch.float64)
     pretrained.head.load_state_dict(run.net.head.state_dict())
     after = run.net(x)
@@ -326,7 +355,9 @@ def test_a_fused_linear_equals_three(kind, run):
     assert three.events == run.events
 
 
-@pytest.mark.parametrize("kind", [kind for kind in METHODS if kind.layer is LowRankLinear and kind.additive])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in METHODS if kind.layer is LowRankLinear and kind.additive and not kind.own_optimizer]
+)
 def test_until_its_first_event_it_trains_as_peft_does(kind):
     peft = pytest.importorskip("peft")
     ours = Loop(kind, torch.optim.SGD, net=SplitNet.made)

@@ -104,8 +104,9 @@ def test_the_pairs_have_the_length_of_their_scale(scale: str) -> None:
             )  # of the Gram matrix
 
 
-def test_clipped_pairs_take_no_more_off_a_weight_than_its_largest_entry() -> None:
-    clipped, free = started(scale="unit", norm_clip=True)[0], started(scale="unit")[0]
+@pytest.mark.parametrize("gamma", [1e-2, 1e6])
+def test_clipped_pairs_take_no_more_off_a_weight_than_its_largest_entry(gamma: float) -> None:
+    clipped, free = started(gamma=gamma, norm_clip=True)[0], started(gamma=gamma)[0]
     for matrix, other in zip(clipped.matrices, free.matrices, strict=True):
         offset, unclipped = ((m.scaling * m.B @ m.A).abs().max() for m in (matrix, other))
         torch.testing.assert_close(offset, torch.minimum(unclipped, W0_of(matrix).abs().max()), rtol=1e-12, atol=0)

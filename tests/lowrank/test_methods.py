@@ -70,5 +70,5 @@ def test_spec_rebuilds_the_method():
     assert spec["init_args"]["layers"] == "0-1"
     assert set(spec["init_args"]) == {
         "rank", "alpha", "target_modules", "exclude_modules", "layers", "rank_pattern", "alpha_pattern", "dropout",
-        "use_rslora", "target_rank", "fusion_ratio", "beta1", "beta2", "reset_scores", "optimizer_state",
+        "use_rslora", "lr_ratio", "target_rank", "fusion_ratio", "beta1", "beta2", "reset_scores", "optimizer_state",
     }  # fmt: skip

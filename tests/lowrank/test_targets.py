@@ -8,7 +8,7 @@ from torch.nn.utils import weight_norm
 
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRA, LowRankLinear, SRLoRA
-from srlora_pl.lowrank.targets import block_and_kind
+from srlora_pl.lowrank.targets import block_and_kind, repeated_blocks
 from tests.helpers.errors import mentions
 from tests.helpers.toys import toy_net
 
@@ -348,3 +348,22 @@ def test_separate_qkv_bias_is_called_and_so_can_be_adapted():
 )
 def test_block_and_kind(name, place):
     assert block_and_kind(name) == place
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vit_base_patch16_224", [f"blocks.{i}" for i in range(12)]),
+        (
+            "swin_tiny_patch4_window7_224",
+            [f"layers.{i}.blocks.{j}" for i, n in enumerate((2, 2, 6, 2)) for j in range(n)],
+        ),
+    ],
+)
+def test_repeated_blocks_are_the_innermost(name, expected):
+    with torch.device("meta"):
+        assert repeated_blocks(timm.create_model(name)) == expected
+
+
+def test_a_stack_of_blocks_may_be_the_network_itself():
+    assert repeated_blocks(nn.Sequential(*toy_net().blocks)) == ["0", "1"]

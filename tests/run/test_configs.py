@@ -8,24 +8,37 @@ import pytest
 import torch
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
+import srlora_pl
 from srlora_pl import Adaptation, GLUEData, LoRA, LoRASB, SRLoRA
 from srlora_pl.data.loader import EpochBatches
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.run import config
 from srlora_pl.run.run import Run
+from srlora_pl.util.signatures import arguments_of_class
 from tests.helpers.paths import ROOT
 
 TASKS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 OVERLAYS = {
+    "adalora": "AdaLoRA",
+    "bitfit": "BitFit",
     "bottleneck": "Bottleneck",
     "dora": "DoRA",
     "dylora": "DyLoRA",
+    "full": "Full",
+    "galore": "GaLore",
     "hydralora": "HydraLoRA",
+    "linear_probe": "LinearProbe",
     "lora": "LoRA",
     "lora_ga": "LoRAGA",
+    "lora_plus": "LoRA",
+    "lora_pro": "LoRAPro",
     "lora_sb": "LoRASB",
     "lora_xs": "LoRAXS",
+    "peft_ia3": "Peft",
     "pissa": "PiSSA",
+    "prompt_tuning": "PromptTuning",
+    "relora": "ReLoRA",
+    "rslora": "LoRA",
     "srlora": "SRLoRA",
     "tied_lora": "TiedLoRA",
     "vera": "VeRA",
@@ -109,9 +122,11 @@ def test_overlay_changes_the_method_and_keeps_the_rest(
     own = config.read(str(ROOT / f"configs/methods/{overlay}.yaml"))["model"]["init_args"]["method"].get(
         "init_args", {}
     )
-    kept = [key for key in SHARED if key in after.init_args and key not in own]
-    assert [after.init_args[key] for key in kept] == [before.init_args[key] for key in kept]
-    assert {key: after.init_args[key] for key in own} == own
+    given = after.as_dict().get("init_args", {})
+    assert set(given) <= set(arguments_of_class(getattr(srlora_pl, OVERLAYS[overlay])))
+    kept = [key for key in SHARED if key in given and key not in own]
+    assert [given[key] for key in kept] == [before.init_args[key] for key in kept]
+    assert {key: given[key] for key in own} == own
     assert alone == under
     assert "note:" not in capsys.readouterr().err
     if after.class_path == before.class_path and not own:

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from srlora_pl import ImageClassifier, LoRA, PiSSA, SRLoRA
+from srlora_pl import Full, ImageClassifier, LoRA, PiSSA, ReLoRA, SRLoRA
 from srlora_pl.lowrank.methods import from_spec
 from srlora_pl.models.timm_models import build_backbone
 from srlora_pl.util.errors import UserError
@@ -85,6 +85,14 @@ def test_the_learning_rate_follows_the_schedule_per_optimizer_step(classifier, t
     rates = record.seen[::accumulate]
     assert [rate[0] for rate in rates] == pytest.approx([0.1 * factor for factor in factors])
     assert [rate[-1] for rate in rates] == pytest.approx([0.5 * factor for factor in factors])
+
+
+def test_a_method_may_change_the_learning_rate(classifier, trainer, loader):
+    model = classifier(schedule="constant", warmup_steps=2, method=ReLoRA(rank=2, restarts=1))
+    record = Record(lambda t, m: t.optimizers[0].param_groups[0]["lr"])
+    trainer(max_steps=44, max_epochs=-1, callbacks=[record]).fit(model, loader)
+    # a restart after step 22, and a tenth of 22 steps of ramp
+    assert record.seen == pytest.approx([0, 0.05, *[0.1] * 20, 0, 0.05, *[0.1] * 20])
 
 
 def test_a_longer_resumed_run_gets_the_longer_schedule(classifier, trainer, loader, tmp_path):
@@ -345,6 +353,9 @@ def test_compile_takes_each_block_that_holds_adapters(classifier, monkeypatch):
     compiled.clear()
     model = classifier(compile=True, method=LoRA(rank=2, layers="1"))
     assert compiled == [model.net.blocks[1]]
+    compiled.clear()
+    model = classifier(compile=True, method=Full())
+    assert compiled == list(model.net.blocks)
 
 
 def test_matmul_precision_holds_during_a_run(classifier, trainer, loader):

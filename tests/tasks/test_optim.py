@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from srlora_pl.tasks.optim import build_optimizer, optimizer_class, param_groups, schedule_factor
+from srlora_pl.tasks.optim import build_optimizer, optimizer_class, schedule_factor
 from srlora_pl.util.errors import UserError
 from tests.helpers.errors import mentions
 
@@ -37,24 +37,6 @@ def test_schedule_closed_form():
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_a_run_may_be_all_warmup(schedule):
     assert [schedule_factor(schedule, step, 4, 4) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
-
-
-def test_one_group_per_learning_rate_and_decay():
-    net = nn.ModuleDict({"body": nn.Linear(3, 3), "norm": nn.LayerNorm(3), "head": nn.Linear(3, 2)})
-    net["body"].bias.requires_grad_(False)
-    by_id = {id(p): name for name, p in net.named_parameters()}
-
-    def groups(head_lr, decay):
-        made = param_groups(net.named_parameters(), lambda n: n.startswith("head."), 1.0, head_lr, decay)
-        return {(g["lr"], g["weight_decay"]): [by_id[id(p)] for p in g["params"]] for g in made}
-
-    assert groups(None, 0.0) == {(1.0, 0.0): ["body.weight", "norm.weight", "norm.bias", "head.weight", "head.bias"]}
-    assert groups(3.0, 0.1) == {
-        (1.0, 0.1): ["body.weight"],
-        (1.0, 0.0): ["norm.weight", "norm.bias"],
-        (3.0, 0.1): ["head.weight"],
-        (3.0, 0.0): ["head.bias"],
-    }
 
 
 def test_optimizers_by_name_and_by_path():

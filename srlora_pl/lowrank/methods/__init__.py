@@ -1,30 +1,48 @@
 """One small class a method: what a config names under ``model.method``."""
 
 from srlora_pl.lowrank.method import Method
+from srlora_pl.lowrank.methods.adalora import AdaLoRA
+from srlora_pl.lowrank.methods.bitfit import BitFit
 from srlora_pl.lowrank.methods.bottleneck import Bottleneck
 from srlora_pl.lowrank.methods.dora import DoRA
 from srlora_pl.lowrank.methods.dylora import DyLoRA
+from srlora_pl.lowrank.methods.full import Full
+from srlora_pl.lowrank.methods.galore import GaLore
 from srlora_pl.lowrank.methods.hydralora import HydraLoRA
+from srlora_pl.lowrank.methods.linear_probe import LinearProbe
 from srlora_pl.lowrank.methods.lora import LoRA
 from srlora_pl.lowrank.methods.lora_ga import LoRAGA
+from srlora_pl.lowrank.methods.lora_pro import LoRAPro
 from srlora_pl.lowrank.methods.lora_sb import LoRASB
 from srlora_pl.lowrank.methods.lora_xs import LoRAXS
+from srlora_pl.lowrank.methods.peft_tuner import Peft
 from srlora_pl.lowrank.methods.pissa import PiSSA
+from srlora_pl.lowrank.methods.prompt_tuning import PromptTuning
+from srlora_pl.lowrank.methods.relora import ReLoRA
 from srlora_pl.lowrank.methods.srlora import SRLoRA
 from srlora_pl.lowrank.methods.tied_lora import TiedLoRA
 from srlora_pl.lowrank.methods.vera import VeRA
 from srlora_pl.util.errors import UserError, did_you_mean
 
 __all__ = [
+    "AdaLoRA",
+    "BitFit",
     "Bottleneck",
     "DoRA",
     "DyLoRA",
+    "Full",
+    "GaLore",
     "HydraLoRA",
+    "LinearProbe",
     "LoRA",
     "LoRAGA",
+    "LoRAPro",
     "LoRASB",
     "LoRAXS",
+    "Peft",
     "PiSSA",
+    "PromptTuning",
+    "ReLoRA",
     "SRLoRA",
     "TiedLoRA",
     "VeRA",
@@ -36,12 +54,21 @@ REGISTRY: list[type[Method]] = [
     LoRAXS,
     LoRASB,
     LoRAGA,
+    LoRAPro,
     DoRA,
+    AdaLoRA,
     VeRA,
     TiedLoRA,
+    ReLoRA,
     DyLoRA,
     HydraLoRA,
     Bottleneck,
+    PromptTuning,
+    Peft,
+    Full,
+    LinearProbe,
+    BitFit,
+    GaLore,
 ]
 
 
