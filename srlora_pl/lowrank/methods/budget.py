@@ -61,7 +61,8 @@ class Budget(Controller):
 
     def plan(self, first_step: int, last_step: int, strict: bool) -> str:
         if first_step == 0 or last_step != self.last_step:
-            self.last_step, self.done, self.settled = last_step, first_step, False
+            # A step whose file was written before its end is still to be scored.
+            self.last_step, self.done, self.settled = last_step, min(self.done, first_step), False
         return ""
 
     @property
