@@ -77,6 +77,14 @@ def test_the_budget_falls_and_is_kept_at_every_step() -> None:
     assert len(ranks) > 1
 
 
+def test_the_E_of_a_fused_linear_is_a_vector_like_any_other() -> None:
+    """So that weight decay leaves it alone."""
+    adaptation = Adaptation(toy_net(), adalora(target_modules=["qkv", "fc1"]))
+    decays = {id(p): group["weight_decay"] for group in adaptation.param_groups(0.01, 0.1) for p in group["params"]}
+    assert {decays[id(layer.lora_E)] for layer in adaptation.layers.values()} == {0.0}
+    assert {decays[id(layer.lora_A)] for layer in adaptation.layers.values()} == {0.1}
+
+
 @pytest.mark.parametrize("inverse_scale", [None, 1 / 64])
 def test_the_penalty_is_a_gradient(inverse_scale) -> None:
     """That of autograd, in gradients that may be scaled."""

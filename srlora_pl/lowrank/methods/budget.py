@@ -163,7 +163,8 @@ class Budget(Controller):
             parameters: list[nn.Parameter] = group[0].adapter_parameters()
             columns = part.view(len(group), -1).split([p.numel() for p in parameters], 1)
             A, B, E = (each.unflatten(1, p.shape) for each, p in zip(columns, parameters, strict=True))
-            yield E + A.mean(-1) + B.mean(-2)
+            of_pairs = A.mean(-1) + B.mean(-2)
+            yield E.view_as(of_pairs) + of_pairs
 
     # --- what others look at
 
