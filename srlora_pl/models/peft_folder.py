@@ -74,7 +74,12 @@ def write(
         base: what the base is loaded from, and its revision.
         task_type: ``SEQ_CLS`` or None.
         class_names: of the head's outputs; beside the weights, because PEFT warns of settings that it does not know.
+
+    Raises:
+        UserError: there are no ``factors``.
     """
+    if not factors:
+        raise UserError("no pair acts yet, so there is no LoRA to write: export a later checkpoint, or --format merged")
     tensors = {f"{_PREFIX}{name}.{key}": value for name, state in modules.items() for key, value in state.items()}
     for name, pair in factors.items():
         tensors |= {f"{_PREFIX}{name}.lora_A.weight": pair.A, f"{_PREFIX}{name}.lora_B.weight": pair.B}

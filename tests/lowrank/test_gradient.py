@@ -73,6 +73,15 @@ def test_a_checkpointed_block_gives_the_same() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+def test_a_block_whose_first_pass_has_no_graph_is_refused() -> None:
+    net = toy_net(dtype=torch.float64)
+    for block in net.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=True)
+    with pytest.raises(UserError, match=mentions("blocks.0.qkv", "use_reentrant=False")):
+        estimated(net, toy_batches(1, dtype=torch.float64))
+
+
 def test_a_compiled_block_gives_the_same() -> None:
     batches = toy_batches(2, dtype=torch.float64)
     _, plain = estimated(toy_net(dtype=torch.float64), batches)

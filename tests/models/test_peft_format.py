@@ -373,3 +373,9 @@ def test_files_that_are_missing_or_run_code_are_refused(home, tmp_path, monkeypa
     (adapter / "adapter_config.json").unlink()
     refused("no adapter_config.json")
     assert not Path("evil").exists()
+
+
+def test_a_change_of_nothing_is_not_written(tmp_path) -> None:
+    """AdaLoRA's before its first step."""
+    with pytest.raises(UserError, match=mentions("no pair acts", "--format merged")):
+        write(tmp_path, {}, {}, ("base", None), None)

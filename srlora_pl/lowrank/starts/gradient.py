@@ -87,8 +87,13 @@ def _sums(
 def _gathered(layers: dict[str, AdaptedLinear], totals: dict[str, Tensor]) -> Iterator[None]:
     """Inside, every backward pass adds dY^T X of each layer to its total: on the device there is one at a time."""
 
-    def watch(layer: AdaptedLinear, total: Tensor) -> Callable[..., None]:
+    def watch(name: str, layer: AdaptedLinear, total: Tensor) -> Callable[..., None]:
         def after_forward(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+            if not output.requires_grad:
+                raise UserError(
+                    f"{name} is called where torch records no gradients, so none can be estimated: where the forward "
+                    "pass checkpoints it, do so with use_reentrant=False"
+                )
             x = inputs[0].detach().reshape(-1, layer.in_features)
 
             @full_precision()
@@ -99,7 +104,7 @@ def _gathered(layers: dict[str, AdaptedLinear], totals: dict[str, Tensor]) -> It
 
         return after_forward
 
-    hooks = [layer.register_forward_hook(watch(layer, totals[name])) for name, layer in layers.items()]
+    hooks = [layer.register_forward_hook(watch(name, layer, totals[name])) for name, layer in layers.items()]
     try:
         yield
     finally:
