@@ -110,7 +110,9 @@ class SRLoRAMixin(_Module):
         result: tuple[Any, UserError | None] = (None, None)
         if self.trainer.is_global_zero:
             try:
-                result = compute(), None
+                found = compute()
+                # A tensor on a GPU would arrive in all processes on that same one.
+                result = found.cpu() if isinstance(found, Tensor) else found, None
             except UserError as error:  # the others would wait for ever
                 result = None, error
         result = self.trainer.strategy.broadcast(result)

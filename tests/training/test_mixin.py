@@ -1,6 +1,7 @@
 """The mixin under a real Trainer: when scores are taken, when switches fall, and what is refused."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -36,6 +37,17 @@ def test_a_module_that_adapts_nothing_is_told_so():
 
     with pytest.raises(UserError, match=mentions("Forgetful", "self.adapt", "__init__")):
         trainer(max_steps=1).fit(Forgetful(), loader())
+
+
+def test_processes_are_sent_what_the_first_one_finds_from_its_cpu(monkeypatch) -> None:
+    """From a GPU it would arrive on that same GPU, for whose memory all of them would then ask."""
+    module, sent = Toy(LoRA(rank=2)), []
+    strategy = SimpleNamespace(broadcast=lambda result: sent.append(result) or result)
+    module._trainer = SimpleNamespace(world_size=2, is_global_zero=True, strategy=strategy)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: tensor + 1)
+    assert float(module.adaptation.run_on_rank_zero(lambda: torch.zeros(()))) == 1
+    assert module.adaptation.run_on_rank_zero(lambda: 7) == 7
+    assert len(sent) == 2
 
 
 class Moves(Callback):
