@@ -165,6 +165,14 @@ def test_a_step_is_scored_also_where_the_run_goes_on_with_another_length() -> No
     assert not torch.equal(adaptation.controller.importance.smoothed, before)
 
 
+def test_the_choice_lies_where_the_triplets_do() -> None:
+    """Also in a run that goes on, so that no later step waits for it."""
+    net, adaptation, optimizer = begun(adalora(), STEPS, torch.float64)
+    train(net, adaptation, optimizer, toy_batches(1, **DOUBLE))
+    kept, E = adaptation.controller.kept, next(iter(adaptation.layers.values())).lora_E
+    assert (kept.device, kept.dtype) == (E.device, E.dtype)
+
+
 def test_a_matrix_may_end_without_a_triplet_and_still_be_exported(tmp_path) -> None:
     peft = pytest.importorskip("peft")
     net, adaptation, optimizer = begun(adalora(target_modules=PLAIN), STEPS)

@@ -122,6 +122,7 @@ class Budget(Controller):
         if step <= self.done:
             return False
         self.done, end = step, self._fall[1]
+        self.kept = self.kept.to(self.groups[0][0].lora_E)  # once: a copy to a device waits
         if step >= end:
             chosen = not self.settled
             if chosen:
@@ -135,7 +136,7 @@ class Budget(Controller):
         if not self._chooses(step):
             return False
         kept = self._choice(self.budget(step))
-        self.kept = torch.where(active, kept, self.kept.to(kept))
+        self.kept = torch.where(active, kept, self.kept)
         self._mask(torch.where(active, kept, 1))
         return True
 
@@ -152,7 +153,7 @@ class Budget(Controller):
 
     def _mask(self, kept: Tensor) -> None:
         E = [layer.lora_E.detach() for group in self.groups for layer in group]
-        parts = kept.to(E[0]).split([each.numel() for each in E])
+        parts = kept.split([each.numel() for each in E])
         torch._foreach_mul_(E, [part.view_as(each) for part, each in zip(parts, E, strict=True)])
 
     def _triplet_scores(self) -> Iterator[Tensor]:
