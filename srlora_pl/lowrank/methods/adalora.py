@@ -5,20 +5,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from srlora_pl.lowrank.linear import AdaptedLinear, Matrix
+from srlora_pl.lowrank.linear import LowRankLinear, Matrix
 from srlora_pl.lowrank.method import AdaptedNetwork, Method, generator_for
 from srlora_pl.lowrank.methods.budget import Budget
 from srlora_pl.util.errors import UserError
 
 
-class TripletLinear(AdaptedLinear):
+class TripletLinear(LowRankLinear):
     """``lora_E`` (r,) between ``lora_B`` (out, r) and ``lora_A`` (r, in); a triplet whose E is 0 does not act."""
 
     adapter_names = ("lora_A", "lora_B", "lora_E")
 
     def build(self, p: tuple[int, ...], out: int, in_: int) -> None:
-        self.lora_A = nn.Parameter(self.weight.new_zeros(*p, self.rank, in_))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(*p, out, self.rank))
+        super().build(p, out, in_)
         self.lora_E = nn.Parameter(self.weight.new_zeros(math.prod(p) * self.rank))
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -6,20 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srlora_pl.lowrank.linear import AdaptedLinear, Matrix
+from srlora_pl.lowrank.linear import LowRankLinear, Matrix
 from srlora_pl.lowrank.method import AdaptedNetwork, Method, ShowProgress, Sources, generator_for
 from srlora_pl.lowrank.starts.spectrum import Spectrum, spectra
 from srlora_pl.util.errors import UserError
 
 
-class CoreLinear(AdaptedLinear):
+class CoreLinear(LowRankLinear):
     """``lora_R`` (r, r) trains between ``lora_B`` (out, r) and ``lora_A`` (r, in), which are frozen."""
 
     adapter_names = ("lora_A", "lora_B", "lora_R")
 
     def build(self, p: tuple[int, ...], out: int, in_: int) -> None:
-        self.lora_A = nn.Parameter(self.weight.new_zeros(*p, self.rank, in_))
-        self.lora_B = nn.Parameter(self.weight.new_zeros(*p, out, self.rank))
+        super().build(p, out, in_)
         self.lora_R = nn.Parameter(self.weight.new_zeros(*p, self.rank, self.rank))
 
     def factors(self) -> tuple[Tensor, Tensor]:
