@@ -98,3 +98,19 @@ def test_the_shared_B_may_have_a_rate_of_its_own() -> None:
     holder, layer = adaptation.matrices[0].layer.shared[0], adaptation.matrices[0].layer
     assert rates[id(holder.shared_B)] == 0.16
     assert {rates[id(p)] for p in (holder.shared_A, layer.lora_u, layer.lora_v)} == {0.01}
+
+
+class Staged(nn.Module):
+    """Blocks in stages, as Swin has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(toy_net(dim=dim, depth=2) for dim in (12, 12, 8))
+
+
+def test_blocks_in_stages_share_too() -> None:
+    """Where their matrices have one shape."""
+    adaptation = Adaptation(Staged(), TiedLoRA(rank=2, target_modules=["fc1"]))
+    holders = [matrix.layer.shared[0] for matrix in adaptation.matrices]
+    assert len(set(map(id, holders[:4]))) == len(set(map(id, holders[4:]))) == 1
+    assert len(set(map(id, holders))) == 2

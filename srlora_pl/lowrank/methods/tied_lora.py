@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, Matrix, SharedFactors
 from srlora_pl.lowrank.method import Method, kaiming_uniform
-from srlora_pl.lowrank.targets import block_and_kind
+from srlora_pl.lowrank.target_settings import is_below
+from srlora_pl.lowrank.targets import block_and_kind, repeated_blocks
 
 
 class TiedLinear(AdaptedLinear):
@@ -38,9 +39,9 @@ class TiedLoRA(Method):
 
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
         layers = super().inject(net, taken)
-        groups: dict[tuple[str, int, int, int], list[Matrix]] = {}
+        blocks, groups = repeated_blocks(net), dict[tuple[str, int, int, int], list[Matrix]]()
         for matrix in [matrix for name, layer in layers.items() for matrix in layer.matrices(name)]:
-            groups.setdefault((block_and_kind(matrix.name)[1], *matrix.shape, matrix.rank), []).append(matrix)
+            groups.setdefault((_kind(matrix.name, blocks), *matrix.shape, matrix.rank), []).append(matrix)
         holders: dict[str, Adapter] = {}
         for (kind, out, in_, rank), matrices in groups.items():
             name = "tied_" + "".join(letter if letter.isalnum() else "_" for letter in kind)
@@ -53,3 +54,9 @@ class TiedLoRA(Method):
                 matrix.layer.shared = [*matrix.layer.shared, holder]
             net.add_module(name, holder)
         return {**layers, **holders}
+
+
+def _kind(name: str, blocks: Sequence[str]) -> str:
+    """The place of a matrix in its block, which may lie in a stage of several blocks."""
+    block = next((block for block in blocks if is_below(name, [block])), None)
+    return block_and_kind(name)[1] if block is None else name.removeprefix(f"{block}.")
