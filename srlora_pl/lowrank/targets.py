@@ -79,6 +79,17 @@ def select(net: nn.Module, settings: TargetSettings, trainable: Sequence[str] = 
     return chosen
 
 
+def select_whole(net: nn.Module, settings: TargetSettings, trainable: Sequence[str], why: str) -> list[Target]:
+    """As `select`, but a part of a fused linear alone is refused, because of ``why``."""
+    targets = select(net, settings, trainable)
+    for target in targets:
+        if target.fused and len(target.parts) < 3:
+            raise UserError(
+                f"target_modules names a part of {target.name}, but {why}: name {target.name.rpartition('.')[2]!r}"
+            )
+    return targets
+
+
 def _all_linear(inside: dict[str, nn.Module], modules: dict[str, nn.Module]) -> list[Target]:
     """Every linear ``inside`` the repeated blocks: so never an embedding, a pooler or a head."""
     for name, module in inside.items():

@@ -174,7 +174,7 @@ def test_a_gradient_of_0_moves_nothing_and_one_that_is_not_finite_is_seen_afterw
         ({"rank": 0}, ["method.rank", "0"]),
         ({"rank": 13}, ["rank 13", "12"]),
         ({"target_modules": ["qvk"]}, ["target_modules", "'qvk'"]),
-        ({"target_modules": ["query", "fc1"]}, ["blocks.0.qkv", "all three"]),
+        ({"target_modules": ["query", "fc1"]}, ["blocks.0.qkv", "GaLore", "name 'qkv'"]),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, words) -> None:

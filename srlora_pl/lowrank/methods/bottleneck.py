@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from srlora_pl.lowrank.linear import Adapter
 from srlora_pl.lowrank.method import Method, kaiming_uniform
-from srlora_pl.lowrank.targets import select
+from srlora_pl.lowrank.targets import select_whole
 from srlora_pl.util.errors import UserError
 
 
@@ -81,12 +81,7 @@ class Bottleneck(Method):
 
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
         adapters: dict[str, Adapter] = {}
-        for target in select(net, self, taken):
-            if target.fused and len(target.parts) < 3:
-                raise UserError(
-                    f"target_modules names a part of {target.name}, but a bottleneck follows its whole output: name "
-                    f"{target.name.rpartition('.')[2]!r}"
-                )
+        for target in select_whole(net, self, taken, "a bottleneck follows its whole output"):
             parent, _, child = target.name.rpartition(".")
             adapters[target.name] = BottleneckLinear(target.module, self.size, target.name)
             setattr(net.get_submodule(parent), child, adapters[target.name])

@@ -11,7 +11,7 @@ from srlora_pl.lowrank.method import AdaptedNetwork
 from srlora_pl.lowrank.methods.full import Full
 from srlora_pl.lowrank.own_optimizer import OwnOptimizer
 from srlora_pl.lowrank.target_settings import ALL_LINEAR, TargetSettings
-from srlora_pl.lowrank.targets import Target, select
+from srlora_pl.lowrank.targets import Target, select_whole
 from srlora_pl.util.errors import UserError
 
 
@@ -99,11 +99,4 @@ class GaLore(Full):
         }
 
     def _targets(self, net: nn.Module, taken: Sequence[str]) -> list[Target]:
-        targets = select(net, self, taken)
-        for target in targets:
-            if target.fused and len(target.parts) < 3:
-                raise UserError(
-                    f"target_modules names some of query, key and value in {target.name}, but GaLore trains its weight "
-                    "as one: name all three, or none"
-                )
-        return targets
+        return select_whole(net, self, taken, "GaLore trains its weight as one")

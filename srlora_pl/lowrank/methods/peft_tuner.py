@@ -14,7 +14,7 @@ from srlora_pl.lowrank.linear import Adapter
 from srlora_pl.lowrank.method import Method, generator_for
 from srlora_pl.lowrank.methods.tuner_layer import TunerLayer
 from srlora_pl.lowrank.target_settings import ALL_LINEAR, is_below
-from srlora_pl.lowrank.targets import select
+from srlora_pl.lowrank.targets import select_whole
 from srlora_pl.util.errors import UserError, one_line, require_one_of
 
 # Tuners that a layer in a network is not enough for, beside those that the library itself refuses.
@@ -111,14 +111,7 @@ class Peft(Method):
         return dict(layers)
 
     def _names(self, net: nn.Module, taken: Sequence[str]) -> list[str]:
-        targets = select(net, self, taken)
-        for target in targets:
-            if target.fused and len(target.parts) < 3:
-                raise UserError(
-                    f"target_modules names a part of {target.name}, which PEFT can only adapt as a whole: name "
-                    f"{target.name.rpartition('.')[2]!r}"
-                )
-        return [target.name for target in targets]
+        return [each.name for each in select_whole(net, self, taken, "PEFT can only adapt it as a whole")]
 
 
 def _require_only(layers: Mapping[str, Adapter], net: nn.Module, taken: Sequence[str], before: set[int]) -> None:
