@@ -133,3 +133,10 @@ def test_a_fused_linear_is_one_dora_for_peft(targets: list[str], tmp_path) -> No
         torch.testing.assert_close(each.applied_to(W0), adaptation.layers[name].merged_weight(), rtol=0, atol=1e-6)
     theirs = peft.PeftModel.from_pretrained(before, str(tmp_path))
     torch.testing.assert_close(theirs(x), expected, rtol=0, atol=1e-5)
+
+
+def test_the_start_is_exact_also_where_the_network_turns_into_doubles_later() -> None:
+    """As Lightning does with precision 64-true."""
+    net, x = toy_net(), toy_batches(1, dtype=torch.float64)[0][0]
+    Adaptation(net, DoRA(rank=2))
+    assert torch.equal(net.double()(x), toy_net().double()(x))

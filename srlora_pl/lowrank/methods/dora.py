@@ -12,16 +12,16 @@ from srlora_pl.lowrank.method import Method, kaiming_uniform
 class DoRALinear(LowRankLinear):
     """``y = g * (x (W + s B A)^T) + bias``, with the gain g = m / (row norms of W + s B A).
 
-    ``lora_magnitude`` is m (out,), ``weight_norm_squared`` (out,) that of the frozen rows. The gradient takes the norms
-    of W + s B A for constants (section 4.3).
+    ``lora_magnitude`` is m (out,), ``weight_norm`` (out,) that of the frozen rows. The gradient takes the norms of
+    W + s B A for constants (section 4.3).
     """
 
-    adapter_names = ("lora_A", "lora_B", "lora_magnitude", "weight_norm_squared")
+    adapter_names = ("lora_A", "lora_B", "lora_magnitude", "weight_norm")
 
     def build(self, p: tuple[int, ...], out: int, in_: int) -> None:
         super().build(p, out, in_)
         self.lora_magnitude = nn.Parameter(self.weight.new_zeros(len(self.adapted) * out))
-        self.weight_norm_squared = nn.Parameter(self.weight.new_zeros(len(self.adapted) * out))
+        self.weight_norm = nn.Parameter(self.weight.new_zeros(len(self.adapted) * out))
 
     @torch.no_grad()
     def norms(self) -> Tensor:
@@ -33,7 +33,7 @@ class DoRALinear(LowRankLinear):
             of_W = torch.stack([A_p @ parts[part].T for part, A_p in zip(self.adapted, A, strict=True)]).mT
             change = self.scaling * ((2 * of_W + self.scaling * B @ (A @ A.mT)) * B).sum(-1)
             # A row of zeros stays one.
-            return (self.weight_norm_squared + change.flatten()).clamp(min=torch.finfo(change.dtype).tiny).sqrt()
+            return (self.weight_norm.square() + change.flatten()).clamp(min=torch.finfo(change.dtype).tiny).sqrt()
 
     def gain(self) -> Tensor:
         """g (out,), differentiable; 1 in the rows that are not adapted."""
@@ -78,10 +78,9 @@ class DoRA(Method):
     rescales = True
 
     def frozen_adapter(self) -> tuple[str, ...]:
-        return ("weight_norm_squared",)
+        return ("weight_norm",)
 
     def initialize(self, matrix: Matrix) -> None:
         matrix.A.copy_(kaiming_uniform(matrix.A.shape, matrix.name))
-        squared = matrix.weight.square().sum(1)
-        matrix.of(matrix.layer.get_parameter("weight_norm_squared").detach()).copy_(squared)
-        matrix.of(matrix.layer.get_parameter("lora_magnitude").detach()).copy_(squared.sqrt())
+        for name in ("weight_norm", "lora_magnitude"):
+            matrix.of(matrix.layer.get_parameter(name).detach()).copy_(matrix.weight.norm(dim=1))
