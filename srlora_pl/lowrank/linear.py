@@ -45,7 +45,7 @@ class Adapter(nn.Module):
         Raises:
             UserError: nothing can.
         """
-        raise UserError(f"{type(self).__name__} is no part of a weight, so it cannot be merged")
+        raise UserError(f"{type(self).__name__} is no part of a weight, so it cannot be merged: keep the checkpoint")
 
     def merge(self) -> None:
         """Make the adapter part of the pretrained weights, for inference.

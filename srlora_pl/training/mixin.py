@@ -206,9 +206,9 @@ class SRLoRAMixin(_Module):
         averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
         if averaging and not self.adaptation.method.averages:
             raise UserError(
-                f"the callback {type(averaging[0]).__name__} would average parameters across a switch of "
-                f"{type(self.adaptation.method).__name__}, where they mean different directions: remove it or take a "
-                "method without switches"
+                f"the callback {type(averaging[0]).__name__} would average parameters of "
+                f"{type(self.adaptation.method).__name__}, which mean other directions later in a run: remove it, or "
+                "take another method, such as LoRA"
             )
 
     def on_fit_start(self) -> None:

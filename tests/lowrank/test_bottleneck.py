@@ -101,9 +101,9 @@ def test_layers_may_be_left_out() -> None:
 
 def test_what_it_cannot_do_is_refused() -> None:
     adaptation = adapted()
-    with pytest.raises(UserError, match="BottleneckLinear is no part of a weight, so it cannot be merged"):
+    with pytest.raises(UserError, match="so it cannot be merged: leave out merge"):
         adaptation.merge()
-    with pytest.raises(UserError, match="BottleneckLinear is no part of a weight, so it cannot be merged"):
+    with pytest.raises(UserError, match="BottleneckLinear is no part of a weight, so it cannot be merged: keep"):
         adaptation.merged_copy()
     with pytest.raises(UserError, match="Bottleneck does not train low-rank updates of weights alone"):
         change(adaptation)

@@ -400,8 +400,12 @@ class HeadOnly(Toy):
 @pytest.mark.parametrize(
     ("module", "options", "words"),
     [
-        (Toy, {"callbacks": [WeightAveraging()]}, ["WeightAveraging", "switch"]),
-        (Toy, {"callbacks": [StochasticWeightAveraging(1e-3)]}, ["StochasticWeightAveraging", "switch"]),
+        (Toy, {"callbacks": [WeightAveraging()]}, ["WeightAveraging", "SRLoRA", "such as LoRA"]),
+        (
+            Toy,
+            {"callbacks": [StochasticWeightAveraging(1e-3)]},
+            ["StochasticWeightAveraging", "SRLoRA", "such as LoRA"],
+        ),
         (Toy, {"precision": "16-true"}, ["trainer.precision", "'16-true'"]),
         (Toy, {"precision": "bf16-true"}, ["trainer.precision", "'bf16-true'"]),
         (Toy, {"strategy": FSDPStrategy(torch.device("cpu"))}, ["trainer.strategy", "FSDPStrategy"]),
