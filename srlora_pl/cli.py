@@ -89,7 +89,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("--format", required=True, metavar="merged|peft", help="weights in timm's or transformers' layout, or a LoRA")
     add("--output", required=True, help="the folder to write, new or empty")
     add("--force", action="store_true", help="write into a folder that holds files; those of other names stay")
-    add("--rank", type=int, help="compress the LoRA to this rank; the error is printed")
+    add(
+        "--rank",
+        type=int,
+        help="compress the LoRA to this rank and print the error; of DyLoRA, its own model of this rank",
+    )
     add("-c", "--config", help="names the model's class and its pretrained weights; by default the run's own")
 
     every = "--KEY VALUE: any setting but the seed and the method, for all runs, such as --data.root glue/"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from srlora_pl.lowrank.methods import REGISTRY
 from tests.helpers.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -86,6 +87,14 @@ def test_configs_named_in_commands_exist(path):
 def test_the_tables_name_every_config():
     named = set(re.findall(r"^\| `(\w+\.yaml)`", README, re.MULTILINE))
     assert named == {file.name for file in (ROOT / "configs").glob("*.yaml")}
+
+
+def test_a_table_names_every_method_and_overlay():
+    rows = [line.split(" | ") for line in README.splitlines() if "`srlora_pl." in line and line.startswith("| `")]
+    overlays = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    assert overlays == {file.stem for file in (ROOT / "configs/methods").glob("*.yaml")}
+    methods = {name for row in rows for name in re.findall(r"`srlora_pl\.(\w+)`", row[1])}
+    assert methods == {kind.__name__ for kind in REGISTRY}
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -150,7 +150,8 @@ class AdaptedLinear(Adapter):
 
     def adapted_forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), with the adapter beside the weight."""
-        B, A = self.training_factors() if self.training else self.factors()
+        with torch.autocast(x.device.type, enabled=False):  # products of factors are as exact as the factors
+            B, A = self.training_factors() if self.training else self.factors()
         operands = (x, self.weight, self.bias, A, B, self.scaling, self._some_parts)
         if self.training and self.dropout.p > 0:
             return two_branches(*operands, pairs_input=self.dropout(x))

@@ -52,7 +52,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         backbone_checkpoint: a local weights file (safetensors or torch) instead of the name's own weights.
         adapter: a folder that the PEFT library saved a LoRA in, as a start: ``LoRA`` goes on with its pairs, for the
             other methods it becomes part of the pretrained weights; its head is taken as the backbone's is.
-        optimizer: ``sgd``, ``adamw``, or the path of a torch optimizer class.
+        optimizer: ``sgd``, ``adamw``, or the path of a torch optimizer class; a method with an optimizer of its own
+            (LoRA-Pro, GaLore) has it in the first two forms.
         lr: the largest learning rate.
         head_lr: the largest learning rate of the head (and the pooler); by default ``lr``.
         momentum: of ``sgd``.

@@ -23,7 +23,7 @@ from transformers import (
 
 import srlora_pl.export.command
 import srlora_pl.models.family
-from srlora_pl import ImageClassifier, LoRA, PiSSA, SRLoRA, UserError, export_model
+from srlora_pl import DyLoRA, ImageClassifier, LoRA, PiSSA, SRLoRA, UserError, export_model
 from srlora_pl.data.images.transforms import ImageTransform
 from srlora_pl.lowrank.delta import change
 from tests.helpers.cli import cli
@@ -134,6 +134,26 @@ def test_a_compressed_adapter_is_what_peft_loads(vit, tmp_path):
         got = loaded.get_parameter(f"{name}.weight").detach() - weights[name]
         tail = torch.linalg.svdvals(exact.B @ exact.A)[3:].norm()
         assert float((got - exact.B @ exact.A).norm()) == pytest.approx(float(tail), abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["merged", "peft"])
+def test_a_nested_model_is_exported_at_any_rank(vit, tmp_path, mode):
+    task = image_task(vit, DyLoRA(rank=3, alpha=5.0))
+    fit(task)
+    report = export_model(task, tmp_path / "out", mode, rank=2)
+    assert not any(factors.lost for factors in report.factors.values())
+    assert {factors.rank for factors in report.factors.values()} == ({2, 6} if mode == "peft" else set())
+    full = outputs(task.net, batch_for(task, seed=99))
+    with task.adaptation.at_rank(2):
+        assert (outputs(task.net, batch_for(task, seed=99)) - full).abs().max() > 1e-3
+        if mode == "merged":
+            net = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+            torch.testing.assert_close(
+                outputs(net, batch_for(task, seed=99)), outputs(task.net, batch_for(task, seed=99)), atol=1e-5, rtol=0
+            )
+    with pytest.raises(UserError, match="rank 4 does not lie between"):
+        export_model(task, tmp_path / "other", mode, rank=4)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("rank", [None, 3])

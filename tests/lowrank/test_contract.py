@@ -257,13 +257,14 @@ def test_the_change_is_one_lora_or_dora_for_peft(kind, tmp_path):
 
 
 def test_a_run_that_stops_anywhere_goes_on_to_the_bit(kind):
-    """After every step, with a state that leaves out what is pretrained; a start may come before the load or not."""
+    """Before the first step, at events and before them, with a state that leaves out what is pretrained."""
 
     def loop() -> Loop:
         return Loop(kind, net=partial(toy_net, dim=24, hidden=32))  # large enough for a ledger of several updates
 
     whole = loop().train()
-    for stop in range(STEPS):
+    events = {step - before for step in (whole.events[:1] + whole.events[-1:]) for before in (0, 1)}
+    for stop in sorted({0, STEPS // 2, *events}):
         resumed = loop().load(loop().train(last=stop).file()).train(first=stop + 1)
         same(resumed.net, whole.net)
         assert resumed.events == [step for step in whole.events if step > stop]

@@ -109,12 +109,13 @@ def test_under_autocast_norms_and_gain_stay_in_float32(dtype: torch.dtype) -> No
     layer = net.blocks[0].fc1
     layer.lora_magnitude.data *= 1.001  # half precision keeps steps of 0.8 % or 0.1 %
     layer.lora_B.data.normal_()
-    expected = layer.gain()
+    rows = layer.weight + layer.scaling * layer.lora_B @ layer.lora_A
+    expected = layer.lora_magnitude / rows.norm(dim=1)
     with torch.autocast("cpu", dtype):
         gain = layer.gain()
         y = layer(torch.randn(4, 12))
     assert y.dtype == dtype
-    torch.testing.assert_close(gain, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gain, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("targets", [["qkv"], ["query", "value"]])

@@ -73,6 +73,19 @@ def test_a_checkpointed_block_gives_the_same() -> None:
         assert torch.equal(one, other)
 
 
+def test_a_compiled_block_gives_the_same() -> None:
+    batches = toy_batches(2, dtype=torch.float64)
+    _, plain = estimated(toy_net(dtype=torch.float64), batches)
+    net = toy_net(dtype=torch.float64)
+    adaptation = Adaptation(net, method := Seen(rank=1))
+    for block in net.blocks:
+        block.compile(backend="eager")
+    LOSS(net(batches[0][0]), batches[0][1])  # compiled before there are hooks
+    adaptation.start(gradients(lambda batch: LOSS(net(batch[0]), batch[1]), batches, lr=0.1))
+    for one, other in zip(plain.values(), method.seen, strict=True):
+        torch.testing.assert_close(one, other.total, rtol=0, atol=1e-15)
+
+
 def test_they_leave_everything_as_it_was() -> None:
     net, batches = Drops(), toy_batches(2, dtype=torch.float64)
     net.eval()

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LinearProbe
+from tests.helpers.errors import mentions
 from tests.helpers.toys import optimizer_of, train
 
 
@@ -65,3 +67,13 @@ def test_evaluation_is_evaluation() -> None:
     x = torch.randn(4, 5)
     assert torch.equal(net(x), net(x))
     assert not net.head.training
+
+
+def test_parts_that_are_called_alone_are_refused() -> None:
+    net, adaptation = probed()
+    adaptation.start()
+    net.head(net.body(torch.randn(4, 5))).sum().backward()
+    with pytest.raises(UserError, match=mentions("LinearProbe", "net(...)")):
+        adaptation.before_optimizer(1)
+    net(torch.randn(4, 5)).sum().backward()
+    adaptation.before_optimizer(1)

@@ -160,9 +160,13 @@ def test_networks_without_words_are_refused() -> None:
         Adaptation(toy_net(), PromptTuning())
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+BLOOM = {"n_embed": 16, "n_layer": 1, "n_head": 2}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "t5", "bloom"])
 def test_decoders_are_refused(kind, tmp_path) -> None:
-    config = BERT | {"model_type": kind, "is_decoder": kind == "bert", "n_embd": 16, "n_layer": 1, "n_head": 2}
+    config = BERT | {"model_type": kind, "is_decoder": kind == "bert", "n_embd": 16} | T5 | BLOOM
     with pytest.raises(UserError, match=mentions("PromptTuning", "decoder")):
         adapted(encoder(tmp_path, config))
 

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from srlora_pl import Full, ImageClassifier, LoRA, PiSSA, ReLoRA, SRLoRA
+from srlora_pl import Full, GaLore, ImageClassifier, LoRA, LoRAPro, PiSSA, ReLoRA, SRLoRA
 from srlora_pl.lowrank.methods import from_spec
 from srlora_pl.models.timm_models import build_backbone
 from srlora_pl.util.errors import UserError
@@ -93,6 +93,24 @@ def test_a_method_may_change_the_learning_rate(classifier, trainer, loader):
     trainer(max_steps=44, max_epochs=-1, callbacks=[record]).fit(model, loader)
     # a restart after step 22, and a tenth of 22 steps of ramp
     assert record.seen == pytest.approx([0, 0.05, *[0.1] * 20, 0, 0.05, *[0.1] * 20])
+
+
+@pytest.mark.parametrize("method", [LoRAPro(rank=2), GaLore(rank=2)])
+def test_a_method_may_have_an_optimizer_of_its_own_which_sees_clipped_gradients(classifier, trainer, loader, method):
+    model = classifier(method=method, optimizer="sgd", momentum=0.0, lr=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in model.net.named_parameters()}
+    run = trainer(max_steps=2, gradient_clip_val=1e-6)
+    run.fit(model, loader)
+    assert type(run.optimizers[0]) is method.own_optimizer
+    moved = max(
+        float((parameter.detach() - before[name]).abs().max()) for name, parameter in model.net.named_parameters()
+    )
+    assert 0 < moved < 1e-6
+
+
+def test_a_method_with_an_optimizer_of_its_own_refuses_another(classifier, trainer, loader):
+    with pytest.raises(UserError, match=mentions("model.optimizer", "'torch.optim.NAdam'", "adamw and sgd")):
+        trainer(max_steps=2).fit(classifier(method=GaLore(rank=2), optimizer="torch.optim.NAdam"), loader)
 
 
 def test_a_longer_resumed_run_gets_the_longer_schedule(classifier, trainer, loader, tmp_path):

@@ -1,5 +1,7 @@
 """The mixin under a real Trainer: when scores are taken, when switches fall, and what is refused."""
 
+from functools import partial
+
 import lightning as L
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from srlora_pl import SRLoRAMixin, UserError
-from srlora_pl.lowrank import Adaptation, LoRA, PiSSA
+from srlora_pl.lowrank import Adaptation, GaLore, LoRA, PiSSA
 from tests.helpers.errors import mentions
 from tests.helpers.toy_module import Toy, loader, srlora, trainer
 from tests.helpers.toys import toy_batches, toy_net
@@ -394,6 +396,8 @@ class HeadOnly(Toy):
         (Manual, {}, ["manual optimization"]),
         (Toy, {"callbacks": [GradientAccumulationScheduler({0: 4})]}, ["GradientAccumulationScheduler"]),
         (HeadOnly, {}, ["optimizer", "blocks.0.qkv"]),
+        (partial(Toy, LoRA(rank=2, lr_ratio=16.0)), {}, ["lr_ratio", "16", "param_groups"]),
+        (partial(Toy, GaLore(rank=2)), {}, ["GaLore", "AdamW", "param_groups"]),
     ],
 )
 def test_what_cannot_be_right_is_refused_by_name(module, options, words):

@@ -4,11 +4,21 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from srlora_pl.lowrank.linear import Adapter
-from srlora_pl.lowrank.method import Method
+from srlora_pl.lowrank.method import AdaptedNetwork, Controller, Method
 from srlora_pl.lowrank.target_settings import is_below
+from srlora_pl.util.errors import UserError
+
+
+class _FixedFeatures(Controller):
+    def before_optimizer(self, step: int, gradients: Sequence[Tensor], inverse_scale: Tensor | None) -> None:
+        if self.adaptation.net.training:
+            raise UserError(
+                "LinearProbe fixes the features when the network is called, but since its last train() only parts "
+                "of it were: call the whole network, net(...)"
+            )
 
 
 class LinearProbe(Method):
@@ -27,6 +37,9 @@ class LinearProbe(Method):
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
         net.register_forward_pre_hook(partial(_evaluate_all_but, tuple(taken)))
         return {}
+
+    def controller(self, adaptation: AdaptedNetwork) -> Controller:
+        return _FixedFeatures(adaptation)
 
 
 def _evaluate_all_but(trained: tuple[str, ...], net: nn.Module, args: tuple[Any, ...]) -> None:

@@ -123,9 +123,8 @@ def _word_embeddings(net: Any) -> nn.Embedding:
             f"PromptTuning puts vectors before the embeddings of words, and {name} takes none: use a text encoder of "
             "transformers, or another method"
         )
-    config = getattr(net, "config", None)
-    if any(getattr(config, key, False) for key in ("is_decoder", "is_encoder_decoder")) or any(
-        getattr(module, "is_causal", False) for module in net.modules()
-    ):
+    # The older decoders say so only by looking for the last token of a text.
+    finds_end = "pad_token_id" in inspect.unwrap(type(net).forward).__code__.co_names
+    if finds_end or any(getattr(module, "is_causal", False) for module in net.modules()):
         raise UserError(f"PromptTuning serves encoders, and {name} is a decoder: use an encoder, or another method")
     return words

@@ -115,7 +115,8 @@ def _as_it_was(net: nn.Module, seed: int) -> Iterator[None]:
     devices = {parameter.device for parameter in net.parameters() if parameter.is_cuda}
     net.train()
     try:
-        with torch.random.fork_rng(devices=devices):
+        # Compiled code does not call hooks that were not there when it was compiled.
+        with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(generator_for("gradients", seed).initial_seed())
             yield
     finally:
