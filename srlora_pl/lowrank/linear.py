@@ -237,6 +237,7 @@ class SharedFactors(Adapter):
     """
 
     adapter_names = ("shared_A", "shared_B")
+    output_factors = ("shared_B",)
 
     def __init__(self, shared_A: Tensor, shared_B: Tensor) -> None:
         super().__init__()

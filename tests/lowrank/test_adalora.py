@@ -11,7 +11,7 @@ from srlora_pl.lowrank import AdaLoRA, Adaptation
 from srlora_pl.lowrank.delta import change
 from srlora_pl.models import peft_folder
 from tests.helpers.errors import mentions
-from tests.helpers.toys import begun, optimizer_of, toy_batches, toy_net, train
+from tests.helpers.toys import begun, one_step, optimizer_of, toy_batches, toy_net, train
 
 DOUBLE = {"dtype": torch.float64}
 PLAIN = ["proj", "fc1", "fc2"]
@@ -75,6 +75,14 @@ def test_the_budget_falls_and_is_kept_at_every_step() -> None:
             assert acting == expected
     ranks = {len(matrix.factors()[1]) for matrix in matrices}
     assert len(ranks) > 1
+
+
+def test_the_E_of_a_fused_linear_is_a_vector_like_any_other() -> None:
+    """So that weight decay leaves it alone."""
+    adaptation = Adaptation(toy_net(), adalora(target_modules=["qkv", "fc1"]))
+    decays = {id(p): group["weight_decay"] for group in adaptation.param_groups(0.01, 0.1) for p in group["params"]}
+    assert {decays[id(layer.lora_E)] for layer in adaptation.layers.values()} == {0.0}
+    assert {decays[id(layer.lora_A)] for layer in adaptation.layers.values()} == {0.1}
 
 
 @pytest.mark.parametrize("inverse_scale", [None, 1 / 64])
@@ -144,6 +152,17 @@ def test_a_file_from_before_the_end_of_a_step_is_made_up_for() -> None:
         assert run[1].after_optimizer(10, run[2])
         train(*run, batches[10:], 10)
     assert all(torch.equal(value, net.state_dict()[name]) for name, value in resumed[0].state_dict().items())
+
+
+def test_a_step_is_scored_also_where_the_run_goes_on_with_another_length() -> None:
+    """Its file is from before the end of the step."""
+    net, adaptation, optimizer = begun(adalora(), STEPS)
+    train(net, adaptation, optimizer, toy_batches(9))
+    before = adaptation.controller.importance.smoothed.clone()
+    one_step(net, adaptation)
+    adaptation.plan(2 * STEPS, first_step=10)
+    adaptation.after_optimizer(10, optimizer)
+    assert not torch.equal(adaptation.controller.importance.smoothed, before)
 
 
 def test_a_matrix_may_end_without_a_triplet_and_still_be_exported(tmp_path) -> None:

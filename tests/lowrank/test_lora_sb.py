@@ -191,6 +191,9 @@ def test_a_first_step_of_lower_rank_is_met_exactly_and_its_other_directions_trai
         ({"gradient_samples": 0}, ["gradient_samples", "0"]),
         ({"gradient_samples": 1.5}, ["gradient_samples", "1.5"]),
         ({"gradient_samples": math.nan}, ["gradient_samples", "nan"]),
+        ({"gradient_samples": math.inf}, ["gradient_samples", "inf"]),
+        ({"alpha_pattern": {"fc1": 4.0}}, ["alpha_pattern", "fc1", "method.alpha"]),
+        ({"use_rslora": True}, ["use_rslora", "True", "method.alpha"]),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, words) -> None:

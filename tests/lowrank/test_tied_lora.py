@@ -90,3 +90,11 @@ def test_it_starts_as_lora_does(kind: str) -> None:
         assert bool((layer.lora_u == 1).all())
         assert bool((layer.lora_v == 1).all())
     assert len({tuple(m.factors()[1].flatten().tolist()) for m in adaptation.matrices}) == (1 if kind == "fc1" else 3)
+
+
+def test_the_shared_B_may_have_a_rate_of_its_own() -> None:
+    adaptation = adapted(["fc1"], lr_ratio=16.0)
+    rates = {id(p): group["lr"] for group in adaptation.param_groups(0.01) for p in group["params"]}
+    holder, layer = adaptation.matrices[0].layer.shared[0], adaptation.matrices[0].layer
+    assert rates[id(holder.shared_B)] == 0.16
+    assert {rates[id(p)] for p in (holder.shared_A, layer.lora_u, layer.lora_v)} == {0.01}

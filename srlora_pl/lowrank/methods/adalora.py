@@ -19,13 +19,13 @@ class TripletLinear(AdaptedLinear):
     def build(self, p: tuple[int, ...], out: int, in_: int) -> None:
         self.lora_A = nn.Parameter(self.weight.new_zeros(*p, self.rank, in_))
         self.lora_B = nn.Parameter(self.weight.new_zeros(*p, out, self.rank))
-        self.lora_E = nn.Parameter(self.weight.new_zeros(*p, self.rank))
+        self.lora_E = nn.Parameter(self.weight.new_zeros(math.prod(p) * self.rank))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.lora_B, self.lora_E[..., None] * self.lora_A
+        return self.lora_B, self.lora_E.view(*self.lora_A.shape[:-1], 1) * self.lora_A
 
     def acting(self) -> Tensor:
-        return self.lora_E.detach() != 0
+        return (self.lora_E.detach() != 0).view(self.lora_A.shape[:-1])
 
 
 class AdaLoRA(Method):

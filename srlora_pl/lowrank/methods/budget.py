@@ -61,7 +61,8 @@ class Budget(Controller):
 
     def plan(self, first_step: int, last_step: int, strict: bool) -> str:
         if first_step == 0 or last_step != self.last_step:
-            self.last_step, self.done, self.settled = last_step, first_step, False
+            # A step whose file was written before its end is still to be scored.
+            self.last_step, self.done, self.settled = last_step, min(self.done, first_step), False
         return ""
 
     @property
@@ -162,7 +163,8 @@ class Budget(Controller):
             parameters: list[nn.Parameter] = group[0].adapter_parameters()
             columns = part.view(len(group), -1).split([p.numel() for p in parameters], 1)
             A, B, E = (each.unflatten(1, p.shape) for each, p in zip(columns, parameters, strict=True))
-            yield E + A.mean(-1) + B.mean(-2)
+            of_pairs = A.mean(-1) + B.mean(-2)
+            yield E.view_as(of_pairs) + of_pairs
 
     # --- what others look at
 

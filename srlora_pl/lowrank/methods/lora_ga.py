@@ -9,7 +9,7 @@ from srlora_pl.lowrank.linear import Matrix
 from srlora_pl.lowrank.method import AdaptedNetwork, Method, generator_for
 from srlora_pl.lowrank.methods.lora_sb import require_samples
 from srlora_pl.lowrank.starts.spectrum import Spectrum
-from srlora_pl.util.errors import UserError
+from srlora_pl.util.errors import UserError, require_one_of
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "gd", "unit", "weights")
@@ -56,9 +56,8 @@ class LoRAGA(Method):
         self.gradient_samples, self.direction, self.scale = gradient_samples, direction, scale
         self.gamma, self.norm_clip = gamma, norm_clip
         require_samples(gradient_samples)
-        for choice, known, where in ((direction, DIRECTIONS, "direction"), (scale, SCALES, "scale")):
-            if choice not in known:
-                raise UserError(f"method.{where} is {choice!r}, it must be one of {', '.join(known)}")
+        require_one_of("method.direction", direction, DIRECTIONS)
+        require_one_of("method.scale", scale, SCALES)
         if not 0 < gamma < float("inf"):
             raise UserError(f"method.gamma is {gamma}, it must be a positive number")
 

@@ -9,7 +9,7 @@ from srlora_pl.lowrank.linear import Matrix
 from srlora_pl.lowrank.method import AdaptedNetwork, Gradient, Method, generator_for
 from srlora_pl.lowrank.methods.lora_xs import CoreLinear
 from srlora_pl.lowrank.starts.spectrum import Spectrum
-from srlora_pl.util.errors import UserError
+from srlora_pl.util.errors import UserError, require_one_of
 
 
 class LoRASB(Method):
@@ -26,7 +26,7 @@ class LoRASB(Method):
         kwargs: see `Method`.
 
     Raises:
-        UserError: a value outside its range.
+        UserError: a value outside its range; an ``alpha_pattern`` or ``use_rslora`` without ``alpha``.
     """
 
     layer = CoreLinear
@@ -45,8 +45,10 @@ class LoRASB(Method):
         super().__init__(rank, alpha=rank if alpha is None else alpha, **kwargs)
         self.alpha, self.gradient_samples, self.first_step = alpha, gradient_samples, first_step  # type: ignore[assignment]
         require_samples(gradient_samples)
-        if first_step not in ("adamw", "sgd"):
-            raise UserError(f"method.first_step is {first_step!r}, it must be adamw or sgd")
+        require_one_of("method.first_step", first_step, ("adamw", "sgd"))
+        for name in ("alpha_pattern", "use_rslora") if alpha is None else ():
+            if value := getattr(self, name):
+                raise UserError(f"method.{name} is {value}, but without method.alpha s is 1: give that too, or neither")
 
     def scaling_of(self, layer: str) -> float:
         return 1.0 if self.alpha is None else super().scaling_of(layer)
@@ -80,7 +82,7 @@ def _completed(columns: Tensor, count: int, generator: torch.Generator) -> Tenso
 
 def require_samples(gradient_samples: float) -> None:
     """Refuse a count of samples that is no positive share and no whole number."""
-    if not (0 < gradient_samples < 1 or (gradient_samples >= 1 and gradient_samples == int(gradient_samples))):
+    if not (0 < gradient_samples < 1 or (gradient_samples >= 1 and float(gradient_samples).is_integer())):
         raise UserError(
             f"method.gradient_samples is {gradient_samples}, it must be a share between 0 and 1 or a whole number"
         )
