@@ -345,6 +345,7 @@ def test_a_dry_run_lists_the_runs_and_trains_none(task, tmp_path, capsys):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_chosen_from_a_grid_with_a_hole(task, tmp_path, capsys):
     output = tmp_path / "out"
     finish(output, "lora-lr0.1-seed0")
@@ -361,6 +362,7 @@ def test_nothing_is_chosen_from_a_grid_with_a_hole(task, tmp_path, capsys):
     assert not list(output.glob("*-seed1"))
 
 
+@pytest.mark.slow
 def test_a_grid_without_validation_ends_with_its_first_run(task, tmp_path, capsys):
     output = tmp_path / "out"
     words = compare(task, output, "--grid", "model.lr=0.1,0.2", "--data.val_fraction", "0")

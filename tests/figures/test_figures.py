@@ -305,6 +305,7 @@ def save_run(folder: Path, method: str = "SRLoRA", last: int = LAST, file: str =
     return folder
 
 
+@pytest.mark.slow
 def test_a_real_run(tmp_path: Path) -> None:
     # All four pairs are fused at every switch; (16 - 4) / 4 = 3 switches fall after steps 3, 6 and 10, the last one is
     # left out. So of twelve directions four each are active for 3, 3 and 4 steps: variance 2/9.

@@ -250,7 +250,7 @@ IMAGES: dict[str, Case] = {
         ["data.predict_root", "'nothing'", "no images"],
     ),
     "text to predict": ([*PREDICT, "--data.predict_root=small.yaml"], ["small.yaml", "is not an image"]),
-    "data set without a network": (pictures("owner/name"), ["'owner/name'", "give a folder"]),
+    "data set without a network": (pictures("owner/name"), ["'owner/name'", "give the folder"]),
     "download without a network": (
         [*FIT, "--data.name=cifar10", "--data.root=nothing"],
         ["cifar10", "cifar-10-python.tar.gz into nothing"],

@@ -82,6 +82,7 @@ def test_a_run_that_a_threshold_stopped_goes_on_without_it(tmp_path: Path) -> No
     assert last(tmp_path)["global_step"] == 8
 
 
+@pytest.mark.slow
 def test_another_score_begins_anew(tmp_path: Path) -> None:
     write(tmp_path, "EarlyStopping", **STOPS, patience=2)
     fit(tmp_path, 6)

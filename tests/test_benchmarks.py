@@ -1,0 +1,125 @@
+"""The benchmarks of methods: what they time, and what they print."""
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import quickstart_table
+from benchmarks.step_time import STEPS, Variant, image_batches, method_of, network, ratios
+from srlora_pl.util.errors import UserError
+from tests.helpers.paths import ROOT
+from tests.helpers.waiting import run
+
+OVERLAYS = sorted(file.stem for file in (ROOT / "configs/methods").glob("*.yaml"))
+
+
+def result_of(words: list[Any], cwd: Path) -> dict[str, Any]:
+    """The line of JSON that a benchmark ends with."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = run([sys.executable, "-W", "ignore", *words], cwd=cwd, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def variant(name: str) -> Variant:
+    net, kind = network("vit_tiny")
+    return Variant(name, net, kind, torch.device("cpu"), "adamw", next(image_batches(net, 32))[0])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_variant_has_the_settings_of_its_overlay_and_rank_8_and_alpha_8_otherwise(overlay):
+    method = method_of(overlay)
+    settings = method.spec()["init_args"]
+    assert settings.get("rank", 8) == 8
+    assert settings.get("alpha", 8.0) == (None if overlay == "lora_sb" else 8.0)
+    assert settings.get("use_rslora", False) == (overlay == "rslora")
+    assert settings.get("lr_ratio", 1.0) == (16.0 if overlay == "lora_plus" else 1.0)
+
+
+def test_a_variant_may_have_another_rank():
+    assert method_of("vera@256").rank == 256
+    with pytest.raises(UserError, match="vea"):
+        method_of("vea")
+
+
+def test_a_method_with_an_optimizer_of_its_own_trains_with_it():
+    galore = variant("galore")
+    assert isinstance(galore.optimizer, method_of("galore").own_optimizer)
+    galore.step(next(image_batches(galore.net, 1))[0], nullcontext)
+    assert galore.adaptation.step == 1  # what comes after the optimizer has been called too
+    fast, slow = sorted({group["lr"] for group in variant("lora_plus").optimizer.param_groups}, reverse=True)
+    assert fast == 16 * slow
+
+
+def test_the_events_of_a_run_of_the_papers_length_fall_on_its_steps():
+    """Three restarts in 5,000 steps; LoRA has none."""
+    relora, lora = variant("relora"), variant("lora")
+    relora.time_events()
+    lora.time_events()
+    assert relora.adaptation.controller.progress().done == 3
+    assert (relora.events, lora.events) == (3, 0)
+    relora.seconds, lora.seconds, relora.event_seconds = [1.0, 3.0, 9.0], [1.0, 2.0, 3.0], STEPS["image"] / 30
+    assert relora.step_seconds == pytest.approx([1.1, 3.1, 9.1])
+    assert ratios({"lora": lora, "relora": relora}, "lora") == {"relora_vs_lora": pytest.approx(1.55)}
+
+
+def test_adalora_is_planned_over_a_run_of_the_papers_length():
+    assert variant("adalora").adaptation.controller.last_step == 5000
+
+
+def test_step_time_runs_as_a_file(tmp_path):
+    names = ["floor", "full", "peft", "peft_dora", "lora", "lora_ga", "srlora", "vera@16"]
+    few = ["--model", "vit_tiny", "--batch", 1, "--rounds", 1, "--warmup", 1]
+    result = result_of([ROOT / "benchmarks/step_time.py", *few, "--variants", *names], tmp_path)
+    assert {*result["ratios"]} == {f"{name}_vs_lora" for name in names if name != "lora"}
+    assert {*result["event_seconds"]} == {"srlora"}
+    assert all(value > 0 for value in [*result["ratios"].values(), *result["bytes"].values()])
+
+
+def test_gradient_time_times_every_pass_and_the_decomposition():
+    words = ["-m", "benchmarks.gradient_time", "--model", "vit_tiny", "--batch", 2, "--passes", 2]
+    result = result_of(words, ROOT)
+    assert {*result["ratios"]} == {"estimate_vs_full", "estimate_vs_lora"}
+    assert {*result["seconds"]} == {"estimate", "full", "lora", "decomposition"}
+    assert all(value > 0 for value in result["seconds"].values())
+
+
+# -- the table of the quickstart
+
+
+def test_methods_for_texts_alone_are_left_out_in_their_own_words():
+    refused = quickstart_table.refusals(OVERLAYS)
+    assert {*refused} == {"prompt_tuning"}
+    assert "text encoder" in refused["prompt_tuning"]
+    assert {entry.partition(".")[0] for entry in quickstart_table.GRID} == {*OVERLAYS} - {*refused}
+
+
+def test_the_rows_are_of_the_chosen_points_and_tell_the_distances():
+    def of(method: str, accuracy: float, lr: str, trained: int) -> dict[str, Any]:
+        return {
+            "method": method, "model.lr": lr, "test/accuracy": accuracy, "seconds": 10.0, "trained parameters": trained
+        }  # fmt: skip
+
+    runs = [of("lora", 0.5, "1", 7), of("lora", 0.9, "2", 7), of("lora", 0.8, "2", 7), of("vera", 0.75, "1", 3)]
+    rows = quickstart_table.rows({"chosen": {"lora": {"model.lr": "2"}, "vera": {"model.lr": "1"}}, "runs": runs})
+    assert rows["lora"]["accuracy"] == pytest.approx(85.0)
+    assert rows["vera"]["over lora"] == pytest.approx(-10.0)
+    assert rows["vera"]["over linear_probe"] is None  # it did not run
+    assert (rows["vera"]["chosen"], rows["vera"]["trained"]) == ("lr 1", 3)
+
+
+@pytest.mark.slow
+def test_the_table_is_made_by_real_runs(tmp_path):
+    few = ["--trainer.max_steps", 2, "--trainer.val_check_interval", 2, "--trainer.limit_test_batches", 1]
+    few += ["--model.warmup_steps", 0, "--grid"]
+    words = ["-m", "benchmarks.quickstart_table", "--methods", "prompt_tuning", "--output", tmp_path]
+    result = result_of([*words, *few], ROOT)
+    assert {*result["methods"]} == {"lora", "linear_probe"}
+    assert result["methods"]["linear_probe"]["over linear_probe"] == 0
+    assert {*result["refused"]} == {"prompt_tuning"}
