@@ -176,6 +176,7 @@ class Method(TargetSettings):
         additive: W_eff - W0 is the sum of low-rank updates, so that it can be written as one LoRA.
         rescales: W_eff is W0 and low-rank updates with its rows scaled to `AdaptedLinear.magnitudes`, so that it can be
             written as PEFT's DoRA.
+        gradient_samples: how many training samples a task estimates gradients from; below 1 a share of them.
         continues_lora: a LoRA that was trained elsewhere can be the start.
         own_optimizer: the only class of optimizer that trains it, see `optimizer`; None: any does.
         lr_ratio: see `TargetSettings`; 1 for methods without.
@@ -192,6 +193,7 @@ class Method(TargetSettings):
     averages: ClassVar[bool] = True
     additive: ClassVar[bool] = True
     rescales: ClassVar[bool] = False
+    gradient_samples: float = 0.001
     continues_lora: ClassVar[bool] = False
     own_optimizer: ClassVar[type[OwnOptimizer] | None] = None
     lr_ratio: float = 1.0

@@ -197,7 +197,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
             loss = self.training_loss(on_device(self, datamodule, batch))
             return loss.expand(len(batch["label"]))
 
-        samples = self.adaptation.method.gradient_samples  # type: ignore[attr-defined]
+        samples = self.adaptation.method.gradient_samples
         return gradients(losses, sampled_batches(samples), first * self.lr, self._progress)
 
     # A run

@@ -39,3 +39,11 @@ def test_no_other_method_goes_on_from_its_state(other) -> None:
     _, adaptation = trained()
     with pytest.raises(UserError, match=mentions("srlora_pl.Full", f"srlora_pl.{type(other).__name__}")):
         Adaptation(toy_net(), other).load_state_dict(adaptation.state_dict())
+
+
+def test_what_has_no_gradient_stays() -> None:
+    net = toy_net()
+    net.count = nn.Parameter(torch.tensor(3), requires_grad=False)
+    Adaptation(net, Full())
+    assert not net.count.requires_grad
+    assert all(p.requires_grad for name, p in net.named_parameters() if name != "count")

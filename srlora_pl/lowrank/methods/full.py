@@ -16,4 +16,4 @@ class Full(Method):
         """Takes no settings."""
 
     def trains(self, name: str, parameter: nn.Parameter) -> bool:
-        return True
+        return parameter.is_floating_point()  # counters and packed weights have no gradient

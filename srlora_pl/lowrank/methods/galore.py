@@ -69,7 +69,7 @@ class GaLore(Full):
         rank: int = 8,
         *,
         scale: float = 4.0,
-        update_gap: int = 200,
+        update_gap: int = 500,
         target_modules: str | list[str] = ALL_LINEAR,
         exclude_modules: str | list[str] | None = None,
         layers: str | int | list[int] | None = None,

@@ -15,6 +15,9 @@ STATES = ("magnitude", "random", "zero", "keep")
 class ReLoRA(LoRA):
     """LoRA that at even intervals fuses its pairs into the weight and starts anew: the change may reach rank r (n + 1).
 
+    The learning rate rises anew after each restart. It ends where the run's own schedule does (the authors' cosine ends
+    at a tenth of its height); a plain loop multiplies its rate by `rate_factor`.
+
     Args:
         rank: pairs per matrix, r.
         restarts: how many there are in a run, n; with 0 this is LoRA.

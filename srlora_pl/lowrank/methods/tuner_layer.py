@@ -66,7 +66,7 @@ class TunerLayer(Adapter):
                 warnings.simplefilter("ignore")  # that it is inexact, which is mended below
                 self.module.unmerge()
             for parameter, value in self._unmerged:
-                parameter.data = value
+                parameter.data = value.to(parameter.device)
             self._unmerged = []
 
     def merged_module(self) -> nn.Module:
