@@ -164,6 +164,7 @@ def test_values_out_of_range_are_refused(settings: dict, named: str) -> None:
         DyLoRA(**settings)
 
 
+@pytest.mark.slow
 def test_another_rank_compiles_nothing_anew() -> None:
     adaptation = begun()
     graphs = []

@@ -141,6 +141,7 @@ def raw_steps(run: Watched, what: str) -> dict[str, list[int]]:
     return {tag: [event.step for event in read(tag)] for tag in run.events.Tags()[what]}
 
 
+@pytest.mark.slow
 def test_a_broken_run_goes_on_without_a_gap_or_a_second_copy(
     run: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,7 @@ def test_fit_ends_with_scores_and_place(run: Finished) -> None:
     assert "Traceback" not in run.err
 
 
+@pytest.mark.slow
 def test_a_new_process_gives_the_same_score(run: Finished) -> None:
     command = [sys.executable, ROOT / "cli.py", "test", "--config", run.folder / "config.yaml", "--ckpt_path", run.best]
     done = waiting.run(command, cwd=run.home)

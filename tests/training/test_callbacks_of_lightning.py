@@ -75,7 +75,7 @@ def test_refused_in_a_sentence(name: str, tmp_path: Path) -> None:
     assert not [*tmp_path.glob("runs/*")]
 
 
-QUICK = set(WITH_STATE) - {"BatchSizeFinder", "LearningRateFinder"}
+QUICK = {"ModelCheckpoint", "EarlyStopping", "EMAWeightAveraging"}
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,7 @@ def test_the_validation_at_the_end_of_a_run_is_made_up(hook, number, validations
     assert_same(folder, whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_again_and_again(tmp_path, expected) -> None:
     with signal_at("on_train_batch_start", 2, signal.SIGTERM):
         folder = begin(tmp_path, code=143)
@@ -237,10 +238,10 @@ def test_handlers_are_put_back(expected) -> None:
     ("hook", "step", "every"),
     [
         ("on_train_batch_end", 10, 5),  # its file is written, its row is not logged yet
-        ("on_train_batch_start", 11, 5),  # rows of two steps more are logged
+        pytest.param("on_train_batch_start", 11, 5, marks=pytest.mark.slow),  # rows of two steps more are logged
         ("on_validation_batch_start", 8, 8),  # of the file's own validation
         ("on_validation_end", 12, 5),  # the last file is written in the same hook
-        ("on_test_batch_start", 12, 5),
+        pytest.param("on_test_batch_start", 12, 5, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on_from_its_last_file(hook, step, every, tmp_path, expected) -> None:

@@ -154,7 +154,13 @@ def callbacks(case, folder):
     return [best(folder), *stops]
 
 
-SLOW = ["every second epoch", "epochs, four validations in each", "epochs, stopped early"]
+SLOW = [
+    "the last step ends an epoch",
+    "epochs",
+    "every second epoch",
+    "epochs, four validations in each",
+    "epochs, stopped early",
+]
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES])

@@ -61,7 +61,7 @@ CASES = {
 }
 
 
-SLOW = ["accumulate", "accumulate 3 over a short epoch"]
+SLOW = ["accumulate", "accumulate 3 over a short epoch", "epochs, validation at their end"]
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=pytest.mark.slow if case in SLOW else ()) for case in CASES])
