@@ -95,7 +95,7 @@ TRAINER: dict[str, Case] = {
     "no batch to predict": ([*PREDICT, "--trainer.limit_predict_batches=0"], ["trainer.limit_predict_batches", "0"]),
     "averaged weights": (
         [*FIT, "--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.9"],
-        ["EMAWeightAveraging", "switch"],
+        ["EMAWeightAveraging", "SRLoRA"],
     ),
     "checkpoint by an unknown score": (
         [*FIT, "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/acuracy"],

@@ -125,6 +125,7 @@ def _word_embeddings(net: Any) -> nn.Embedding:
         )
     # The older decoders say so only by looking for the last token of a text.
     finds_end = "pad_token_id" in inspect.unwrap(type(net).forward).__code__.co_names
-    if finds_end or any(getattr(module, "is_causal", False) for module in net.modules()):
+    both = getattr(getattr(net, "config", None), "is_encoder_decoder", False)
+    if finds_end or both or any(getattr(module, "is_causal", False) for module in net.modules()):
         raise UserError(f"PromptTuning serves encoders, and {name} is a decoder: use an encoder, or another method")
     return words
