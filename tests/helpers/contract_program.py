@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from srlora_pl.lowrank import Adaptation, Method, gradients
 from srlora_pl.lowrank.method import Sources
 from tests.helpers.methods import made, trainer_of
-from tests.helpers.toys import toy_batches, toy_net, train
+from tests.helpers.toys import full_rank_losses, toy_batches, toy_net, train
 
 
 def batches(count: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -28,16 +28,8 @@ def sources_of(net, method: Method, share: slice = slice(None)) -> Sources | Non
     """Gradients of four batches, of which this process takes a share, for a method that starts from them."""
     if method.starts_from != "gradient":
         return None
-    losses = partial(_losses, net)
+    losses = partial(full_rank_losses, net)
     return gradients(losses, [(x[share], y[share]) for x, y in batches(4, torch.float64)], lr=0.01)
-
-
-def _losses(net, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Gradients of full rank: the inputs of the blocks span their 12 dimensions, and the loss sees all outputs."""
-    x = torch.sin(5 * net.embed(batch[0]))
-    for block in net.blocks:
-        x = block(x)
-    return torch.sin(3 * x).sum(-1)
 
 
 def _train(kind: type, steps: int, rank: int, share: slice, wrap, once) -> dict[str, Tensor]:

@@ -54,6 +54,17 @@ def toy_batches(count: int, seed: int = 1, dtype: torch.dtype = torch.float32, s
     ]
 
 
+def full_rank_losses(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """A loss of each sample whose gradients have full rank, where cross entropy's of a `ToyNet` have not.
+
+    The inputs of its blocks span their 12 dimensions, and the loss sees all outputs.
+    """
+    x = torch.sin(5 * net.embed(batch[0]))
+    for block in net.blocks:
+        x = block(x)
+    return torch.sin(3 * x).sum(-1)
+
+
 def train(net: nn.Module, adaptation, optimizer, batches, first_step: int = 0) -> None:
     """A plain PyTorch loop over ``batches``, as a user without Lightning writes it."""
     for step, (x, y) in enumerate(batches, start=first_step + 1):

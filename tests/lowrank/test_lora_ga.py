@@ -1,5 +1,7 @@
 """LoRA-GA (arXiv 2407.05000): its start, and its first step."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,19 +10,9 @@ from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRAGA, gradients
 from srlora_pl.lowrank.linear import Matrix
 from tests.helpers.errors import mentions
-from tests.helpers.toys import toy_batches, toy_net
+from tests.helpers.toys import full_rank_losses, toy_batches, toy_net
 
 RANK = 3
-
-
-def losses_of(net):
-    def losses(batch: tuple[Tensor, Tensor]) -> Tensor:
-        x = torch.sin(5 * net.embed(batch[0]))
-        for block in net.blocks:
-            x = block(x)
-        return torch.sin(3 * x).sum(-1)
-
-    return losses
 
 
 def started(seed: int = 0, **settings) -> tuple[Adaptation, dict[str, Tensor]]:
@@ -28,10 +20,10 @@ def started(seed: int = 0, **settings) -> tuple[Adaptation, dict[str, Tensor]]:
     plain, net, batches = (
         make(dtype=torch.float64) for make in (toy_net, toy_net, lambda dtype: toy_batches(3, dtype=dtype))
     )
-    torch.cat([losses_of(plain)(batch) for batch in batches]).mean().backward()
+    torch.cat([full_rank_losses(plain, batch) for batch in batches]).mean().backward()
     torch.manual_seed(seed)
     adaptation = Adaptation(net, LoRAGA(RANK, alpha=6.0, **settings), ["head"])
-    adaptation.start(gradients(losses_of(net), batches))
+    adaptation.start(gradients(partial(full_rank_losses, net), batches))
     return adaptation, {name: plain.get_parameter(f"{name}.weight").grad for name in adaptation.layers}
 
 
@@ -76,7 +68,7 @@ def test_the_first_change_is_the_best_of_twice_the_rank() -> None:
     """With SGD dW = -lr s^2 c^2 [G]_2r to first order."""
     adaptation, G = started()
     lr, net = 1e-7, adaptation.net
-    torch.cat([losses_of(net)(batch) for batch in toy_batches(3, dtype=torch.float64)]).mean().backward()
+    torch.cat([full_rank_losses(net, batch) for batch in toy_batches(3, dtype=torch.float64)]).mean().backward()
     before = {m: m.weight + m.scaling * m.B @ m.A for m in adaptation.matrices}
     for layer in adaptation.layers.values():
         for parameter in layer.adapter_parameters():
@@ -119,7 +111,7 @@ def test_it_needs_twice_as_many_directions_as_pairs() -> None:
     net = toy_net(dtype=torch.float64)
     adaptation = Adaptation(net, LoRAGA(rank=7), ["head"])
     with pytest.raises(UserError, match=mentions("14", "blocks.0.qkv", "12")):
-        adaptation.start(gradients(losses_of(net), toy_batches(3, dtype=torch.float64)))
+        adaptation.start(gradients(partial(full_rank_losses, net), toy_batches(3, dtype=torch.float64)))
 
 
 @pytest.mark.parametrize("settings", [{"direction": "ArB"}, {"scale": "big"}, {"gamma": 0.0}, {"gradient_samples": -1}])

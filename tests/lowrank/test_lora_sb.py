@@ -1,6 +1,7 @@
 """The theory of LoRA-SB (arXiv 2411.19557): what its start and its steps are, numerically."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,29 +11,17 @@ from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, LoRASB, gradients
 from srlora_pl.lowrank.linear import Matrix
 from tests.helpers.errors import mentions
-from tests.helpers.toys import toy_batches, toy_net
+from tests.helpers.toys import full_rank_losses, toy_batches, toy_net
 
 RANK, LR = 3, 0.05
-
-
-def losses_of(net: nn.Module):
-    """Of gradients of full rank: the blocks' inputs span their 12 dimensions and the loss sees all outputs."""
-
-    def losses(batch: tuple[Tensor, Tensor]) -> Tensor:
-        x = torch.sin(5 * net.embed(batch[0]))
-        for block in net.blocks:
-            x = block(x)
-        return torch.sin(3 * x).sum(-1)
-
-    return losses
 
 
 def started(dtype: torch.dtype = torch.float64, **settings) -> tuple[Adaptation, dict[str, Tensor]]:
     """The adaptation after its start, and the gradients (out, in) of the mean loss at W0 by layer."""
     plain, net, batches = toy_net(dtype=dtype), toy_net(dtype=dtype), toy_batches(3, dtype=dtype)
-    torch.cat([losses_of(plain)(batch) for batch in batches]).mean().backward()
+    torch.cat([full_rank_losses(plain, batch) for batch in batches]).mean().backward()
     adaptation = Adaptation(net, LoRASB(RANK, **settings), ["head"])
-    adaptation.start(gradients(losses_of(net), batches, lr=LR))
+    adaptation.start(gradients(partial(full_rank_losses, net), batches, lr=LR))
     return adaptation, {name: plain.get_parameter(f"{name}.weight").grad for name in adaptation.layers}
 
 
@@ -89,9 +78,9 @@ def gradients_now(adaptation: Adaptation) -> tuple[dict[str, Tensor], Tensor]:
     for name, layer in adaptation.layers.items():
         plain.get_parameter(f"{name}.weight").data.copy_(layer.merged_weight())
     net.zero_grad()
-    loss = torch.cat([losses_of(net)(batch) for batch in batches]).mean()
+    loss = torch.cat([full_rank_losses(net, batch) for batch in batches]).mean()
     loss.backward()
-    torch.cat([losses_of(plain)(batch) for batch in batches]).mean().backward()
+    torch.cat([full_rank_losses(plain, batch) for batch in batches]).mean().backward()
     return {name: plain.get_parameter(f"{name}.weight").grad for name in adaptation.layers}, loss.detach()
 
 
@@ -205,4 +194,4 @@ def test_the_rate_of_the_first_step_must_be_given() -> None:
     net = toy_net(dtype=torch.float64)
     adaptation = Adaptation(net, LoRASB(rank=1), ["head"])
     with pytest.raises(UserError, match=mentions("LoRASB", "lr")):
-        adaptation.start(gradients(losses_of(net), toy_batches(1, dtype=torch.float64)))
+        adaptation.start(gradients(partial(full_rank_losses, net), toy_batches(1, dtype=torch.float64)))
