@@ -3,65 +3,24 @@
 `Adaptation` is the entry point: it puts a method's adapters into a network and carries them through training.
 """
 
+from srlora_pl.lowrank import methods
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear
 from srlora_pl.lowrank.method import Controller, Method
-from srlora_pl.lowrank.methods import (
-    AdaLoRA,
-    BitFit,
-    Bottleneck,
-    DoRA,
-    DyLoRA,
-    Full,
-    GaLore,
-    HydraLoRA,
-    LinearProbe,
-    LoRA,
-    LoRAGA,
-    LoRAPro,
-    LoRASB,
-    LoRAXS,
-    Peft,
-    PiSSA,
-    PromptTuning,
-    ReLoRA,
-    SRLoRA,
-    TiedLoRA,
-    VeRA,
-)
+from srlora_pl.lowrank.methods import *  # noqa: F403
 from srlora_pl.lowrank.schedule import Schedule
 from srlora_pl.lowrank.starts.gradient import gradients
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 
 __all__ = [
-    "AdaLoRA",
     "Adaptation",
     "AdaptedLinear",
     "Adapter",
-    "BitFit",
-    "Bottleneck",
     "Controller",
-    "DoRA",
-    "DyLoRA",
-    "Full",
-    "GaLore",
-    "HydraLoRA",
-    "LinearProbe",
-    "LoRA",
-    "LoRAGA",
-    "LoRAPro",
-    "LoRASB",
-    "LoRAXS",
     "LowRankLinear",
     "Method",
-    "Peft",
-    "PiSSA",
-    "PromptTuning",
-    "ReLoRA",
-    "SRLoRA",
     "Schedule",
     "Spectrum",
-    "TiedLoRA",
-    "VeRA",
     "gradients",
 ]
+__all__ += methods.__all__
