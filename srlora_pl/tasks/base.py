@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import count
 from typing import Any, Literal
 
 import lightning as L
@@ -190,8 +189,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
                 f"{name} starts from gradients, but {type(datamodule).__name__} has no sampled_batches(samples) to "
                 "estimate them from: derive it from a DataModule of this package, or take another method."
             )
-        factors = (schedule_factor(self.schedule, step, math.inf, self.warmup_steps) for step in count())
-        first = next(factor for factor in factors if factor > 0)
+        # Of the first step that moves weights: with a warm-up the rate of step 0 is 0.
+        first = schedule_factor(self.schedule, min(self.warmup_steps, 1), math.inf, self.warmup_steps)
 
         def losses(batch: Batch) -> Tensor:
             loss = self.training_loss(on_device(self, datamodule, batch))
