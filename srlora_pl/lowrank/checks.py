@@ -25,7 +25,7 @@ def require_names(net: nn.Module, trainable: Iterable[str]) -> None:
             raise UserError(f"trainable names {entry!r}, which matches no parameter of the model{near}")
 
 
-def require_something_to_train(method: Any, parameters: Iterable[nn.Parameter]) -> None:
+def require_something_to_train(method: Any, parameters: Iterable[torch.Tensor]) -> None:
     """Refuse ``parameters`` of which none trains, as of a linear probe without its head."""
     if not any(parameter.requires_grad for parameter in parameters):
         raise UserError(

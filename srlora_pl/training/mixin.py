@@ -272,11 +272,11 @@ class SRLoRAMixin(_Module):
         except UserError as error:  # of a run so short that it may be chance, and it is over
             rank_zero_warn(str(error))
         self.adaptation.restorable_parameters(self._trained())  # all that trained now may be frozen at a checkpoint
-        progress = self.adaptation.controller.progress()
-        if progress.missing:
+        controller = self.adaptation.controller
+        if (progress := controller.progress()).missing:
             rank_zero_info(
                 f"Training stopped at step {self.trainer.global_step}: {progress.missing} of {progress.planned} "
-                "switches were not reached."
+                f"{controller.events} were not reached."
             )
 
     # --- checkpoint ----------------------------------------------------------------------------------------------
