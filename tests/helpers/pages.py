@@ -1,4 +1,4 @@
-"""README and the pages of docs/, and the fenced blocks of code on them."""
+"""README, CONTRIBUTING.md and the pages of docs/, and the fenced blocks of code on them."""
 
 import re
 from functools import cache
@@ -32,7 +32,11 @@ class Block(NamedTuple):
 @cache
 def pages() -> dict[str, str]:
     """The text of each page, by its path from the root."""
-    files = [README, *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)]
+    files = [
+        README,
+        ROOT / "CONTRIBUTING.md",
+        *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts),
+    ]
     return {str(file.relative_to(ROOT)): file.read_text(encoding="utf-8") for file in files}
 
 
