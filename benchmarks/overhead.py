@@ -15,7 +15,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+if not __package__:  # run as a file, whose folder holds a kernels.py that transformers would take for a package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from lightning.pytorch import Callback

@@ -22,7 +22,7 @@ def adaptation_of(pl_module: LightningModule) -> Adaptation:
 
 
 class Progress(internals.ResumableRichBar):
-    """A progress bar with loss, score and switches that never waits for the device.
+    """A progress bar with loss, score and switches (or restarts) that never waits for the device.
 
     The loss is that of the last row of the curves (``trainer.log_every_n_steps``), the score that of the last
     validation, and ``switches 3/13, next 215`` says how many of the planned ones are done and after which optimizer
@@ -62,9 +62,10 @@ class Progress(internals.ResumableRichBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         shown: dict[str, Any] = {**super().get_metrics(trainer, pl_module), **self._read}
         shown.pop("v_num", None)  # the last letters of the version's name
-        done, planned, coming = adaptation_of(pl_module).controller.progress()
+        controller = adaptation_of(pl_module).controller
+        done, planned, coming = controller.progress()
         if planned:
-            shown["switches"] = f"{done}/{planned}" + (f", next {coming}" if coming else "")
+            shown[controller.events] = f"{done}/{planned}" + (f", next {coming}" if coming else "")
         return shown
 
 
@@ -86,7 +87,7 @@ class MatrixTable(Callback):
 def matrix_rows(adaptation: Adaptation) -> list[Sequence[str]]:
     """A row of `MATRICES` for each kind of matrix: ``8-12`` where values differ, parameters summed."""
     rows: list[Sequence[str]] = []
-    for kind, matrices in by_kind(adaptation.matrices).items():
+    for kind, matrices in by_kind(adaptation).items():
         shapes = sorted({matrix.shape for matrix in matrices})
         parameters = sum(m.of(p).numel() for m in matrices for p in m.layer.adapter_parameters() if p.requires_grad)
         rows.append((
@@ -131,11 +132,12 @@ def closing_line(trainer: Trainer, adaptation: Adaptation, seconds: float, earli
         seconds: of all processes of the run, before and after a resume.
         earlier: of the processes before this one.
     """
-    done, planned, _ = adaptation.controller.progress()
+    controller = adaptation.controller
+    done, planned, _ = controller.progress()
     device = trainer.strategy.root_device
     return ", ".join([
         f"{trainer.global_step:,} steps",
-        *([f"{done} of {planned} switches"] if planned else []),
+        *([f"{done} of {planned} {controller.events}"] if planned else []),
         duration(seconds) + (f" ({duration(seconds - earlier)} of it now)" if earlier else ""),
         f"{peak_memory_bytes(device) / 2**20:,.0f} MiB of {'GPU ' if device.type == 'cuda' else ''}memory at the peak",
     ])  # fmt: skip

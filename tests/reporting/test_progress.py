@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from srlora_pl.lowrank import LoRA, SRLoRA
+from srlora_pl.lowrank import LoRA, ReLoRA, SRLoRA
 from srlora_pl.reporting.progress import Progress, closing_line, duration, matrix_rows, parameter_line
 from srlora_pl.training.resume import ExactResume
 from tests.helpers.toy_module import Toy, loader, srlora, trainer
@@ -155,6 +155,20 @@ def test_the_closing_line_of_a_method_without_switches():
     assert re.fullmatch(
         r"3 steps, 2 min 3 s, [\d,]+ MiB of memory at the peak", closing_line(fitted, module.adaptation, 123)
     )
+
+
+def test_the_events_of_a_method_have_its_own_name(tmp_path):
+    """3 restarts in 12 steps; the bar and the curves count them, and no switches."""
+    module = Toy(ReLoRA(rank=2, restart_warmup=0))
+    said, logger = bar_of(module, tmp_path, max_steps=12, log_every_n_steps=4)
+    assert said[-1]["restarts"] == "3/3"
+    assert "switches" not in said[-1]
+    assert ", 3 of 3 restarts, " in closing_line(module.trainer, module.adaptation, 1)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["srlora/restarts"]]
+    assert [(row["srlora/restarts"], row["srlora/switches"]) for row in rows] == [
+        ("1.0", "0.0"), ("2.0", "0.0"), ("3.0", "0.0")
+    ]  # fmt: skip
 
 
 def test_the_closing_line_of_a_resumed_run_tells_all_its_seconds_and_those_of_now():
