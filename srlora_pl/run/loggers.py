@@ -20,40 +20,37 @@ _IDS = "loggers.json"  # in the run's folder: by class of logger, the id that th
 
 
 def resumable(settings: config.Node, options: Sequence[str]) -> tuple[config.Node, list[str]]:
-    """The config files' ``settings`` and the command line with this package's classes in the place of Lightning's.
+    """The config files' ``settings`` and the command line with this package's loggers in the place of Lightning's.
 
-    They go on with the curves of a resumed run. With a ``save_dir`` the user has chosen another place than the run's
-    folder, and all that Lightning's logger can do there.
+    They go on with the curves of a resumed run. A CSVLogger or a TensorBoardLogger with a ``save_dir``, another place
+    than the run's folder, stays Lightning's.
     """
-    if any(option.startswith("--trainer.logger.") and "save_dir" in option for option in options):
-        return settings, [*options]
+    placed = any(option.startswith("--trainer.logger.") and "save_dir" in option for option in options)
+
+    def ours(node: Any) -> Any:
+        if isinstance(node, list):
+            return [ours(each) for each in node]
+        name = config.class_name(node)
+        if not isinstance(node, str | dict) or name not in _RESUMABLE:
+            return node
+        arguments = (node.get("init_args") or {}) if isinstance(node, dict) else {}
+        if name != "MLFlowLogger" and (placed or "save_dir" in arguments):
+            return node
+        path = f"srlora_pl.reporting.Resumable{name}"
+        return path if isinstance(node, str) else {**node, "class_path": path}
+
     words = []
     for before, word in zip(("", *options), options, strict=False):
         name, equals, value = word.rpartition("=")
         if before in _OPTIONS or name in _OPTIONS:
-            word = f"{name}{equals}{_written(value)}"
+            found = ours(given := yaml_text.value(value))
+            text = found if isinstance(found, str) else json.dumps(found)
+            word = word if found == given else f"{name}{equals}{text}"
         words.append(word)
     trainer = settings.get("trainer") or {}
     if "logger" in trainer:
-        settings = {**settings, "trainer": {**trainer, "logger": _ours(trainer["logger"])}}
+        settings = {**settings, "trainer": {**trainer, "logger": ours(trainer["logger"])}}
     return settings, words
-
-
-def _written(value: str) -> str:
-    given = yaml_text.value(value)
-    ours = _ours(given)
-    return value if ours == given else ours if isinstance(ours, str) else json.dumps(ours)
-
-
-def _ours(node: Any) -> Any:
-    if isinstance(node, list):
-        return [_ours(each) for each in node]
-    if not isinstance(node, str | dict) or (name := config.class_name(node)) not in _RESUMABLE:
-        return node
-    path = f"srlora_pl.reporting.Resumable{name}"
-    if isinstance(node, str):
-        return path
-    return node if "save_dir" in (node.get("init_args") or {}) else {**node, "class_path": path}
 
 
 def of_run(given: Any, folder: Path | None) -> list[Logger] | bool:
