@@ -54,6 +54,11 @@ def test_the_loop_example_needs_no_lightning():
     assert "lightning" not in example("adaptation.merge()")
 
 
+def test_the_page_shows_readmes_example():
+    (readmes,) = [block.text for block in blocks("python", "README.md")]
+    assert example("SRLoRAMixin") == readmes
+
+
 @pytest.mark.parametrize("page", pages())
 def test_config_files_named_on_a_page_exist(page):
     for path in set(re.findall(r"configs/[\w/]+\.yaml", pages()[page])):
