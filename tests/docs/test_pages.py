@@ -67,11 +67,24 @@ def test_a_table_names_every_config():
 
 def test_a_table_names_every_method_and_overlay():
     lines = pages()["docs/methods/index.md"].splitlines()
-    rows = [line.split(" | ") for line in lines if "`srlora_pl." in line and line.startswith("| `")]
-    overlays = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    rows = [line.split(" | ") for line in lines if "`srlora_pl." in line and line.startswith("| [`")]
+    linked = [pair for row in rows for pair in re.findall(r"\[`(\w+)`\]\((\w+\.md)\)", row[0])]
+    overlays = {name for name, _ in linked}
     assert overlays == {file.stem for file in (ROOT / "configs/methods").glob("*.yaml")}
     methods = {name for row in rows for name in re.findall(r"`srlora_pl\.(\w+)`", row[1])}
     assert methods == {kind.__name__ for kind in REGISTRY}
+    folder = ROOT / "docs/methods"
+    assert {page for _, page in linked} == {file.name for file in folder.glob("*.md")} - {"index.md"}
+
+
+def test_each_method_has_a_page_with_its_settings_formula_and_source():
+    tables = {}
+    for page, text in pages().items():
+        if page.startswith("docs/methods/") and not page.endswith("index.md"):
+            assert all(f"\n## {part}\n" in text for part in ("When to use it", "Settings", "Try it", "Source")), page
+            (shown,) = re.findall(r"```\{settings\} srlora_pl\.(\w+)", text)
+            tables[shown] = page
+    assert set(tables) == {kind.__name__ for kind in REGISTRY}
 
 
 @pytest.mark.slow

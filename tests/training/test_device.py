@@ -197,9 +197,9 @@ def test_texts(config, tmp_path):
     label = torch.arange(48) % 2
     watch = watched(model, Data(samples(48, label), samples(40, label, length=7)), tmp_path)
     if config is BERT:  # transformers asks in each forward pass whether there is any padding
-        theirs = [step for step, caller in watch.waits if caller == "srlora_pl.models.family.logits"]
+        theirs = [step for step, caller in watch.waits if caller == "srlora_pl.models.encoder_family.logits"]
         assert [step for step in theirs if step > 0] == [*range(1, STEPS + 1)]
-        watch.waits = [each for each in watch.waits if each[1] != "srlora_pl.models.family.logits"]
+        watch.waits = [each for each in watch.waits if each[1] != "srlora_pl.models.encoder_family.logits"]
     assert watch.steps == LOGS | VALIDATIONS | SWITCHES, watch.waits
 
 
