@@ -25,7 +25,7 @@ from srlora_pl.reporting import (
     MatrixTable,
     Monitor,
     PredictionWriter,
-    Progress,
+    bar_or_lines,
 )
 from srlora_pl.reporting.events import log_text
 from srlora_pl.run.folders import folder_of
@@ -79,7 +79,7 @@ def with_defaults(
     if fits and settings.enable_model_summary is not False and not has(users, ModelSummary):
         callbacks.append(MatrixTable())
     if settings.enable_progress_bar is not False and not has(users, ProgressBar):
-        callbacks.append(Progress())
+        callbacks.append(bar_or_lines())
     callbacks += users
     saves_last = _saves_last(users)
     for each in users:
