@@ -10,6 +10,7 @@ import pytest
 import wandb
 import yaml
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning_utilities.core.imports import RequirementCache
 from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -45,6 +46,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SERVICES.items():
             patch.setenv(name, value)
+        wandb.teardown()  # it remembers its settings
         fit(home, "--trainer.max_steps", 8)
         fit(home, "--ckpt_path", "last")
         yield home
@@ -204,4 +206,17 @@ def test_a_service_that_is_not_set_up(logger: str, says: str, tmp_path: Path, mo
     code, _, err = cli(*FIT, home=prepared(tmp_path, logger))
     assert code == 2
     assert says in complaint(err)
+    assert not list(tmp_path.glob("runs/*"))
+
+
+@pytest.mark.parametrize(("logger", "package"), [("WandbLogger", "wandb"), ("MLFlowLogger", "mlflow")])
+def test_a_package_that_is_not_installed(
+    logger: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = RequirementCache(f"{package}>=999")
+    monkeypatch.setattr(f"lightning.pytorch.loggers.{package}._{package.upper()}_AVAILABLE", missing)
+    code, _, err = cli(*FIT, home=prepared(tmp_path, logger))
+    assert code == 2
+    assert f"{logger} needs the package {package}" in complaint(err)
+    assert f"pip install {package}," in complaint(err)
     assert not list(tmp_path.glob("runs/*"))
