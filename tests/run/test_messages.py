@@ -23,7 +23,7 @@ class Full:
 def test_a_full_disk_is_told_by_the_main_thread_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest has its own
     quieten()
     writer = _AsyncWriter(Full())
     writer._byte_queue.put(b"event")
@@ -36,7 +36,7 @@ def test_a_full_disk_is_told_by_the_main_thread_alone(
 def test_other_threads_keep_their_tracebacks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest has its own
     quieten()
     thread = threading.Thread(target=lambda: 1 / 0)
     thread.start()
