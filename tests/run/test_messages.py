@@ -27,7 +27,7 @@ def test_a_full_disk_is_told_by_the_main_thread_alone(
     quieten()
     writer = _AsyncWriter(Full())
     writer._byte_queue.put(b"event")
-    writer._worker.join()
+    writer._worker.join(10)
     with pytest.raises(OSError, match="No space left on device"):
         writer.write(b"another")
     assert capsys.readouterr().err == ""
@@ -40,5 +40,5 @@ def test_other_threads_keep_their_tracebacks(
     quieten()
     thread = threading.Thread(target=lambda: 1 / 0)
     thread.start()
-    thread.join()
+    thread.join(10)
     assert "ZeroDivisionError" in capsys.readouterr().err
