@@ -20,7 +20,7 @@ from srlora_pl.comparison.results import Outcome, at_the_edge, best_point, made_
 from srlora_pl.figures import runs as figures
 from srlora_pl.run import config
 from srlora_pl.util import system, yaml_text
-from srlora_pl.util.errors import UserError, causes, did_you_mean
+from srlora_pl.util.errors import UserError, causes, did_you_mean, listed
 from srlora_pl.util.files import relative, write_whole, writing_to
 from srlora_pl.util.program import CONFIGS
 from srlora_pl.util.tables import csv_of
@@ -57,7 +57,8 @@ def compare(given: Namespace, options: Sequence[str]) -> int:
             if outcomes:
                 print(_write(plan, outcomes, best))
                 print(f"results in {relative(plan.folder)}")
-    print(*failed, sep="\n", end="\n" if failed else "")
+    if failed:
+        print(f"{len(failed)} of {sum(plan.size for plan in plans)} runs failed, as said above: {listed(failed)}")
     return 1 if failed else 0
 
 
@@ -184,7 +185,7 @@ def _digests(plan: Plan) -> dict[str, str]:
 
 
 def _run(plan: Plan, held: BinaryIO, failed: list[str]) -> tuple[list[Outcome], dict[str, Cell]]:
-    """All finished runs, and each method's best cell of the grid; adds a line to ``failed`` for every other run."""
+    """All finished runs, and each method's best cell of the grid; adds the folders of all others to ``failed``."""
     with _progress() as bar:
         task = bar.add_task("", total=plan.size)
 
@@ -192,7 +193,7 @@ def _run(plan: Plan, held: BinaryIO, failed: list[str]) -> tuple[list[Outcome], 
             for cell in cells:
                 bar.update(task, description=cell.name)
                 if why := run(plan, cell, held):
-                    failed.append(f"failed: {relative(plan.folder / cell.name)}: {why}")
+                    failed.append(str(relative(plan.folder / cell.name)))
                     print(f"failed: {cell.name}: {why}")
                 else:
                     yield from _finished(plan, [cell])

@@ -270,7 +270,9 @@ def test_a_run_that_fails_is_reported_and_does_not_stop_the_rest(task, tmp_path,
     arguments = ["compare", "--config", str(task), "--methods", f"{overlay},pissa", "--seeds", "1"]
     assert cli.main([*arguments, "--output", str(output)]) == 1
     out = capsys.readouterr().out
-    assert "failed: broken-seed0: error: " in out
+    assert out.count("failed: broken-seed0: error: ") == out.count("error: ") == 1
+    assert out.splitlines()[-1].startswith("1 of ")
+    assert f"runs failed, as said above: {output / 'broken-seed0'}\n" in out
     assert "exit code 2" in out
     assert "log.txt" in out
     text, rows = table_and_scores(output)
