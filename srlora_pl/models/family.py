@@ -1,5 +1,6 @@
 """How timm and transformers, each in its own layout, build, run, save and load their networks."""
 
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +54,15 @@ class ModelFamily(Protocol):
 
     def load(self, folder: Path) -> nn.Module:
         """Load what `save` wrote, with nothing but the library."""
+
+    def served(self, net: nn.Module) -> nn.Module:
+        """``net`` as a server calls it: tensors of the `served_inputs` by name to logits (B, classes)."""
+
+    def served_inputs(self, net: nn.Module, samples: int, length: int, seed: int) -> dict[str, Tensor]:
+        """Random inputs by name, whose first axis and, of texts, second one may have any size."""
+
+    def hub_name(self, net: nn.Module) -> str | None:
+        """The repository of the pretrained network on the hub, ``owner/name``; None where it has none."""
 
 
 @torch.no_grad()
@@ -160,6 +170,16 @@ class Timm(_Classifier):
     def load(self, folder: Path) -> nn.Module:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
 
+    def served(self, net: nn.Module) -> nn.Module:
+        return _ServedImages(net)
+
+    def served_inputs(self, net: nn.Module, samples: int, length: int, seed: int) -> dict[str, Tensor]:
+        size = timm_models.data_config(net, self.kwargs)["input_size"]
+        return {"pixel_values": torch.randn(samples, *size, generator=torch.Generator().manual_seed(seed))}
+
+    def hub_name(self, net: Any) -> str | None:
+        return None if Path(self.base[0]).is_dir() else net.pretrained_cfg.get("hf_hub_id") or None
+
 
 class Transformers(_Classifier):
     """A text encoder of transformers."""
@@ -192,16 +212,21 @@ class Transformers(_Classifier):
         return net(**inputs).logits
 
     def example_inputs(self, net: Any) -> list[Batch]:
+        # One by one, as a decoder may not know its padding.
+        ids = self._random_texts(net, 2, 16, seed=0)
+        return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids.split(1)]
+
+    def _random_texts(self, net: Any, samples: int, length: int, seed: int) -> Tensor:
+        """Tokens (samples, length)."""
         known = encoders.vocab_size(net) or int(getattr(net.config, "vocab_size", 100))
         end = getattr(net.config, "eos_token_id", None)
         # Up from 5, because the first tokens are often special ones, such as padding.
-        ids = torch.randint(5, known, (2, 16), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(5, known, (samples, length), generator=torch.Generator().manual_seed(seed))
         end = end[0] if isinstance(end, list) else end
         if end is not None and end < known:  # BART and T5 read there, and want one in each text
             ids = torch.where(ids == end, 5 + (end == 5), ids)
             ids[:, -1] = end
-        # One by one, as a decoder may not know its padding.
-        return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids.split(1)]
+        return ids
 
     def save(self, net: Any, folder: Path, class_names: Sequence[str], card: dict[str, Any]) -> list[str]:
         net.config.update(card)
@@ -223,6 +248,45 @@ class Transformers(_Classifier):
     def load(self, folder: Path) -> nn.Module:
         with encoders.quiet():
             return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+
+    def served(self, net: nn.Module) -> nn.Module:
+        return _ServedTexts(net)
+
+    def served_inputs(self, net: Any, samples: int, length: int, seed: int) -> dict[str, Tensor]:
+        ids = self._random_texts(net, samples, min(length, encoders.max_tokens(net) or length), seed)
+        mask = torch.ones_like(ids)
+        mask[1:, ids.shape[1] // 2 :] = 0  # all but the first are padded
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        try:  # what the tokenizer makes can be handed on as it is
+            made = load_tokenizer(self.base[0], encoders.hub_options(self.kwargs)).model_input_names
+        except UserError:
+            made = ["token_type_ids"] if encoders.token_types(net) else []
+        takes = inspect.signature(net.forward).parameters
+        if "token_type_ids" in made and "token_type_ids" in takes:
+            inputs["token_type_ids"] = torch.zeros_like(ids)
+        return inputs
+
+    def hub_name(self, net: nn.Module) -> str | None:
+        return None if Path(self.base[0]).is_dir() else self.base[0]
+
+
+class _ServedImages(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.net(pixel_values)
+
+
+class _ServedTexts(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return self.net(input_ids=input_ids, attention_mask=attention_mask, **types).logits
 
 
 def _about(folder: Path) -> dict[str, Any]:
