@@ -7,11 +7,15 @@ few steps as its switches need trains it with AdamW on batches of one sample; th
 """
 
 import argparse
+import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
 from typing import Any
+
+if not __package__:  # run as a file, whose folder holds a kernels.py that transformers would take for a package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import lightning as L
 import timm

@@ -27,6 +27,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+if not __package__:  # run as a file, whose folder holds a kernels.py that transformers would take for a package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 import yaml
 from lightning.pytorch import Callback

@@ -8,9 +8,14 @@ merged / two branches, so below 1 merging pays. `srlora_pl.lowrank.kernels.mergi
 
 import argparse
 import statistics
+import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
+
+if not __package__:  # run as a file, whose folder holds a kernels.py that transformers would take for a package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

@@ -7,8 +7,13 @@ where it is text, so padding only costs time.
 """
 
 import argparse
+import sys
 import time
+from pathlib import Path
 from typing import Any
+
+if not __package__:  # run as a file, whose folder holds a kernels.py that transformers would take for a package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

@@ -5,10 +5,14 @@ python -m benchmarks.start_time --model vit_base_patch16_224 --target-rank 128
 
 import argparse
 import copy
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+if not __package__:  # run as a file, whose folder holds a kernels.py that transformers would take for a package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import timm
 import torch

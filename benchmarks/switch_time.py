@@ -5,7 +5,12 @@ python -m benchmarks.switch_time --model vit_base_patch16_224 --batch 8
 
 import argparse
 import statistics
+import sys
 from contextlib import nullcontext
+from pathlib import Path
+
+if not __package__:  # run as a file, whose folder holds a kernels.py that transformers would take for a package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

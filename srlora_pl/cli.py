@@ -1,4 +1,4 @@
-"""The command line: ``python cli.py fit --config configs/quickstart.yaml``, also installed as ``srlora``.
+"""The command line: ``python cli.py fit --config configs/quickstart.yaml``, installed as ``srlora``.
 
 It holds what answers at once: help, subcommands, reading the config files, and turning an error that the user can mend
 into one sentence. torch and Lightning are imported when a run starts.
@@ -11,10 +11,13 @@ import os
 import sys
 import traceback
 from itertools import pairwise
+from pathlib import Path
 from typing import NoReturn
 
+import srlora_pl
 from srlora_pl.run import config
 from srlora_pl.util.errors import START_AGAIN, WORKER_DIED, Interrupted, UserError, causes, did_you_mean, is_utf8
+from srlora_pl.util.program import program
 
 RUNS = {
     "fit": "train, then test the best checkpoint where the test data have labels",
@@ -22,16 +25,16 @@ RUNS = {
     "test": "score a checkpoint on the test data",
     "predict": "write the model's prediction for every sample of data.predict_root, or of the test data",
 }
-EXAMPLES = """\
+_EXAMPLES = """\
 options of fit, validate, test and predict (--help of each lists all):
-  --config FILE      settings; several files are laid on top of each other
+  --config FILE      settings, a file or the name of a config (see {program} configs); several are laid over each other
   --ckpt_path FILE   fit: go on from it; the others: its weights; last: the furthest of the config's newest run
   --KEY VALUE        any setting, such as --model.lr 0.01 --model.method.rank 4 --data.batch_size 32
 
 examples:
-  python cli.py fit --config configs/quickstart.yaml
-  python cli.py fit --config configs/quickstart.yaml --config configs/methods/lora.yaml --seed_everything 1
-  python cli.py test --config runs/quickstart-srlora/version_0/config.yaml --ckpt_path last"""
+  {program} fit --config quickstart
+  {program} fit --config quickstart --config methods/lora --seed_everything 1
+  {program} test --config runs/quickstart-srlora/version_0/config.yaml --ckpt_path last"""
 # Of an OSError these mean the disk and not a bug: full, over quota, broken, read-only.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
@@ -70,8 +73,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The parser of all, and that of each subcommand."""
     raw = argparse.RawDescriptionHelpFormatter
     whole = _Parser(
-        "python cli.py", description="Fine-tuning with low-rank adapters.", epilog=EXAMPLES, formatter_class=raw
+        program(),
+        description="Fine-tuning with low-rank adapters.",
+        epilog=_EXAMPLES.format(program=program()),
+        formatter_class=raw,
     )
+    whole.add_argument("--version", action="version", version=f"srlora_pl {srlora_pl.__version__}")
     commands = whole.add_subparsers(metavar="SUBCOMMAND", title="subcommands", parser_class=_Parser)
 
     def command(name: str, text: str, epilog: str = "", add_help: bool = True) -> _Parser:
@@ -113,6 +120,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("--grid", action="extend", nargs="+", default=[], metavar="KEY=VALUE,VALUE,...", help=grid)
     add("--dry-run", action="store_true", help="list the runs, estimate the time, and stop")
 
+    add = command("configs", "list the configs that come with this package, or copy them").add_argument
+    add("--to", metavar="DIR", help="copy them into this folder, over no file that is there")
+
     written = "Each figure is written as PNG and SVG, and the data behind it as CSV."
     text = "draw a run's training loss, and which singular directions were active when"
     add = command("figures", text, written).add_argument
@@ -126,9 +136,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 def _dispatch(arguments: list[str]) -> int:
     whole, parsers = _parsers()
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
         whole.print_help()
-        return 0 if arguments else 2
+        return 2
+    if arguments[0] in ("-h", "--help", "--version"):
+        whole.parse_args(arguments)
     command, *options = arguments
     if command not in parsers:
         near = did_you_mean(command, parsers)
@@ -136,11 +148,12 @@ def _dispatch(arguments: list[str]) -> int:
     given, settings = parsers[command].parse_known_args(options)
     if command in RUNS:
         _require_utf8(settings)
-        contents = [config.read(file) for file in given.config]
+        files = [config.find(name) for name in given.config]
+        contents = [config.read(file) for file in files]
 
         from srlora_pl.run.run import Run
 
-        Run(command, given.config, contents, settings).start()
+        Run(command, files, contents, settings).start()
         return 0
     if command == "compare":
         from srlora_pl.comparison.command import compare
@@ -148,7 +161,9 @@ def _dispatch(arguments: list[str]) -> int:
         return compare(given, settings)
     if settings:
         parsers[command].error(f"unrecognized arguments: {' '.join(settings)}")
-    if command == "export":
+    if command == "configs":
+        print("\n".join(config.copy_to(Path(given.to)) if given.to else config.overview()))
+    elif command == "export":
         from srlora_pl.export.command import export
 
         print("\n".join(export(given)))

@@ -82,6 +82,26 @@ def test_step_time_runs_as_a_file(tmp_path):
     assert all(value > 0 for value in [*result["ratios"].values(), *result["bytes"].values()])
 
 
+@pytest.mark.slow
+def test_every_benchmark_runs_as_a_file(tmp_path):
+    """One after the other in one process, each as Python starts a file: its folder comes first, and no package."""
+    files = [str(file) for file in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in file.read_text()]
+    program = tmp_path / "one_by_one.py"
+    program.write_text(
+        "import contextlib, io, os, runpy, sys\n"
+        "for file in sys.argv[1:]:\n"
+        "    for name in [name for name in sys.modules if name.startswith('benchmarks')]:\n"
+        "        del sys.modules[name]\n"
+        "    sys.path[0], sys.argv = os.path.dirname(file), [file, '--help']\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(said := io.StringIO()):\n"
+        "        runpy.run_path(file, run_name='__main__')\n"
+        "    assert said.getvalue().startswith(f'usage: {os.path.basename(file)}'), (file, said.getvalue())\n"
+        "print('[]')\n"
+    )
+    assert len(files) > 10
+    assert result_of([program, *files], tmp_path) == []
+
+
 def test_gradient_time_times_every_pass_and_the_decomposition():
     words = ["-m", "benchmarks.gradient_time", "--model", "vit_tiny", "--batch", 2, "--passes", 2]
     result = result_of(words, ROOT)

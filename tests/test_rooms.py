@@ -13,6 +13,7 @@ PACKAGE = ROOT / "srlora_pl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top floor down; a room imports rooms below its floor only.
 FLOORS = (
+    ("__main__",),
     ("cli",),
     ("export", "comparison"),
     ("run",),

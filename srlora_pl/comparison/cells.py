@@ -15,8 +15,9 @@ from typing import Any, BinaryIO
 from srlora_pl.reporting.summary import FILE as SUMMARY
 from srlora_pl.util.errors import Interrupted, UserError
 from srlora_pl.util.files import lock, writing_to
+from srlora_pl.util.program import program
 
-_COMMAND_LINE = (sys.executable, "-c", "from srlora_pl.cli import main; raise SystemExit(main())")
+_COMMAND_LINE = (sys.executable, "-m", "srlora_pl")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Plan:
         words = [word for file in self.configs for word in ("--config", file)]
         words += ["--methods", ",".join(map(str, self.methods.values())), "--seeds", str(len(self.seeds))]
         words += ["--output", str(self.folder), *self.options, "--grid", *entries]
-        return shlex.join(["python", "cli.py", "compare", *words])
+        return f"{program()} {shlex.join(['compare', *words])}"
 
     def arguments(self, cell: Cell) -> list[str]:
         """The words of the command line that begin the run of ``cell`` or go on with it."""

@@ -1,4 +1,4 @@
-"""``python cli.py compare``: its options, its runs and the files with their results."""
+"""``compare``: its options, its runs and the files with their results."""
 
 import hashlib
 import json
@@ -21,6 +21,7 @@ from srlora_pl.run import config
 from srlora_pl.util import system, yaml_text
 from srlora_pl.util.errors import UserError, did_you_mean
 from srlora_pl.util.files import relative, write_whole, writing_to
+from srlora_pl.util.program import CONFIGS
 from srlora_pl.util.tables import csv_of
 
 _PLAN = "plan.json"
@@ -71,9 +72,10 @@ def plans_of(given: Namespace, options: tuple[str, ...]) -> list[Plan]:
         raise UserError(f"--seeds is {given.seeds}, it must be 1 or more")
     output, grids = Path(given.output), _grids(given.grid, [*chosen])
     _refuse_settings(_keys(options), list(dict.fromkeys(key for grid in grids.values() for key in grid)))
-    tasks = {name: (str(_own_file(f"{name}.yaml")),) for name in names} or {"": tuple(given.config)}
+    tasks = {name: [name] for name in names} or {"": given.config}
     plans = []
-    for name, files in tasks.items():
+    for name, configs in tasks.items():
+        files = tuple(map(config.find, configs))
         settings, _ = config.combine([config.read(file) for file in files])
         first = settings.get("seed_everything")
         first = first if type(first) is int else 0  # true and null are no seeds
@@ -86,21 +88,12 @@ def _methods(names: Sequence[str]) -> dict[str, Path]:
     """The overlay file of each method: one of ``configs/methods/``, or any YAML file."""
     files = {}
     for name in map(str.strip, names):
-        file = Path(name) if name.endswith((".yaml", ".yml")) else _own_file(f"methods/{name}.yaml")
+        file = Path(name) if name.endswith((".yaml", ".yml")) else Path(config.find(f"methods/{name}"))
         config.read(str(file))
         if file.stem in files:
             raise UserError(f"--methods names {file.stem} twice, give each overlay a name of its own")
         files[file.stem] = file
     return files
-
-
-def _own_file(name: str) -> Path:
-    """``name`` in ``configs/``, here or where this package lies."""
-    for home in (Path(), system.REPOSITORY):
-        if (file := home / "configs" / name).is_file():
-            return file
-    known = (file.stem for file in (system.REPOSITORY / "configs" / name).parent.glob("*.yaml"))
-    raise UserError(f"there is no configs/{name}{did_you_mean(Path(name).stem, known)}, give the path of a YAML file")
 
 
 def _grids(entries: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, list[str]]]:
@@ -293,7 +286,7 @@ def _left_out(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell])
 def _papers(plan: Plan) -> Mapping[str, Mapping[str, float]]:
     """The paper's numbers, where the config file is this package's own and no setting makes another task of it."""
     file, more = Path(plan.configs[0]), [*plan.configs[1:], *map(str, plan.methods.values())]
-    own = system.REPOSITORY / "configs" / file.name
+    own = CONFIGS / file.name
     given = {*map(_short_key, (*_keys(plan.options), *(key for grid in plan.grids.values() for key in grid)))}
     given |= {key for each in more for key in config.keys(config.read(each))}
     is_own = own.is_file() and own.read_bytes() == file.read_bytes() and not given & _TASK

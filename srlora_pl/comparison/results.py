@@ -93,7 +93,8 @@ class Outcome:
             **{f"best {self.summary['best'].get('monitor', '')}": self.summary["best"].get("value")},
             **quarters,
             **self.scores,
-            **{key: self.summary[key] for key in ("steps", "switches", "seconds", "peak_memory")},
+            **{key: self.summary[key] for key in ("steps", "switches", "restarts") if key in self.summary},
+            **{key: self.summary[key] for key in ("seconds", "peak_memory")},
             **{f"{kind} parameters": count for kind, count in self.summary["parameters"].items()},
             "commit": self.summary.get("commit"),
         }

@@ -299,7 +299,7 @@ def _last_write(folder: Path) -> float:
 
 
 def _combined(config_files: Sequence[str]) -> config.Node:
-    return config.combine([config.read(file) for file in config_files])[0]
+    return config.combine([config.read(config.find(file)) for file in config_files])[0]
 
 
 def load_task(checkpoint: Path, config_files: Sequence[str] = ()) -> tuple[Task, config.Node]:

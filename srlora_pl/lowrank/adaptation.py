@@ -16,6 +16,7 @@ from srlora_pl.lowrank.inference import Inference
 from srlora_pl.lowrank.linear import Adapter, Matrix
 from srlora_pl.lowrank.method import Controller, Method, Sources
 from srlora_pl.lowrank.methods import from_spec
+from srlora_pl.lowrank.optimizer_state import parameters_of
 from srlora_pl.lowrank.weights import FrozenWeights, Reload, freeze
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision
@@ -167,8 +168,9 @@ class Adaptation(Inference, FormerNames):
             sources: see `start`.
 
         Raises:
-            UserError: see `start` and `plan`; or the optimizer does not train the adapters.
+            UserError: see `start` and `plan`; or the optimizer does not train the adapters, or nothing.
         """
+        checks.require_something_to_train(self.method, parameters_of(optimizer))
         checks.require_trained(self.layers, optimizer)
         groups.require_suitable(self.method, self.layers, optimizer)
         self.start(sources)

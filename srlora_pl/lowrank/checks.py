@@ -25,6 +25,15 @@ def require_names(net: nn.Module, trainable: Iterable[str]) -> None:
             raise UserError(f"trainable names {entry!r}, which matches no parameter of the model{near}")
 
 
+def require_something_to_train(method: Any, parameters: Iterable[torch.Tensor]) -> None:
+    """Refuse ``parameters`` of which none trains, as of a linear probe without its head."""
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise UserError(
+            f"nothing trains: {type(method).__name__} itself trains no weights of this network, name its head in "
+            "trainable, such as ['head']"
+        )
+
+
 def require_unmerged(layers: Iterable[Adapter], before: str) -> None:
     """Refuse adapters that are merged into the weights ``before`` something that needs both."""
     if any(layer.merged for layer in layers):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from srlora_pl.lowrank.checks import require_unmerged
+from srlora_pl.lowrank.checks import require_something_to_train, require_unmerged
 from srlora_pl.lowrank.delta import merged_copy
 from srlora_pl.lowrank.groups import output_factors, param_groups
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter
@@ -104,7 +104,12 @@ class Inference:
             weight_decay: of matrices; vectors are not decayed.
             head_lr: learning rate of the parameters in ``trainable``, by default ``lr``.
             parameters: by default the network's.
+
+        Raises:
+            UserError: none of them trains.
         """
+        parameters = list(self.net.parameters() if parameters is None else parameters)
+        require_something_to_train(self.method, parameters)
         head = {id(p) for name, p in self.net.named_parameters() if is_below(name, self.trainable)}
         fast = {id(p) for p in output_factors(self.layers)}
 
@@ -113,7 +118,7 @@ class Inference:
                 return head_lr
             return lr * self.method.lr_ratio if id(parameter) in fast else lr
 
-        return param_groups(self.net.parameters() if parameters is None else parameters, rate_of, weight_decay)
+        return param_groups(parameters, rate_of, weight_decay)
 
     def print_trainable_parameters(self) -> None:
         """Print how many of the network's parameters train."""

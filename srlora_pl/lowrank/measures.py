@@ -1,7 +1,7 @@
 """What training does, in numbers: how the pairs score, how old they are, and how far the weights have moved."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +10,15 @@ from torch import Tensor
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.delta import stacked
 from srlora_pl.lowrank.linear import Matrix
-from srlora_pl.lowrank.targets import block_and_kind
+from srlora_pl.lowrank.targets import kind_of, repeated_blocks
 from srlora_pl.util.precision import full_precision
 
 
-def by_kind(matrices: Iterable[Matrix]) -> dict[str, list[Matrix]]:
+def by_kind(adaptation: Adaptation) -> dict[str, list[Matrix]]:
     """The matrices of the same place in their blocks, such as ``attn.qkv[q]``, in the order of the network."""
-    kinds = defaultdict(list)
-    for matrix in matrices:
-        kinds[block_and_kind(matrix.name)[1]].append(matrix)
+    kinds, blocks = defaultdict(list), repeated_blocks(adaptation.net)
+    for matrix in adaptation.matrices:
+        kinds[kind_of(matrix.name, blocks)].append(matrix)
     return dict(kinds)
 
 
@@ -27,7 +27,7 @@ def scores_by_kind(adaptation: Adaptation) -> dict[str, Tensor]:
     scores = adaptation.controller.scores()
     if not scores:
         return {}
-    kinds = by_kind(adaptation.matrices)
+    kinds = by_kind(adaptation)
     of_kinds = [torch.cat([scores[matrix.name] for matrix in group]) for group in kinds.values()]
     return dict(zip(kinds, torch.cat(of_kinds).cpu().split([len(each) for each in of_kinds]), strict=True))
 

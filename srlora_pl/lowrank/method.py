@@ -76,7 +76,7 @@ def kaiming_uniform(shape: Sequence[int], name: str) -> Tensor:
 
 
 class Progress(NamedTuple):
-    """How far the events of a run, such as switches, are: so many done of so many planned."""
+    """How far the events of a run (`Controller.events`) are: so many done of so many planned."""
 
     done: int = 0
     planned: int = 0
@@ -94,6 +94,7 @@ class Controller:
     """
 
     needs_length: ClassVar[bool] = False  # of the run, for `plan`
+    events: ClassVar[str] = "switches"  # what `progress` counts, in the words of users
 
     def __init__(self, adaptation: AdaptedNetwork) -> None:
         self.adaptation = adaptation

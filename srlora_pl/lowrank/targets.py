@@ -268,6 +268,15 @@ def _tied_weights(net: nn.Module) -> dict[str, str]:
     return {name: other for names in owners.values() for name in names for other in names if other != name}
 
 
+def kind_of(name: str, blocks: Iterable[str]) -> str:
+    """The place of a layer or a matrix in its block, one of ``blocks``, which may lie in a stage of several blocks.
+
+    ``stages.1.blocks.2.mlp.fc1`` is ``mlp.fc1`` of the block ``stages.1.blocks.2``.
+    """
+    block = next((block for block in blocks if is_below(name, [block])), None)
+    return block_and_kind(name)[1] if block is None else name.removeprefix(f"{block}.")
+
+
 def block_and_kind(name: str) -> tuple[int | None, str]:
     """The number of the block that a layer or a matrix lies in, the first number in its name, and the rest of it.
 

@@ -131,7 +131,7 @@ class Monitor(Callback):
         if part <= self._measured:
             return
         self._measured = part
-        for kind, matrices in by_kind(adaptation.matrices).items():
+        for kind, matrices in by_kind(adaptation).items():
             sample = [matrices[i] for i in sorted({0, len(matrices) // 2, len(matrices) - 1})]
             found = (size_of_change(adaptation, matrix) for matrix in sample)
             sizes = [size for size in found if size is not None]

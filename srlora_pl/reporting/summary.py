@@ -30,7 +30,7 @@ class Summary(Callback):
         self.earlier, self._done, self._begin = 0.0, 0.0, 0.0
         self._is_stale = self._fits = True
         self._commit: str | None = None  # at the beginning: the files may be changed while the run goes on
-        self._switches = 0  # at the end of training: the test that follows loads an earlier checkpoint
+        self._events = {"switches": 0}  # at the end of training: the test that follows loads an earlier checkpoint
 
     @property
     def seconds(self) -> float:
@@ -50,7 +50,8 @@ class Summary(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._done, self._begin = self.seconds, 0.0
-        self._switches = adaptation_of(pl_module).controller.progress().done
+        controller = adaptation_of(pl_module).controller
+        self._events |= {controller.events: controller.progress().done}
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds}
@@ -73,7 +74,7 @@ class Summary(Callback):
             "command": shlex.join(sys.argv),
             "method": adaptation_of(module).method.spec(),
             "steps": trainer.global_step,
-            "switches": self._switches,
+            **self._events,
             "scores": dict(scores),
             "best": dict(best),
             "seconds": self.seconds,

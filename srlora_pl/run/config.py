@@ -3,6 +3,8 @@
 Nothing here imports torch or Lightning, so that a mistyped file name is answered at once.
 """
 
+import re
+import shutil
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +12,9 @@ from typing import Any
 
 import yaml
 
-from srlora_pl.util.errors import UserError, did_you_mean
+from srlora_pl.util.errors import UserError, did_you_mean, listed
+from srlora_pl.util.files import relative, writing_to
+from srlora_pl.util.program import CONFIGS
 from srlora_pl.util.signatures import arguments_of_class
 from srlora_pl.util.yaml_text import load
 
@@ -25,12 +29,28 @@ _JOINED = ("callbacks", "logger", "plugins")
 _APART = ("monitor", "every_n_train_steps", "every_n_epochs", "train_time_interval")
 
 
+def find(name: str) -> str:
+    """The file that ``name`` means: a path, or one of ``configs/``, here or in this package: ``methods/pissa``.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if Path(name).is_file():
+        return name
+    inner = Path(name.removeprefix("configs/"))
+    inner = inner if inner.suffix in (".yaml", ".yml") else inner.with_name(f"{inner.name}.yaml")
+    for home in (Path("configs"), CONFIGS):
+        if (file := home / inner).is_file():
+            return str(relative(file))
+    folder = Path(name).parent
+    known = [*folder.glob("*.yaml"), *(each.relative_to(CONFIGS) for each in CONFIGS.rglob("*.yaml"))]
+    names = [*map(str, known), *(str(each.with_suffix("")) for each in known)]
+    raise UserError(f"the config file {name} does not exist{did_you_mean(name, names)}")
+
+
 def read(path: str) -> Node:
     """The settings of a YAML file; one that is missing, or no mapping, is refused."""
-    file = Path(path)
-    if not file.is_file():
-        siblings = map(str, file.parent.glob("*.yaml"))
-        raise UserError(f"the config file {path} does not exist{did_you_mean(path, siblings)}")
+    file = Path(find(path))
     try:
         content = load(file.read_text("utf-8"))
     except yaml.MarkedYAMLError as error:
@@ -43,6 +63,28 @@ def read(path: str) -> Node:
     if not isinstance(content.get("trainer", {}), dict):
         raise UserError(f"trainer in {path} must hold settings of its own, not {_shortened(content['trainer'])}")
     return content
+
+
+def overview() -> list[str]:
+    """A line for each config of this package: its name, and what its file says first."""
+    lines = []
+    for file in sorted(CONFIGS.rglob("*.yaml")):
+        first = file.read_text("utf-8").partition("\n")[0].lstrip("# ")
+        lines.append(f"{file.relative_to(CONFIGS).with_suffix('')!s:26}{re.split(r'[.:;](?= |$)', first)[0]}")
+    return lines
+
+
+def copy_to(folder: Path) -> list[str]:
+    """Copy the configs of this package into ``folder``, over no file that is there; returns what to say."""
+    files = sorted(CONFIGS.rglob("*.yaml"))
+    places = [folder / file.relative_to(CONFIGS) for file in files]
+    if there := [place for place in places if place.exists()]:
+        raise UserError(f"--to {folder} has {listed(there, 3)} already: give another folder")
+    with writing_to(f"--to {folder}"):
+        for file, place in zip(files, places, strict=True):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+    return [f"{len(files)} configs copied to {folder}"]
 
 
 def combine(contents: Sequence[Node]) -> tuple[Node, set[str]]:

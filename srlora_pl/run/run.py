@@ -30,6 +30,7 @@ from srlora_pl.training.mixin import refuse_copies
 from srlora_pl.util import system, yaml_text
 from srlora_pl.util.errors import Interrupted, UserError, causes
 from srlora_pl.util.files import alone_in, relative
+from srlora_pl.util.program import program
 
 TRAINER_DEFAULTS = {
     "default_root_dir": folders.ROOT,
@@ -68,7 +69,7 @@ class Run(LightningCLI):
             seed_everything_default=0,
             save_config_callback=None,
             auto_configure_optimizers=False,
-            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": f"python cli.py {command}"},
+            parser_kwargs={"exit_on_error": False, "allow_abbrev": False, "prog": f"{program()} {command}"},
             args=rest,
             # Without subcommands of its own LightningCLI leaves the checkpoint's hyperparameters alone; with
             # them they would overrule the command line.

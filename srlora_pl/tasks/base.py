@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -205,6 +206,10 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def _data(self) -> DataForTask:
         return data_of(internals.trainer_of(self))
 
+    def configure_callbacks(self) -> list[Callback]:
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(each, _RestorePrecision) for each in callbacks) else [_RestorePrecision()]
+
     def setup(self, stage: str) -> None:
         self._restore_precision = restorer()
         torch.set_float32_matmul_precision(self.hparams["matmul_precision"])
@@ -357,6 +362,14 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         require_same_classes(self.trained_classes, self._data)
         self.found_head = None
         super().on_load_checkpoint(checkpoint)
+
+
+class _RestorePrecision(Callback):
+    """Gives the process its matmul precision back after a run that raised, whose ``teardown`` Lightning leaves out."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if restore := vars(pl_module).get("_restore_precision"):  # else it raised before the precision was set
+            restore()
 
 
 def arguments_of(names: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import v2
 
 from srlora_pl.lowrank import Method
-from srlora_pl.models.family import Timm
+from srlora_pl.models.timm_family import Timm
 from srlora_pl.models.timm_models import data_config
 from srlora_pl.tasks.base import Batch, Task, arguments_of
 from srlora_pl.tasks.evaluation import LogitScores

@@ -15,7 +15,7 @@ from srlora_pl.data.protocols import UNSAID
 from srlora_pl.lowrank import Method
 from srlora_pl.models import encoders
 from srlora_pl.models.deberta import use_fast_attention
-from srlora_pl.models.family import Transformers
+from srlora_pl.models.encoder_family import Transformers
 from srlora_pl.tasks import scores
 from srlora_pl.tasks.base import Batch, Task, arguments_of
 from srlora_pl.tasks.evaluation import LogitScores

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shlex
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import files_of, newest, resumes
 from srlora_pl.util.errors import Interrupted
 from srlora_pl.util.files import relative
+from srlora_pl.util.program import program
 
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 
@@ -127,8 +127,7 @@ class Interrupts(Callback):
         if self.folder and self.checkpoint:
             config, checkpoint = relative(self.folder / "config.yaml"), relative(self.checkpoint)
             arguments = ["fit", "--config", str(config), "--ckpt_path", str(checkpoint)]
-            program = "srlora" if Path(sys.argv[0]).stem == "srlora" else "python cli.py"
-            what += f"; go on with: {program} {shlex.join(arguments)}"
+            what += f"; go on with: {program()} {shlex.join(arguments)}"
         return Interrupted(f"interrupted by {signal.Signals(number).name}{what}", 128 + number)
 
 

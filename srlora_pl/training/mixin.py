@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.serialization import add_safe_globals, safe_globals
 
 from srlora_pl.lowrank import Adaptation, Method
-from srlora_pl.lowrank.checks import require_trained, require_unmerged
+from srlora_pl.lowrank.checks import require_something_to_train, require_trained, require_unmerged
 from srlora_pl.lowrank.groups import require_suitable
 from srlora_pl.lowrank.linear import Matrix
 from srlora_pl.lowrank.method import Sources
@@ -135,6 +135,7 @@ class SRLoRAMixin(_Module):
         self.trainer.precision_plugin.convert_module(self)
         if stage != "fit":
             return
+        require_something_to_train(self.adaptation.method, self.parameters())
         self._averages_are_in = False  # a validation that was cut off may have left it otherwise
         self._refuse_what_cannot_be_right()
         if not internals.module_loads_training_data(self.trainer):  # whose own setup may not be over
@@ -271,11 +272,11 @@ class SRLoRAMixin(_Module):
         except UserError as error:  # of a run so short that it may be chance, and it is over
             rank_zero_warn(str(error))
         self.adaptation.restorable_parameters(self._trained())  # all that trained now may be frozen at a checkpoint
-        progress = self.adaptation.controller.progress()
-        if progress.missing:
+        controller = self.adaptation.controller
+        if (progress := controller.progress()).missing:
             rank_zero_info(
                 f"Training stopped at step {self.trainer.global_step}: {progress.missing} of {progress.planned} "
-                "switches were not reached."
+                f"{controller.events} were not reached."
             )
 
     # --- checkpoint ----------------------------------------------------------------------------------------------

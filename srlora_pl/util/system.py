@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-REPOSITORY = Path(__file__).parents[2]
+from srlora_pl.util.program import REPOSITORY
+
 _LARGEST = 2**31 - 1  # that mallopt(3) takes
 _LIBRARIES = ("srlora_pl", "torch", "torchvision", "lightning", "timm", "transformers", "peft")
 

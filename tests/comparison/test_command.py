@@ -136,7 +136,7 @@ def test_the_papers_tables():
     ("values", "words"),
     [
         ({"config": ["TASK"], "seeds": 0}, ["--seeds", "0"]),
-        ({"config": ["TASK"], "methods": "lora,srlra"}, ["configs/methods/srlra.yaml", "'srlora'"]),
+        ({"config": ["TASK"], "methods": "lora,srlra"}, ["methods/srlra", "'methods/srlora'"]),
         ({"config": ["TASK"], "methods": "lora,lora"}, ["lora", "twice"]),
         ({"config": ["TASK"], "grid": ["model.lr"]}, ["model.lr", "values"]),
         ({"config": ["TASK"], "grid": ["model.lr=1,1"]}, ["model.lr=1,1", "twice"]),
@@ -145,7 +145,7 @@ def test_the_papers_tables():
         ({"config": ["TASK"], "grid": ["model.lr=1", "model.lr=2"]}, ["--grid", "model.lr", "twice"]),
         ({"config": ["TASK"], "grid": ["lora.model.lr=1", "lora.model.lr=2"]}, ["--grid", "lora.model.lr", "twice"]),
         ({"config": ["TASK"], "grid": ["lra.model.lr=1,2"]}, ["--grid", "lra", "--methods", "'lora'"]),
-        ({"config": ["TASK"], "methods": "lora,"}, ["configs/methods/.yaml"]),
+        ({"config": ["TASK"], "methods": "lora,"}, ["methods/ does not exist"]),
     ],
 )
 def test_what_cannot_be_compared_is_refused(values, words, task):

@@ -482,14 +482,14 @@ def test_files_that_give_other_outputs_are_not_left(vit, tmp_path, monkeypatch, 
 
     write = srlora_pl.models.peft_folder.write
     if mode == "merged":
-        original = srlora_pl.models.family.Timm.save
+        original = srlora_pl.models.timm_family.Timm.save
 
         def broken(self, net, folder, *rest):
             notes = original(self, net, folder, *rest)
             damage(folder / "model.safetensors", load_file(folder / "model.safetensors"))
             return notes
 
-        monkeypatch.setattr(srlora_pl.models.family.Timm, "save", broken)
+        monkeypatch.setattr(srlora_pl.models.timm_family.Timm, "save", broken)
     else:
 
         def broken(folder, *rest):

@@ -77,3 +77,16 @@ def test_parts_that_are_called_alone_are_refused() -> None:
         adaptation.before_optimizer(1)
     net(torch.randn(4, 5)).sum().backward()
     adaptation.before_optimizer(1)
+
+
+def test_training_without_a_head_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(5, 8), nn.Linear(8, 3))
+    adaptation = Adaptation(net, LinearProbe())
+    for train_it in (
+        lambda: adaptation.param_groups(lr=0.1),
+        lambda: adaptation.attach(torch.optim.SGD(net.parameters(), lr=0.1), last_step=1),
+    ):
+        with pytest.raises(UserError, match=mentions("LinearProbe", "trainable", "['head']")):
+            train_it()
+    head = nn.Linear(3, 2)  # which may lie beside the network
+    adaptation.attach(torch.optim.SGD(head.parameters(), lr=0.1), last_step=1)

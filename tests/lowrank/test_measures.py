@@ -3,9 +3,10 @@
 import math
 
 import pytest
+import timm
 import torch
 
-from srlora_pl.lowrank import LoRA, PiSSA
+from srlora_pl.lowrank import Adaptation, LoRA, PiSSA
 from srlora_pl.lowrank.measures import (
     Size,
     by_kind,
@@ -77,9 +78,19 @@ def test_a_change_that_diverged_is_not_measured():
 
 def test_kinds_are_places_in_a_block():
     adaptation, _ = trained(LoRA(rank=2), steps=0)
-    kinds = by_kind(adaptation.matrices)
+    kinds = by_kind(adaptation)
     assert list(kinds) == ["qkv[q]", "qkv[k]", "qkv[v]", "proj", "fc1", "fc2"]
     assert [matrix.name for matrix in kinds["qkv[k]"]] == ["blocks.0.qkv[k]", "blocks.1.qkv[k]"]
+
+
+def test_the_stages_of_a_network_have_their_kinds_in_common():
+    net = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 2), embed_dim=12, num_heads=(2, 2))
+    kinds = by_kind(Adaptation(net, LoRA(rank=2)))
+    every = [f"layers.{stage}.blocks.{block}" for stage, block in ((0, 0), (1, 0), (1, 1))]
+    expected = {f"attn.{part}" for part in ("qkv[q]", "qkv[k]", "qkv[v]", "proj")} | {"mlp.fc1", "mlp.fc2"}
+    assert {*kinds} == {*expected, "downsample.reduction"}
+    for kind in expected:
+        assert [matrix.name for matrix in kinds[kind]] == [f"{block}.{kind}" for block in every]
 
 
 def test_scores_are_those_of_every_matrix_of_the_kind():

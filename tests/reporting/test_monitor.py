@@ -28,7 +28,7 @@ def test_scores_are_those_of_the_pairs(run: Watched) -> None:
     adaptation = run.last_state().adaptation
     scores = adaptation.controller.scores()
     for kind in KINDS:
-        expected = torch.cat([scores[matrix.name] for matrix in by_kind(adaptation.matrices)[kind]])
+        expected = torch.cat([scores[matrix.name] for matrix in by_kind(adaptation)[kind]])
         steps, means = run.curve(f"scores/{kind}")
         assert steps == LOGGED
         assert means[-1] == pytest.approx(expected.mean().item(), rel=1e-5)
@@ -81,7 +81,7 @@ def test_the_change_since_the_pretrained_weights(run: Watched) -> None:
     before = adaptation.pretrained_weights()
     for kind in KINDS:
         norms, stable = [], []
-        for matrix in by_kind(adaptation.matrices)[kind]:
+        for matrix in by_kind(adaptation)[kind]:
             change = adaptation.layers[matrix.layer_name].merged_weight() - before[matrix.layer_name]
             sigma = torch.linalg.svdvals(matrix.of_weight(change))
             norms.append(sigma.norm().item())

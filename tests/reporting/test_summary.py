@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from srlora_pl import ImageClassifier, SRLoRA
+from srlora_pl import ImageClassifier, ReLoRA, SRLoRA
 from srlora_pl.reporting import Summary
 from srlora_pl.util import system
 from tests.helpers.images import CLASSES, SMALL_VIT, samples
@@ -60,6 +60,28 @@ def test_the_switches_and_the_commit_are_those_of_the_whole_run(last, switches, 
     assert (found["switches"], found["steps"], found["scores"]) == (switches, last, {"test/score": 0.5})
     assert found["commit"] == "abc"
     assert found["seconds"] == summary.seconds > 0
+
+
+def test_the_restarts_of_a_method_are_no_switches(tmp_path):
+    """SRLoRA's summary has switches alone, ReLoRA's names its restarts beside 0 switches."""
+    found = []
+    for method in (SRLoRA(rank=2, target_rank=6), ReLoRA(rank=2, restarts=2)):
+        model, summary = ImageClassifier("vit_tiny_patch16_224", CLASSES, method, SMALL_VIT), Summary(tmp_path)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=6,
+            callbacks=[summary],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        trainer.fit(model, DataLoader(samples(24), batch_size=4))
+        summary.write(trainer, model, {}, {})
+        content = json.loads((tmp_path / "summary.json").read_text())
+        found.append({key: content.get(key) for key in ("switches", "restarts")})
+    assert found == [{"switches": 3, "restarts": None}, {"switches": 0, "restarts": 2}]
 
 
 def test_seconds_add_up_over_the_processes_of_a_run(tmp_path, monkeypatch):

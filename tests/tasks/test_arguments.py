@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from srlora_pl import ImageClassifier, LoRA, TextClassifier
-from srlora_pl.models.family import Timm
+from srlora_pl.models.timm_family import Timm
 from srlora_pl.tasks.base import Task, arguments_of
 from srlora_pl.tasks.evaluation import LogitScores
 from srlora_pl.util.errors import UserError

@@ -384,6 +384,20 @@ def test_matmul_precision_holds_during_a_run(classifier, trainer, loader):
         classifier(matmul_precision="tf32")
 
 
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_batch_end"])
+def test_a_run_that_raises_gives_the_matmul_precision_back(hook, classifier, trainer, loader):
+    class Fails(Callback):
+        pass
+
+    def fail(*args, **kwargs):
+        raise ArithmeticError
+
+    setattr(Fails, hook, fail)
+    with pytest.raises(ArithmeticError):
+        trainer(callbacks=[Fails()], max_steps=1).fit(classifier(matmul_precision="high"), loader)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 def test_a_resume_with_another_learning_rate_is_refused_and_a_test_is_not(classifier, trainer, loader, tmp_path):
     """The optimizer's state holds the old rate, and would bring it back without a word."""
     run = trainer(max_steps=2)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from srlora_pl import ImageClassifier, ImageData, LoRA, PiSSA, SRLoRA, TextClassifier, UserError
 from srlora_pl.lowrank import Adaptation, Spectrum
 from srlora_pl.lowrank.starts.spectrum import spectra
-from srlora_pl.reporting import Monitor, Progress, ResumableCurves, ResumableTensorBoardLogger
+from srlora_pl.reporting import Monitor, Progress, ProgressLines, ResumableCurves, ResumableTensorBoardLogger
 from srlora_pl.tasks.scores import SCORES, ScoreOfAll, metrics
 from tests.helpers.encoders import BERT, DEBERTA, Data, folder, samples
 from tests.helpers.images import SMALL_VIT
@@ -144,7 +144,7 @@ def _like_a_gpu(monkeypatch):
     monkeypatch.setattr(torch, "tensor", lambda *data, device="cpu", **k: tensor(*data, **k).to(device))
 
 
-def watched(model: Any, data: Any, path: Path, **options: Any) -> Watch:
+def watched(model: Any, data: Any, path: Path, bar: type = Progress, **options: Any) -> Watch:
     """What a run of ``model`` waited for, with the callbacks that the command line gives it."""
     watch = Watch()
     trainer = L.Trainer(
@@ -154,7 +154,7 @@ def watched(model: Any, data: Any, path: Path, **options: Any) -> Watch:
         val_check_interval=8,
         check_val_every_n_epoch=None,
         logger=ResumableTensorBoardLogger(path / "curves"),
-        callbacks=[OnDevice(watch), ResumableCurves(), LearningRateMonitor("step"), Monitor(), Progress()],
+        callbacks=[OnDevice(watch), ResumableCurves(), LearningRateMonitor("step"), Monitor(), bar()],
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -180,6 +180,15 @@ def test_images(optimizer, method, switches, tmp_path):
     assert watch.steps == LOGS | VALIDATIONS | switches, watch.waits
 
 
+def test_lines_instead_of_a_bar(tmp_path, capsys):
+    model = ImageClassifier("vit_tiny_patch16_224", 10, LoRA(rank=4), SMALL_VIT)
+    watch = watched(model, ImageData("digits", batch_size=64, val_fraction=0.1), tmp_path, ProgressLines)
+    assert watch.steps == LOGS | VALIDATIONS, watch.waits
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("step ") for line in lines) == len(LOGS)
+    assert sum(line.startswith("validation after ") for line in lines) == len(VALIDATIONS - {IN_VALIDATION})
+
+
 @pytest.mark.parametrize("config", [BERT, DEBERTA], ids=["bert", "deberta"])
 def test_texts(config, tmp_path):
     torch.manual_seed(0)
@@ -188,9 +197,9 @@ def test_texts(config, tmp_path):
     label = torch.arange(48) % 2
     watch = watched(model, Data(samples(48, label), samples(40, label, length=7)), tmp_path)
     if config is BERT:  # transformers asks in each forward pass whether there is any padding
-        theirs = [step for step, caller in watch.waits if caller == "srlora_pl.models.family.logits"]
+        theirs = [step for step, caller in watch.waits if caller == "srlora_pl.models.encoder_family.logits"]
         assert [step for step in theirs if step > 0] == [*range(1, STEPS + 1)]
-        watch.waits = [each for each in watch.waits if each[1] != "srlora_pl.models.family.logits"]
+        watch.waits = [each for each in watch.waits if each[1] != "srlora_pl.models.encoder_family.logits"]
     assert watch.steps == LOGS | VALIDATIONS | SWITCHES, watch.waits
 
 

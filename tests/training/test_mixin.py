@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from srlora_pl import SRLoRAMixin, UserError
-from srlora_pl.lowrank import Adaptation, GaLore, LoRA, PiSSA
+from srlora_pl.lowrank import Adaptation, GaLore, LinearProbe, LoRA, PiSSA
 from tests.helpers.errors import mentions
 from tests.helpers.toy_module import Toy, loader, srlora, trainer
 from tests.helpers.toys import toy_batches, toy_net
@@ -414,6 +414,7 @@ class HeadOnly(Toy):
         (HeadOnly, {}, ["optimizer", "blocks.0.qkv"]),
         (partial(Toy, LoRA(rank=2, lr_ratio=16.0)), {}, ["lr_ratio", "16", "param_groups"]),
         (partial(Toy, GaLore(rank=2)), {}, ["GaLore", "AdamW", "param_groups"]),
+        (partial(Toy, LinearProbe()), {}, ["LinearProbe", "trainable", "['head']"]),
     ],
 )
 def test_what_cannot_be_right_is_refused_by_name(module, options, words):

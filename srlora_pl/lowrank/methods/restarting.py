@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -37,6 +38,7 @@ class Restarting(Controller):
     """
 
     needs_length = True
+    events = "restarts"
 
     def __init__(self, method: Settings, adaptation: AdaptedNetwork) -> None:
         super().__init__(adaptation)
@@ -111,9 +113,9 @@ class Restarting(Controller):
         missing, coming = (self.pace.missing, self.pace.next_step) if self.pace else (0, None)
         return Progress(self.done, self.done + missing, coming)
 
-    def metrics(self, step: int) -> dict[str, float]:
+    def metrics(self, step: int) -> Mapping[str, float]:
         due = self.pace.schedule.due(step) - self.pace.done if self.pace else 0
-        return {"switches": float(self.done + max(due, 0))}
+        return {**super().metrics(step), "restarts": float(self.done + max(due, 0))}
 
     def state_dict(self) -> dict[str, Any]:
         return {"pace": self.pace and self.pace.state(), "done": self.done}

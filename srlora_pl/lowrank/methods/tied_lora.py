@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, Matrix, SharedFactors
 from srlora_pl.lowrank.method import Method, kaiming_uniform
-from srlora_pl.lowrank.target_settings import is_below
-from srlora_pl.lowrank.targets import block_and_kind, repeated_blocks
+from srlora_pl.lowrank.targets import kind_of, repeated_blocks
 
 
 class TiedLinear(AdaptedLinear):
@@ -41,7 +40,7 @@ class TiedLoRA(Method):
         layers = super().inject(net, taken)
         blocks, groups = repeated_blocks(net), dict[tuple[str, int, int, int], list[Matrix]]()
         for matrix in [matrix for name, layer in layers.items() for matrix in layer.matrices(name)]:
-            groups.setdefault((_kind(matrix.name, blocks), *matrix.shape, matrix.rank), []).append(matrix)
+            groups.setdefault((kind_of(matrix.name, blocks), *matrix.shape, matrix.rank), []).append(matrix)
         holders: dict[str, Adapter] = {}
         for (kind, out, in_, rank), matrices in groups.items():
             name = "tied_" + "".join(letter if letter.isalnum() else "_" for letter in kind)
@@ -54,9 +53,3 @@ class TiedLoRA(Method):
                 matrix.layer.shared = [*matrix.layer.shared, holder]
             net.add_module(name, holder)
         return {**layers, **holders}
-
-
-def _kind(name: str, blocks: Sequence[str]) -> str:
-    """The place of a matrix in its block, which may lie in a stage of several blocks."""
-    block = next((block for block in blocks if is_below(name, [block])), None)
-    return block_and_kind(name)[1] if block is None else name.removeprefix(f"{block}.")

@@ -1,0 +1,3 @@
+from srlora_pl.cli import main
+
+raise SystemExit(main())
