@@ -27,6 +27,7 @@ from lightning.pytorch import Callback
 from benchmarks.report import report
 from srlora_pl import cli
 from srlora_pl.reporting import MatrixTable, Monitor, Progress
+from srlora_pl.run import defaults
 from srlora_pl.run.run import Run
 from srlora_pl.util.system import device_name
 
@@ -66,6 +67,7 @@ class Stopwatch(Callback):
 
 def watch(stopwatch: Stopwatch) -> None:
     """Time the callbacks of every run that is made from now on."""
+    defaults.bar_or_lines = Progress  # whatever this program writes to
     build, start_bar = Run.instantiate_trainer, Progress._init_progress
 
     def with_stopwatch(self: Run, **options: Any) -> Any:

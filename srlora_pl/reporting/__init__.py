@@ -4,7 +4,7 @@ from srlora_pl.reporting.csv_log import ResumableCSVLogger
 from srlora_pl.reporting.curves import ResumableCurves, ResumableTensorBoardLogger
 from srlora_pl.reporting.monitor import Monitor
 from srlora_pl.reporting.predictions import GLUEWriter, PredictionWriter
-from srlora_pl.reporting.progress import MatrixTable, Progress
+from srlora_pl.reporting.progress import MatrixTable, Progress, ProgressLines, bar_or_lines
 from srlora_pl.reporting.summary import Summary
 
 __all__ = [
@@ -13,8 +13,10 @@ __all__ = [
     "Monitor",
     "PredictionWriter",
     "Progress",
+    "ProgressLines",
     "ResumableCSVLogger",
     "ResumableCurves",
     "ResumableTensorBoardLogger",
     "Summary",
+    "bar_or_lines",
 ]

@@ -1,9 +1,12 @@
 """A run's console output: the adapted matrices, the progress bar, the closing line."""
 
+import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.table import Table
 
@@ -67,6 +70,59 @@ class Progress(internals.ResumableRichBar):
         if planned:
             shown[controller.events] = f"{done}/{planned}" + (f", next {coming}" if coming else "")
         return shown
+
+
+class ProgressLines(ProgressBar):
+    """What `Progress` shows, in lines, where nobody sees a bar move: in a file, a pipe, the log of a job.
+
+    Every ``trainer.log_every_n_steps`` steps one such as ``step 50 of 360, loss 1.234, lr 0.00098, 3.2 steps/s, 97.0 s
+    left``, and one with the scores of each validation. The time left is that of the steps at their mean speed so far,
+    validations included. It waits for the device where `Progress` does.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_on = True
+        self._first_step, self._begin, self._lr = 0, 0.0, 0.0
+
+    def disable(self) -> None:  # Lightning calls it in all processes but the first
+        self._is_on = False
+
+    def enable(self) -> None:
+        self._is_on = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_step, self._begin = trainer.global_step, time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, *rest: Any) -> None:
+        self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_batch_end(self, trainer: Any, *rest: Any) -> None:
+        if not (self._is_on and internals.logs_this_step(trainer)):
+            return
+        step, steps = trainer.global_step, trainer.estimated_stepping_batches
+        seconds = (time.perf_counter() - self._begin) / max(step - self._first_step, 1)
+        known = 0 < steps < math.inf
+        loss = trainer.callback_metrics.get("train/loss")
+        print(", ".join([
+            f"step {step:,}" + (f" of {int(steps):,}" if known else ""),
+            *([] if loss is None else [f"loss {float(loss):.4g}"]),
+            f"lr {self._lr:.3g}",
+            f"{1 / seconds:.3g} steps/s",
+            *([f"{duration((steps - step) * seconds)} left"] if known and step < steps else []),
+        ]), flush=True)  # fmt: skip
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_on and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            scores = {key: value for key, value in trainer.callback_metrics.items() if key.startswith("val")}
+            words = (f"{name} {float(value):.4g}" for name, value in scores.items())
+            print(f"validation after step {trainer.global_step:,}: {', '.join(words)}", flush=True)
+
+
+def bar_or_lines() -> ProgressBar:
+    """A bar on a terminal or in a notebook, else lines."""
+    console = Console()
+    return Progress() if console.is_terminal or console.is_jupyter else ProgressLines()
 
 
 class MatrixTable(Callback):

@@ -26,9 +26,9 @@ from srlora_pl.reporting import (
     MatrixTable,
     Monitor,
     PredictionWriter,
-    Progress,
     ResumableCSVLogger,
     ResumableTensorBoardLogger,
+    bar_or_lines,
 )
 from srlora_pl.run.folders import folder_of
 from srlora_pl.training import lightning_internals as internals
@@ -82,7 +82,7 @@ def with_defaults(
     if fits and settings.enable_model_summary is not False and not has(users, ModelSummary):
         callbacks.append(MatrixTable())
     if settings.enable_progress_bar is not False and not has(users, ProgressBar):
-        callbacks.append(Progress())
+        callbacks.append(bar_or_lines())
     callbacks += users
     if saves and not _saves_last(users):  # after the others, so that it knows what they have saved
         place = max((i for i, each in enumerate(callbacks, 1) if isinstance(each, ModelCheckpoint)), default=0)

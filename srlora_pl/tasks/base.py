@@ -207,7 +207,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         return data_of(internals.trainer_of(self))
 
     def configure_callbacks(self) -> list[Callback]:
-        return [_RestorePrecision()]
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(each, _RestorePrecision) for each in callbacks) else [_RestorePrecision()]
 
     def setup(self, stage: str) -> None:
         self._restore_precision = restorer()

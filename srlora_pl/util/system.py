@@ -68,7 +68,7 @@ def keep_freed_memory() -> None:
     """Have this process use the memory again that it frees, where the C library can be told so.
 
     glibc gives large blocks back at once, and the next step waits for the system to clear as many: a tenth of a step
-    of ViT-B/16 on a CPU, see the README. Sets ``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD`` of mallopt(3).
+    of ViT-B/16 on a CPU, see docs/speed.md. Sets ``M_MMAP_THRESHOLD`` and ``M_TRIM_THRESHOLD`` of mallopt(3).
     """
     library = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(library, "mallopt"):

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tomllib
 from typing import Any
 
 import pytest
@@ -54,10 +55,21 @@ def test_the_loop_example_needs_no_lightning():
     assert "lightning" not in example("adaptation.merge()")
 
 
+def test_the_page_shows_readmes_example():
+    (readmes,) = [block.text for block in blocks("python", "README.md")]
+    assert example("SRLoRAMixin") == readmes
+
+
 @pytest.mark.parametrize("page", pages())
 def test_config_files_named_on_a_page_exist(page):
     for path in set(re.findall(r"configs/[\w/]+\.yaml", pages()[page])):
         assert (ROOT / path).is_file(), path
+
+
+def test_a_table_names_every_extra_that_users_want():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = set(re.findall(r"^\| `(\w+)` \|", pages()["docs/start.md"].partition("## Extras")[2], re.MULTILINE))
+    assert named == set(extras) - {"test", "docs", "dev"}
 
 
 def test_a_table_names_every_config():

@@ -9,7 +9,7 @@ from tests.helpers.paths import ROOT
 
 README = ROOT / "README.md"
 _FENCE = re.compile(
-    r"^(?:<!-- (?P<mark>[\w ]+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"^(?:<!-- (?P<mark>[\w ./]+) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 
 

@@ -4,17 +4,42 @@ import contextlib
 import csv
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
+import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
+from rich.console import Console
 
 from srlora_pl.lowrank import LoRA, ReLoRA, SRLoRA
-from srlora_pl.reporting.progress import Progress, closing_line, duration, matrix_rows, parameter_line
+from srlora_pl.reporting.progress import (
+    Progress,
+    ProgressLines,
+    bar_or_lines,
+    closing_line,
+    duration,
+    matrix_rows,
+    parameter_line,
+)
 from srlora_pl.training.resume import ExactResume
 from tests.helpers.toy_module import Toy, loader, srlora, trainer
 from tests.helpers.watched import Watched
+
+
+class Exact(ExactResume, Toy):
+    pass
+
+
+class Falling(Toy):
+    """Its learning rate is another in every step."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
 
 class Shown(Callback):
@@ -54,14 +79,76 @@ def test_the_bar_says_loss_and_switches(tmp_path):
     assert losses[0] != losses[1]
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds that pass by themselves: one with each training batch, five with each validation."""
+
+    class Clock(Callback):
+        now = 100.0
+
+        def on_train_batch_start(self, *_):
+            self.now += 1
+
+        def on_validation_start(self, *_):
+            self.now += 5
+
+    clock = Clock()
+    monkeypatch.setattr("srlora_pl.reporting.progress.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def test_lines_say_what_the_curves_say_and_when_the_run_will_be_over(clock, tmp_path, capsys):
+    """12 optimizer steps of two batches each, logged every 4, validated after every 4."""
+    rows = CSVLogger(tmp_path)
+    options = {"accumulate_grad_batches": 2, "val_check_interval": 8, "log_every_n_steps": 4, "max_steps": 12}
+    callbacks = [clock, ProgressLines(), LearningRateMonitor("step")]
+    fitting = trainer(logger=rows, callbacks=callbacks, enable_progress_bar=True, num_sanity_val_steps=0, **options)
+    fitting.fit(Falling(LoRA(rank=2)), loader(), loader(3))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("step", "validation"))]
+    with (Path(rows.log_dir) / "metrics.csv").open() as file:
+        logged = list(csv.DictReader(file))
+    losses, rates, scores = (
+        [float(row[name]) for row in logged if row[name]] for name in ("train/loss", "lr-AdamW", "val/loss")
+    )
+    rates = rates[1::2]  # of the second batch of each step
+    assert len(losses) == len(rates) == len(scores) == 3
+    assert lines == [
+        f"step 4 of 12, loss {losses[0]:.4g}, lr {rates[0]:.3g}, 0.5 steps/s, 16.0 s left",
+        f"validation after step 4: val/loss {scores[0]:.4g}",
+        f"step 8 of 12, loss {losses[1]:.4g}, lr {rates[1]:.3g}, 0.381 steps/s, 10.5 s left",
+        f"validation after step 8: val/loss {scores[1]:.4g}",
+        f"step 12 of 12, loss {losses[2]:.4g}, lr {rates[2]:.3g}, 0.353 steps/s",
+        f"validation after step 12: val/loss {scores[2]:.4g}",
+    ]
+
+
+def test_lines_of_a_resumed_run_count_its_own_seconds_and_other_processes_print_none(clock, tmp_path, capsys):
+    def fit(steps, lines, ckpt_path=None):
+        options = {"enable_progress_bar": True, "log_every_n_steps": 4, "max_steps": steps}
+        fitting = trainer(tmp_path, callbacks=[clock, lines], logger=CSVLogger(tmp_path), **options)
+        fitting.fit(Exact(LoRA(rank=2)), loader(), ckpt_path=ckpt_path)
+        fitting.save_checkpoint(tmp_path / "a.ckpt")
+        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+
+    assert len(fit(8, ProgressLines())) == 2
+    (line,) = fit(15, ProgressLines(), tmp_path / "a.ckpt")
+    assert line.startswith("step 12 of 15, ")
+    assert line.endswith(", 1 steps/s, 3.0 s left")
+    silent = ProgressLines()
+    silent.setup = lambda *_, **__: silent.disable()  # as in the second process
+    assert fit(8, silent) == []
+
+
+@pytest.mark.parametrize(("is_terminal", "kind"), [(True, Progress), (False, ProgressLines)])
+def test_a_bar_needs_a_terminal(is_terminal, kind, monkeypatch):
+    monkeypatch.setattr("srlora_pl.reporting.progress.Console", lambda: Console(force_terminal=is_terminal))
+    assert type(bar_or_lines()) is kind
+
+
 def test_the_bar_of_a_method_without_switches(tmp_path):
     said, _ = bar_of(Toy(LoRA(rank=2)), tmp_path, max_steps=3)
     assert len(said) == 2
     assert all("switches" not in each for each in said)
-
-
-class Exact(ExactResume, Toy):
-    pass
 
 
 class Positions(Callback):

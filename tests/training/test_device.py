@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from srlora_pl import ImageClassifier, ImageData, LoRA, PiSSA, SRLoRA, TextClassifier, UserError
 from srlora_pl.lowrank import Adaptation, Spectrum
 from srlora_pl.lowrank.starts.spectrum import spectra
-from srlora_pl.reporting import Monitor, Progress, ResumableCurves, ResumableTensorBoardLogger
+from srlora_pl.reporting import Monitor, Progress, ProgressLines, ResumableCurves, ResumableTensorBoardLogger
 from srlora_pl.tasks.scores import SCORES, ScoreOfAll, metrics
 from tests.helpers.encoders import BERT, DEBERTA, Data, folder, samples
 from tests.helpers.images import SMALL_VIT
@@ -144,7 +144,7 @@ def _like_a_gpu(monkeypatch):
     monkeypatch.setattr(torch, "tensor", lambda *data, device="cpu", **k: tensor(*data, **k).to(device))
 
 
-def watched(model: Any, data: Any, path: Path, **options: Any) -> Watch:
+def watched(model: Any, data: Any, path: Path, bar: type = Progress, **options: Any) -> Watch:
     """What a run of ``model`` waited for, with the callbacks that the command line gives it."""
     watch = Watch()
     trainer = L.Trainer(
@@ -154,7 +154,7 @@ def watched(model: Any, data: Any, path: Path, **options: Any) -> Watch:
         val_check_interval=8,
         check_val_every_n_epoch=None,
         logger=ResumableTensorBoardLogger(path / "curves"),
-        callbacks=[OnDevice(watch), ResumableCurves(), LearningRateMonitor("step"), Monitor(), Progress()],
+        callbacks=[OnDevice(watch), ResumableCurves(), LearningRateMonitor("step"), Monitor(), bar()],
         enable_checkpointing=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -178,6 +178,15 @@ def test_images(optimizer, method, switches, tmp_path):
     watch = watched(model, ImageData("digits", batch_size=64, val_fraction=0.1), tmp_path, gradient_clip_val=1.0)
     assert model.adaptation.controller.progress().done == len(switches)
     assert watch.steps == LOGS | VALIDATIONS | switches, watch.waits
+
+
+def test_lines_instead_of_a_bar(tmp_path, capsys):
+    model = ImageClassifier("vit_tiny_patch16_224", 10, LoRA(rank=4), SMALL_VIT)
+    watch = watched(model, ImageData("digits", batch_size=64, val_fraction=0.1), tmp_path, ProgressLines)
+    assert watch.steps == LOGS | VALIDATIONS, watch.waits
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("step ") for line in lines) == len(LOGS)
+    assert sum(line.startswith("validation after ") for line in lines) == len(VALIDATIONS - {IN_VALIDATION})
 
 
 @pytest.mark.parametrize("config", [BERT, DEBERTA], ids=["bert", "deberta"])
