@@ -59,7 +59,7 @@ def require_there(place: str, path: Path) -> None:
     """Refuse a ``path`` at which nothing is, given as ``place`` in the user's words."""
     if not path.exists():
         near = did_you_mean(str(path), map(str, path.parent.glob(f"*{path.suffix}")))
-        raise UserError(f"{place} {path} does not exist{near}")
+        raise UserError(f"{place} {str(path)!r} does not exist{near}")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
