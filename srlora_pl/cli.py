@@ -91,9 +91,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     for name, text in RUNS.items():
         command(name, text, add_help=False).add_argument("-c", "--config", action="append", default=[])
 
-    add = command("export", "write a checkpoint's model as plain weights, or as a LoRA that PEFT loads").add_argument
-    add("--ckpt_path", required=True, help="the checkpoint of a run")
-    add("--format", required=True, metavar="merged|peft", help="weights in timm's or transformers' layout, or a LoRA")
+    add = command("export", "write a checkpoint's model as plain weights, a LoRA for PEFT, or a program").add_argument
+    last = "last: the furthest of the newest run of --config, without it of the run below runs/ last written to"
+    add("--ckpt_path", required=True, help=f"the checkpoint of a run; {last}")
+    formats = "weights in timm's or transformers' layout, a LoRA, or a program of ONNX or torch.export for a server"
+    add("--format", required=True, metavar="merged|peft|onnx|pt2", help=formats)
     add("--output", required=True, help="the folder to write, new or empty")
     add("--force", action="store_true", help="write into a folder that holds files; those of other names stay")
     add(
@@ -101,7 +103,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         type=int,
         help="compress the LoRA to this rank and print the error; of DyLoRA, its own model of this rank",
     )
-    add("-c", "--config", help="names the model's class and its pretrained weights; by default the run's own")
+    about = "names the model's class and its pretrained weights, several are laid over each other; by default the run's"
+    add("-c", "--config", action="append", default=[], help=about)
+    add("--model_card", action="store_true", help="add README.md, a model card of what the run's summary.json tells")
+    add("--push_to_hub", metavar="USER/NAME", help="upload the folder, with a model card, to a repository of the hub")
+    add("--private", action="store_true", help="make that repository a private one, if it is new")
 
     every = "--KEY VALUE: any setting but the seed and the method, for all runs, such as --data.root glue/"
     compare = command("compare", "train several methods with several seeds, and tell whether they differ", every)
@@ -162,12 +168,12 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "configs":
         print("\n".join(config.copy_to(Path(given.to)) if given.to else config.overview()))
     elif command == "export":
-        require_there("--ckpt_path", Path(given.ckpt_path))
+        if given.ckpt_path != "last":
+            require_there("--ckpt_path", Path(given.ckpt_path))
 
-        from srlora_pl.export.command import export_model, load_task
+        from srlora_pl.export.command import export
 
-        task = load_task(Path(given.ckpt_path), given.config)
-        print("\n".join(export_model(task, given.output, given.format, given.rank, given.force).lines()))
+        print("\n".join(export(given)))
     else:
         require_extra("figures", "matplotlib", "figures")
         for folder in given.run:

@@ -33,9 +33,8 @@ from srlora_pl.util.errors import Interrupted, UserError, causes
 from srlora_pl.util.files import alone_in, relative
 from srlora_pl.util.program import program
 
-ROOT = "runs"
 TRAINER_DEFAULTS = {
-    "default_root_dir": ROOT,
+    "default_root_dir": folders.ROOT,
     # The DataModules deal their order out to the devices themselves, so that a resumed run finds its place.
     "use_distributed_sampler": False,
 }
@@ -142,8 +141,8 @@ class Run(LightningCLI):
     @property
     def root(self) -> Path:
         """Where the config's runs are."""
-        method = self.config.model.init_args.method.class_path.rsplit(".", 1)[-1].lower()
-        return Path(self.config.trainer.default_root_dir or ROOT, f"{self.config.name}-{method}")
+        method = self.config.model.init_args.method.class_path
+        return folders.root_of(self.config.trainer.default_root_dir, self.config.name, method)
 
     def _choose_checkpoint(self) -> None:
         """Fill in a ``ckpt_path`` that was left to this program: ``last``, and that of a job that SLURM restarts."""

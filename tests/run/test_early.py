@@ -45,7 +45,10 @@ def test_what_the_source_does_not_say_is_left_to_the_import(path):
         ("fit --config quickstart --trainer.max_step 1", "(did you mean 'trainer.max_steps'?)"),
         ("fit --config quickstart --lr 1", "--lr is unknown (did you mean 'model.lr'?)"),
         ("fit --config quickstart --ckpt_path no.ckpt", "--ckpt_path 'no.ckpt' does not exist"),
-        ("predict --config quickstart --ckpt_path last --data.predict_root no", "data.predict_root 'no' does not exist"),
+        (
+            "predict --config quickstart --ckpt_path last --data.predict_root no",
+            "data.predict_root 'no' does not exist",
+        ),
         ("export --ckpt_path no.ckpt --format merged --output out", "--ckpt_path 'no.ckpt' does not exist"),
         ("fit --config quikstart", "(did you mean 'quickstart'?)"),
         ("figures --run no", "--run 'no' does not exist"),
