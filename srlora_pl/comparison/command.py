@@ -7,6 +7,7 @@ import re
 import time
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,7 +20,7 @@ from srlora_pl.comparison.results import Outcome, at_the_edge, best_point, made_
 from srlora_pl.figures import runs as figures
 from srlora_pl.run import config
 from srlora_pl.util import json_text, system, yaml_text
-from srlora_pl.util.errors import UserError, did_you_mean
+from srlora_pl.util.errors import UserError, causes, did_you_mean, listed
 from srlora_pl.util.files import relative, write_whole, writing_to
 from srlora_pl.util.program import CONFIGS
 from srlora_pl.util.tables import csv_of
@@ -44,8 +45,7 @@ def compare(given: Namespace, options: Sequence[str]) -> int:
     """
     plans = plans_of(given, tuple(options))
     if given.dry_run:
-        for plan in plans:
-            _dry_run(plan)
+        _dry_run(plans)
         return 0
     failed: list[str] = []
     with comparing_in(Path(given.output)) as held:
@@ -57,7 +57,8 @@ def compare(given: Namespace, options: Sequence[str]) -> int:
             if outcomes:
                 print(_write(plan, outcomes, best))
                 print(f"results in {relative(plan.folder)}")
-    print(*failed, sep="\n", end="\n" if failed else "")
+    if failed:
+        print(f"{len(failed)} of {sum(plan.size for plan in plans)} runs failed, as said above: {listed(failed)}")
     return 1 if failed else 0
 
 
@@ -184,7 +185,7 @@ def _digests(plan: Plan) -> dict[str, str]:
 
 
 def _run(plan: Plan, held: BinaryIO, failed: list[str]) -> tuple[list[Outcome], dict[str, Cell]]:
-    """All finished runs, and each method's best cell of the grid; adds a line to ``failed`` for every other run."""
+    """All finished runs, and each method's best cell of the grid; adds the folders of all others to ``failed``."""
     with _progress() as bar:
         task = bar.add_task("", total=plan.size)
 
@@ -192,7 +193,7 @@ def _run(plan: Plan, held: BinaryIO, failed: list[str]) -> tuple[list[Outcome], 
             for cell in cells:
                 bar.update(task, description=cell.name)
                 if why := run(plan, cell, held):
-                    failed.append(f"failed: {relative(plan.folder / cell.name)}: {why}")
+                    failed.append(str(relative(plan.folder / cell.name)))
                     print(f"failed: {cell.name}: {why}")
                 else:
                     yield from _finished(plan, [cell])
@@ -296,40 +297,79 @@ def _papers(plan: Plan) -> Mapping[str, Mapping[str, float]]:
 # -- a look ahead
 
 
-def _dry_run(plan: Plan) -> None:
-    """List the runs, and estimate how long they train from a few steps of the first one."""
-    trials = _finished(plan, plan.trials)
-    repeated = _finished(plan, plan.repetitions(_best(plan, trials).values()))
-    seconds, steps = _probe(plan, plan.trials[0])
-    print(f"{plan.folder}: {plan.size} runs of {steps:,} steps")
+class _NoEstimateError(Exception):
+    """A few steps cannot be trained here; the message says what is missing."""
+
+
+def _dry_run(plans: Sequence[Plan]) -> None:
+    """List the runs, and then estimate how long they train, from a few steps of the first one of each task."""
+    told: list[str] = []
+    for plan, left in [(plan, _listed(plan)) for plan in plans]:
+        try:
+            seconds, steps = _probe(plan, plan.trials[0])
+        except _NoEstimateError as error:
+            missing = str(error)
+            print(f"{plan.folder}: no estimate of the time: {'as above' if missing in told else missing}", flush=True)
+            told.append(missing)
+        else:
+            hours = seconds * steps * left / 3600
+            print(
+                f"{plan.folder}: training the {left} that are left, alone, about {hours:.1f} h: {steps:,} steps a run, "
+                f"{seconds:.3g} s a step over {_PROBE_STEPS} steps of {plan.trials[0].name}",
+                flush=True,
+            )
+
+
+def _listed(plan: Plan) -> int:
+    """List the runs of ``plan``; return how many are left."""
+    print(f"{plan.folder}: {plan.size} runs")
     for cell in plan.trials:
         print(f"  {cell.name}{', finished' if plan.summary(cell) else ''}")
     if others := plan.seeds[1:]:
-        print(f"  then each method's best point with seeds {', '.join(map(str, others))}")
-    left = plan.size - len(trials) - len(repeated)
-    print(
-        f"  training the {left} that are left, alone, about {seconds * steps * left / 3600:.1f} h: {seconds:.3g} s a "
-        f"step over {_PROBE_STEPS} steps of {plan.trials[0].name}"
-    )
+        what = "each method's best point" if plan.chooses else "each method"
+        print(f"  then {what} with seeds {', '.join(map(str, others))}", flush=True)
+    trials = _finished(plan, plan.trials)
+    return plan.size - len(trials) - len(_finished(plan, plan.repetitions(_best(plan, trials).values())))
 
 
 def _probe(plan: Plan, cell: Cell) -> tuple[float, int]:
-    """The seconds of an optimizer step on this machine, and the optimizer steps of a whole run."""
+    """The seconds of an optimizer step on this machine, and the optimizer steps of a whole run.
+
+    Raises:
+        _NoEstimateError: the model or the data cannot be had here.
+        UserError: a setting is wrong.
+    """
     from lightning.pytorch.callbacks import LambdaCallback
 
     from srlora_pl.run.run import Run
+
+    class Trial(Run):
+        def instantiate_classes(self) -> None:
+            with _telling_what_is_missing():
+                super().instantiate_classes()
 
     files = [*plan.configs, str(plan.methods[cell.method])]
     words = [f"--{key}={value}" for key, value in cell.point]
     few = ["--trainer.fast_dev_run", str(_PROBE_STEPS + 1)]
     few += ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
-    trial = Run("fit", files, [config.read(file) for file in files], [*plan.options, *words, *few])
+    trial = Trial("fit", files, [config.read(file) for file in files], [*plan.options, *words, *few])
     ends: list[float] = []
     clock = LambdaCallback(on_train_batch_end=lambda *_: ends.append(time.perf_counter()))
     trial.trainer.callbacks.append(clock)  # type: ignore[attr-defined]
-    trial.trainer.fit(trial.model, datamodule=trial.datamodule)
+    with _telling_what_is_missing():
+        trial.trainer.fit(trial.model, datamodule=trial.datamodule)
     asked = trial.config.trainer
     per_epoch = math.ceil(len(trial.datamodule.train_set) / trial.datamodule.batch_size / asked.accumulate_grad_batches)
     longest = [n for n in (asked.max_steps, (asked.max_epochs or -1) * per_epoch) if n > 0]
     seconds = (ends[-1] - ends[0]) / _PROBE_STEPS * asked.accumulate_grad_batches  # each end is a micro-batch's
     return seconds, min(longest, default=1000 * per_epoch)
+
+
+@contextmanager
+def _telling_what_is_missing() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if missing := next((each for each in causes(error) if isinstance(each, UserError)), None):
+            raise _NoEstimateError(missing) from error
+        raise

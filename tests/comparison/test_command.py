@@ -271,7 +271,9 @@ def test_a_run_that_fails_is_reported_and_does_not_stop_the_rest(task, tmp_path,
     arguments = ["compare", "--config", str(task), "--methods", f"{overlay},pissa", "--seeds", "1"]
     assert cli.main([*arguments, "--output", str(output)]) == 1
     out = capsys.readouterr().out
-    assert "failed: broken-seed0: error: " in out
+    assert out.count("failed: broken-seed0: error: ") == out.count("error: ") == 1
+    assert out.splitlines()[-1].startswith("1 of ")
+    assert f"runs failed, as said above: {output / 'broken-seed0'}\n" in out
     assert "exit code 2" in out
     assert "log.txt" in out
     text, rows = table_and_scores(output)
@@ -337,7 +339,8 @@ def test_a_dry_run_lists_the_runs_and_trains_none(task, tmp_path, capsys):
     output = tmp_path / "out"
     assert cli.main(compare(task, output, "--grid", "model.lr=0.1,0.2", "--dry-run")) == 0
     out = capsys.readouterr().out
-    assert f"{output}: 6 runs of 12 steps" in out
+    assert f"{output}: 6 runs\n" in out
+    assert "left, alone, about 0.0 h: 12 steps a run, " in out
     assert [line.strip() for line in out.splitlines() if line.strip().startswith(("lora", "srlora"))] == [
         "lora-lr0.1-seed0",
         "lora-lr0.2-seed0",
@@ -470,6 +473,44 @@ def test_a_dry_run_counts_what_has_finished(task, tmp_path, monkeypatch, capsys)
         finish(output, cell, scores.get(cell, 0.5))
         assert cli.main(compare(task, output, "--grid", "model.lr=0.1,0.2", "--dry-run")) == 0
         assert f"training the {next(left)} that are left" in capsys.readouterr().out
+
+
+def test_a_dry_run_lists_all_runs_before_it_tries_one(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "_probe", lambda plan, cell: print("trial") or (2.0, 900))
+    assert cli.main(["compare", "--table", "4", "--seeds", "2", "--output", str(tmp_path), "--dry-run"]) == 0
+    listed, *estimates = capsys.readouterr().out.split("trial\n")
+    assert listed.splitlines() == [
+        line
+        for task in ("cifar100", "stl10", "mnist")
+        for line in (
+            f"{tmp_path}/vit_{task}_srlora: 4 runs",
+            "  lora-seed0",
+            "  srlora-seed0",
+            "  then each method with seeds 1",
+        )
+    ]
+    begin = f"{tmp_path}/vit_stl10_srlora: training the 4 that are left, alone, about 2.0 h: 900 steps a run, 2 s a "
+    assert estimates[1].startswith(begin)
+
+
+@pytest.mark.parametrize("settings", [{"backbone": "./nowhere"}, {"name": None, "root": "./nowhere"}])
+def test_a_dry_run_says_what_an_estimate_lacks(settings, task, tmp_path, capsys):
+    content = yaml.safe_load(task.read_text())
+    content["model" if "backbone" in settings else "data"]["init_args"] |= settings
+    task.write_text(yaml.safe_dump(content))
+    assert cli.main(compare(task, tmp_path / "out", "--dry-run")) == 0
+    listed, sentence = capsys.readouterr().out.split("  then each method with seeds 1\n")
+    assert "  lora-seed0\n  srlora-seed0\n" in listed
+    assert sentence.count("\n") == 1
+    assert sentence.startswith(f"{tmp_path}/out: no estimate of the time: ")
+    assert "'./nowhere'" in sentence
+    assert "does not exist" in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_refuses_a_wrong_setting(task, tmp_path, capsys):
+    assert cli.main(compare(task, tmp_path / "out", "--dry-run", "--model.lrr", "1")) == 2
+    assert "model.lrr" in capsys.readouterr().err
 
 
 def test_nothing_is_left_of_a_finished_comparison(monkeypatch):
