@@ -39,6 +39,7 @@ _HOMES = {
     "TextData": "srlora_pl.data.texts.files",
     "UserError": "srlora_pl.util.errors",
     "export_model": "srlora_pl.export.command",
+    "export_peft": "srlora_pl.export.adapters",
 }
 __all__ = list(_HOMES)
 __version__ = "0.1.0"
