@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import srlora_pl
-from srlora_pl.run import config
+from srlora_pl.run import config, early
 from srlora_pl.util.errors import START_AGAIN, WORKER_DIED, Interrupted, UserError, causes, did_you_mean, is_utf8
-from srlora_pl.util.program import program
+from srlora_pl.util.files import require_there
+from srlora_pl.util.program import program, require_extra
 
 RUNS = {
     "fit": "train, then test the best checkpoint where the test data have labels",
@@ -150,12 +151,15 @@ def _dispatch(arguments: list[str]) -> int:
         _require_utf8(settings)
         files = [config.find(name) for name in given.config]
         contents = [config.read(file) for file in files]
+        early.check(files, contents, settings)
 
         from srlora_pl.run.run import Run
 
         Run(command, files, contents, settings).start()
         return 0
     if command == "compare":
+        require_extra("figures", "scipy", "compare")
+
         from srlora_pl.comparison.command import compare
 
         return compare(given, settings)
@@ -164,10 +168,17 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "configs":
         print("\n".join(config.copy_to(Path(given.to)) if given.to else config.overview()))
     elif command == "export":
+        if given.ckpt_path != "last":
+            require_there("--ckpt_path", Path(given.ckpt_path))
+
         from srlora_pl.export.command import export
 
         print("\n".join(export(given)))
     else:
+        require_extra("figures", "matplotlib", "figures")
+        for folder in given.run:
+            require_there("--run", Path(folder))
+
         from srlora_pl.figures.runs import draw_runs
 
         print("\n".join(draw_runs(given.run, given.output, given.layer)))

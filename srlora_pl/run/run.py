@@ -19,6 +19,7 @@ from srlora_pl.reporting import MatrixTable, ResumableCurves, Summary
 from srlora_pl.reporting.progress import closing_line
 from srlora_pl.run import config, defaults, finders, folders, settings
 from srlora_pl.run.explain import explain, missing_package, written_at
+from srlora_pl.run.help import SHOWN, own_settings
 from srlora_pl.run.messages import close, note, quieten
 from srlora_pl.run.processes import ending_together
 from srlora_pl.run.trainer import Trainer
@@ -86,6 +87,10 @@ class Run(LightningCLI):
             parser.add_argument("--output", type=str | None, help="The CSV, or GLUE's folder; by default the run's.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if {"-h", "--help"} & set(self.options):
+            parser.print_help()
+            print(*own_settings(SHOWN | config.classes(self.given)), sep="\n")
+            raise SystemExit(0)
         if key := config.beside_class_path(self.given):
             place = written_at(key, self.files, self.options)
             raise UserError(f"{place} stands beside class_path, it belongs below init_args")

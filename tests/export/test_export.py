@@ -729,7 +729,7 @@ def test_bad_checkpoints_are_refused_in_a_sentence(run, tmp_path):
         torch.save(content, tmp_path / f"{name}.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((run / CHECKPOINT).read_bytes()[:5000])
     for name, sentence in {
-        "missing": "missing.ckpt does not exist",
+        "missing": "missing.ckpt' does not exist",
         "cut": "cut.ckpt cannot be read",
         "foreign": "foreign.ckpt holds no model that this package adapted",
         "unadapted": "unadapted.ckpt holds no model that this package adapted",
