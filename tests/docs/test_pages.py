@@ -102,6 +102,12 @@ def test_each_method_has_a_page_with_its_settings_formula_and_source():
     assert set(tables) == {kind.__name__ for kind in REGISTRY}
 
 
+def test_the_house_has_every_room():
+    (plan,) = [block.text for block in blocks("text", "docs/house.md")]
+    rooms = [path.name for path in (ROOT / "srlora_pl").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert [room for room in rooms if f" {room}/" not in plan] == []
+
+
 def test_the_api_pages_name_everything_public():
     text = "".join(text for page, text in pages().items() if page.startswith("docs/api/"))
     named = {name.rpartition(".")[2] for name in re.findall(r"^\.\. auto\w+:: ([\w.]+)$", text, re.MULTILINE)}
