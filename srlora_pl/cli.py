@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import srlora_pl
-from srlora_pl.run import config
+from srlora_pl.run import config, early
 from srlora_pl.util.errors import START_AGAIN, WORKER_DIED, Interrupted, UserError, causes, did_you_mean, is_utf8
-from srlora_pl.util.program import program
+from srlora_pl.util.files import require_there
+from srlora_pl.util.program import program, require_extra
 
 RUNS = {
     "fit": "train, then test the best checkpoint where the test data have labels",
@@ -90,9 +91,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     for name, text in RUNS.items():
         command(name, text, add_help=False).add_argument("-c", "--config", action="append", default=[])
 
-    add = command("export", "write a checkpoint's model as plain weights, or as a LoRA that PEFT loads").add_argument
-    add("--ckpt_path", required=True, help="the checkpoint of a run")
-    add("--format", required=True, metavar="merged|peft", help="weights in timm's or transformers' layout, or a LoRA")
+    add = command("export", "write a checkpoint's model as plain weights, a LoRA for PEFT, or a program").add_argument
+    last = "last: the furthest of the newest run of --config, without it of the run below runs/ last written to"
+    add("--ckpt_path", required=True, help=f"the checkpoint of a run; {last}")
+    formats = "weights in timm's or transformers' layout, a LoRA, or a program of ONNX or torch.export for a server"
+    add("--format", required=True, metavar="merged|peft|onnx|pt2", help=formats)
     add("--output", required=True, help="the folder to write, new or empty")
     add("--force", action="store_true", help="write into a folder that holds files; those of other names stay")
     add(
@@ -100,7 +103,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         type=int,
         help="compress the LoRA to this rank and print the error; of DyLoRA, its own model of this rank",
     )
-    add("-c", "--config", help="names the model's class and its pretrained weights; by default the run's own")
+    about = "names the model's class and its pretrained weights, several are laid over each other; by default the run's"
+    add("-c", "--config", action="append", default=[], help=about)
+    add("--model_card", action="store_true", help="add README.md, a model card of what the run's summary.json tells")
+    add("--push_to_hub", metavar="USER/NAME", help="upload the folder, with a model card, to a repository of the hub")
+    add("--private", action="store_true", help="make that repository a private one, if it is new")
 
     every = "--KEY VALUE: any setting but the seed and the method, for all runs, such as --data.root glue/"
     compare = command("compare", "train several methods with several seeds, and tell whether they differ", every)
@@ -144,12 +151,15 @@ def _dispatch(arguments: list[str]) -> int:
         _require_utf8(settings)
         files = [config.find(name) for name in given.config]
         contents = [config.read(file) for file in files]
+        early.check(files, contents, settings)
 
         from srlora_pl.run.run import Run
 
         Run(command, files, contents, settings).start()
         return 0
     if command == "compare":
+        require_extra("figures", "scipy", "compare")
+
         from srlora_pl.comparison.command import compare
 
         return compare(given, settings)
@@ -158,11 +168,17 @@ def _dispatch(arguments: list[str]) -> int:
     if command == "configs":
         print("\n".join(config.copy_to(Path(given.to)) if given.to else config.overview()))
     elif command == "export":
-        from srlora_pl.export.command import export_model, load_task
+        if given.ckpt_path != "last":
+            require_there("--ckpt_path", Path(given.ckpt_path))
 
-        task = load_task(Path(given.ckpt_path), given.config)
-        print("\n".join(export_model(task, given.output, given.format, given.rank, given.force).lines()))
+        from srlora_pl.export.command import export
+
+        print("\n".join(export(given)))
     else:
+        require_extra("figures", "matplotlib", "figures")
+        for folder in given.run:
+            require_there("--run", Path(folder))
+
         from srlora_pl.figures.runs import draw_runs
 
         print("\n".join(draw_runs(given.run, given.output, given.layer)))

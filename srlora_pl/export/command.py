@@ -1,75 +1,37 @@
-"""Trained models for programs that know nothing of this package: timm's or transformers' folders, or a PEFT adapter."""
+"""Trained models for programs that know nothing of this package.
 
+These are timm's or transformers' folders, a PEFT adapter, or a program for a server.
+"""
+
+import argparse
 import copy
-import os
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
-from srlora_pl.lowrank.delta import Factors, change, overall_error
+from srlora_pl.export import serving
+from srlora_pl.export.adapters import changed, in_peft, require_untouched
+from srlora_pl.export.card import Facts, facts_of, model_card
+from srlora_pl.export.folders import require_free, whole_or_nothing
+from srlora_pl.export.report import Report, compare, require_finite, size_of
+from srlora_pl.lowrank.delta import change, overall_error
 from srlora_pl.models import peft_folder
 from srlora_pl.models.family import example_outputs
-from srlora_pl.run import config
+from srlora_pl.run import config, folders
+from srlora_pl.run.messages import note
 from srlora_pl.tasks.base import Task
 from srlora_pl.training import checkpoints
 from srlora_pl.util.errors import UserError
+from srlora_pl.util.files import relative
 
-FORMATS = ("merged", "peft")
-WEIGHTS = ("model.safetensors", peft_folder.WEIGHTS)
+FORMATS = ("merged", "peft", *serving.FILES)
 # The arguments of a task that say where its pretrained weights are, and change when folders move.
 _PLACES = ("backbone", "backbone_checkpoint", "adapter")
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an export wrote.
-
-    Attributes:
-        folder: where.
-        size: of its weights, in bytes.
-        dense_size: of the merged weights, in bytes.
-        difference: the largest absolute difference between outputs of the trained model and of the files.
-        largest: the largest absolute output of the trained model.
-        factors: of the PEFT adapter, by layer.
-        notes: further sentences for the user.
-    """
-
-    folder: Path
-    size: int
-    dense_size: int
-    difference: float
-    largest: float
-    factors: Mapping[str, Factors] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-
-    def lines(self) -> list[str]:
-        """The report in words."""
-        lines = []
-        if any(factors.lost for factors in self.factors.values()):
-            lines += [f"{name}: rank {f.rank}, relative error {f.error:.2e}" for name, f in self.factors.items()]
-            lines.append(f"relative error of all changes together: {overall_error(self.factors.values()):.2e}")
-        lines += self.notes
-        size, dense = (f"{size / 2**20:.1f} MiB" for size in (self.size, self.dense_size))
-        if self.factors:
-            ranks = sorted({factors.rank for factors in self.factors.values()})
-            span = " to ".join(map(str, dict.fromkeys([ranks[0], ranks[-1]])))
-            lines.append(f"adapter of rank {span}: {size}, the merged weights would take {dense}")
-        if self.size > self.dense_size:
-            lines.append("--format merged is the smaller file here, and the faster model")
-        lines.append(
-            f"largest output difference to the trained model: {self.difference:.1e} (outputs up to {self.largest:.1e})"
-        )
-        return [*lines, f"written to {self.folder}" + ("" if self.factors else f" ({size})")]
 
 
 def export_model(
@@ -79,19 +41,22 @@ def export_model(
     rank: int | None = None,
     force: bool = False,
     class_names: Sequence[str] = (),
+    card: Facts | None = None,
 ) -> Report:
     """Write the trained ``task`` to ``folder``, load it from there with the library it is for, and compare outputs.
 
     Args:
         task: an `ImageClassifier` or a `TextClassifier`; it is not changed.
         folder: new or empty, unless ``force``.
-        format: ``merged``, plain weights in timm's or transformers' own layout; or ``peft``, a LoRA on the pretrained
-            weights.
+        format: ``merged``, plain weights in timm's or transformers' own layout; ``peft``, a LoRA on the pretrained
+            weights; ``onnx`` or ``pt2`` (``torch.export``), the merged network as a program for any number of samples
+            and any length of texts.
         rank: compresses the LoRA to this rank; None for the exact one. Where the method's first pairs are a model of
             their own, it takes so many of each matrix, in either format.
         force: write into a folder that holds files already; those of other names stay, but for weights and adapters
             of another export: the libraries would load them too.
         class_names: one per class; by default those that the task was trained on.
+        card: what is known of the run; with it the folder gets a model card, README.md.
 
     Raises:
         UserError: an argument is wrong, the weights are not finite, or the files do not give the model's outputs;
@@ -99,11 +64,8 @@ def export_model(
     """
     if format not in FORMATS:
         raise UserError(f"--format {format} is unknown, it is one of {', '.join(FORMATS)}")
-    target = Path(folder).expanduser().resolve()
-    if target.exists() and not target.is_dir():
-        raise UserError(f"--output {folder} is a file, give a folder")
-    if not force and target.is_dir() and any(target.iterdir()):
-        raise UserError(f"--output {folder} holds files already, give a new folder or --force to overwrite them")
+    serving.require_packages(format)
+    target = require_free(folder, force)
     if not isinstance(task, Task):
         raise UserError(
             f"{type(task).__name__} is neither an ImageClassifier nor a TextClassifier, so its files have no known "
@@ -113,29 +75,48 @@ def export_model(
     class_names = class_names if len(class_names) == task.hparams.get("num_classes") else ()
     if rank is not None and task.adaptation.method.nested:
         with task.adaptation.at_rank(rank):
-            return _export(task, target, format, None, class_names)
+            return _export(task, target, format, None, class_names, card)
     if rank is not None and format != "peft":
         raise UserError(f"--rank {rank} belongs to --format peft, leave it out for merged weights")
-    return _export(task, target, format, rank, class_names)
+    return _export(task, target, format, rank, class_names, card)
 
 
-def _export(task: Task, target: Path, format: str, rank: int | None, class_names: Sequence[str]) -> Report:
+def _export(
+    task: Task, target: Path, format: str, rank: int | None, class_names: Sequence[str], card: Facts | None
+) -> Report:
     plain = task.adaptation.merged_copy()
-    for name, value in plain.state_dict().items():
-        if not value.isfinite().all():
-            raise UserError(f"{name} holds NaN or infinity, so nothing was written: export an earlier checkpoint")
-    with _whole_or_nothing(target) as new:
-        if format == "merged":
-            return _write_merged(task, plain, new, target, class_names)
-        return _write_adapter(task, plain, new, target, rank, class_names)
+    require_finite(plain)
+    with whole_or_nothing(target) as new:
+        if format == "peft":
+            report = _write_adapter(task, plain, new, target, rank, class_names)
+        else:
+            report = _write_merged(task, plain, new, target, class_names, format)
+        if card is not None:
+            lost = overall_error(report.factors.values()) if rank is not None else 0.0
+            (new / "README.md").write_text(model_card(task, card, target.name, format, class_names, lost), "utf-8")
+        return replace(report, files=sorted(file.name for file in new.iterdir()))
 
 
-def _write_merged(task: Task, plain: nn.Module, new: Path, target: Path, class_names: Sequence[str]) -> Report:
-    family, size = task.family, _size(plain)
+def _write_merged(
+    task: Task, plain: nn.Module, new: Path, target: Path, class_names: Sequence[str], format: str
+) -> Report:
+    family, size = task.family, size_of(plain)
     notes = family.save(plain, new, class_names, task.card())
-    trained = example_outputs(family, task.net, task.net)
-    loaded = example_outputs(family, family.load(new), task.net)
-    return Report(target, size, size, *_compare(loaded, trained, trained), notes=notes)
+    loaded = family.load(new)
+    if format in serving.FILES:
+        _remove_weights(new)
+        serving.write(family, loaded, new, format)
+        found, trained = serving.trial_outputs(family, task.net, new, format)
+    else:
+        trained = example_outputs(family, task.net, task.net)
+        found = example_outputs(family, loaded, task.net)
+    return Report(target, size, size, *compare(found, trained, trained), notes=notes)
+
+
+def _remove_weights(folder: Path) -> None:
+    """Leave the configuration, with the classes and how inputs are prepared, and the tokenizer."""
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
 
 
 def _write_adapter(
@@ -151,128 +132,100 @@ def _write_adapter(
     factors = change(task.adaptation, rank, start.merged_into(task.adaptation) if start else None)
     names = [*heads, *(start.modules_beside(heads) if start else ())]
     modules = {name: plain.get_submodule(name).state_dict() for name in names}
-    _require_untouched(base, plain, (*(f"{name}.weight" for name in factors), *(f"{name}." for name in modules)))
+    require_untouched(
+        base.state_dict(), plain, (*(f"{name}.weight" for name in factors), *(f"{name}." for name in modules))
+    )
+    try:
+        notes = family.save(plain, new, class_names, task.card())
+        # Beside an adapter transformers would take a config.json for the sign of a whole model.
+        (new / "config.json").rename(new / "model_config.json")
+    except UserError as error:
+        notes = [f"without a model_config.json: {error}"]
+    _remove_weights(new)
     size = peft_folder.write(new, factors, modules, family.base, family.task_type, class_names)
     trained = example_outputs(family, task.net, task.net)
     installed = find_spec("peft") is not None
-    notes = [f"it belongs on {family.recipe}"]
+    notes = [f"it belongs on {family.recipe}", *notes]
     if not installed:
         notes.append("peft is not installed, so the files were not loaded back")
     if rank is not None or not installed:
-        rebuilt = example_outputs(family, _changed(copy.deepcopy(base), factors, modules), task.net)
-    found = example_outputs(family, _in_peft(base, new), task.net) if installed else rebuilt
-    differences = _compare(found, trained if rank is None else rebuilt, trained)
-    return Report(target, size, _size(plain), *differences, factors, notes)
+        rebuilt = example_outputs(family, changed(copy.deepcopy(base), factors, modules), task.net)
+    found = example_outputs(family, in_peft(base, new), task.net) if installed else rebuilt
+    differences = compare(found, trained if rank is None else rebuilt, trained)
+    return Report(target, size, size_of(plain), *differences, factors, notes)
 
 
-def _in_peft(base: nn.Module, folder: Path) -> nn.Module:
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT about transformers
-        return PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
+# -- the command
 
 
-def _compare(found: Tensor, expected: Tensor, trained: Tensor) -> tuple[float, float]:
-    """The largest difference of ``found`` and the ``trained`` outputs, and the largest of these.
+def export(given: argparse.Namespace) -> list[str]:
+    """`export_model` for a checkpoint, as the command line asks for it; the report in words."""
+    serving.require_packages(given.format)
+    repository = None
+    if given.push_to_hub:
+        from srlora_pl.export import hub  # which asks the network, so only here
 
-    Raises:
-        UserError: ``found`` is not the ``expected`` output.
+        repository = hub.require_repository(given.push_to_hub)
+    require_free(given.output, given.force)
+    checkpoint = find_checkpoint(given.ckpt_path, given.config)
+    task, data = load_task(checkpoint, given.config)
+    card = facts_of(checkpoint, data, repository) if given.model_card or repository else None
+    report = export_model(task, given.output, given.format, given.rank, given.force, card=card)
+    lines = [*(f"note: {remark}" for remark in (card.remarks if card else ())), *report.lines()]
+    if repository:
+        lines.append(f"pushed to {hub.push(report.folder, report.files, repository, given.private)}")
+    return lines
+
+
+def find_checkpoint(asked: str, config_files: Sequence[str]) -> Path:
+    """The file ``asked`` for; of ``last`` the furthest readable one of a run.
+
+    That is the newest run of the config files, as for ``fit`` and ``test``; without any, the run below ``runs/`` that
+    was written to last.
     """
-    largest = float(trained.abs().max())
-    allowed = 1e-4 * largest + 1e-6  # a deep network's rounding in float32 comes to about 1e-5 of its outputs
-    if not (distance := float((found - expected).abs().max())) <= allowed:
-        raise UserError(
-            f"the exported files give outputs that differ by {distance:.1e}, float32 explains no more than "
-            f"{allowed:.1e}, so nothing was written: please report this with the model's name"
-        )
-    return float((found - trained).abs().max()), largest
+    if asked != "last":
+        return Path(asked)
+    if config_files:
+        settings = _combined(config_files)
+        arguments = (settings.get("model") or {}).get("init_args") or {}
+        method, name = config.class_name(arguments.get("method")), settings.get("name") or Path(config_files[0]).stem
+        root = folders.root_of((settings.get("trainer") or {}).get("default_root_dir"), name, method)
+        places = folders.own_or_all(config_files[0], root)
+    else:
+        root = Path(folders.ROOT)
+        places = sorted(root.glob("*/version_*"), key=_last_write, reverse=True)
+    if not (found := folders.furthest_checkpoint(places, None)):
+        raise UserError(f"--ckpt_path last finds no checkpoint in {root}, run fit first or give a file")
+    note(f"--ckpt_path last takes {relative(found[0])}, step {found[1]}")
+    return found[0]
 
 
-def _size(net: nn.Module) -> int:
-    return sum(value.nbytes for value in net.state_dict().values())
+def _last_write(folder: Path) -> float:
+    return max((file.stat().st_mtime for file in checkpoints.files_of(folder)), default=0.0)
 
 
-def _require_untouched(base: nn.Module, plain: nn.Module, exported: tuple[str, ...]) -> None:
-    """Refuse changes that a LoRA and heads cannot hold, such as the running statistics of a batch norm."""
-    own = plain.state_dict()
-    for name, value in base.state_dict().items():
-        if not name.startswith(exported) and not torch.equal(value, own[name]):
-            raise UserError(
-                f"{name} is no longer that of the pretrained weights, and a PEFT folder holds only linear layers and "
-                "heads: use --format merged"
-            )
+def _combined(config_files: Sequence[str]) -> config.Node:
+    return config.combine([config.read(config.find(file)) for file in config_files])[0]
 
 
-@torch.no_grad()
-def _changed(base: nn.Module, factors: Mapping[str, Factors], modules: Mapping[str, dict[str, Any]]) -> nn.Module:
-    """``base`` with the content of a PEFT folder merged into its weights, in place."""
-    for name, each in factors.items():
-        weight = base.get_parameter(f"{name}.weight")
-        weight.copy_(each.applied_to(weight))
-    for name, state in modules.items():
-        base.get_submodule(name).load_state_dict(state)
-    return base
-
-
-# -- folders
-
-
-@contextmanager
-def _whole_or_nothing(target: Path) -> Iterator[Path]:
-    """A new folder that replaces ``target``, or is moved into it, if the block succeeds, and vanishes otherwise."""
-    there = next(parent for parent in target.parents if parent.exists())
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=there) as place:
-            new = Path(place, "new")
-            new.mkdir()
-            yield new
-            for file in new.iterdir():
-                file.chmod(new.stat().st_mode & 0o666)  # safetensors lets only the owner read
-                with file.open("rb") as written:
-                    os.fsync(written.fileno())
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _move(new, target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"--output {target} cannot be written ({reason}), so nothing was: name another place"
-        ) from error
-
-
-def _move(new: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        new.replace(target)  # at once; an empty folder may be in the way
-        return
-    # File by file, and the weights are away for as long as old and new ones are mixed.
-    files = sorted(new.iterdir(), key=lambda file: file.name in WEIGHTS)
-    for name in (*WEIGHTS, peft_folder.PICKLE, peft_folder.CONFIG):
-        (target / name).unlink(missing_ok=True)
-    for file in files:
-        file.replace(target / file.name)
-
-
-# -- from a checkpoint
-
-
-def load_task(checkpoint: Path, config_file: str | None) -> Task:
-    """The trained model in ``checkpoint`` on the CPU.
+def load_task(checkpoint: Path, config_files: Sequence[str] = ()) -> tuple[Task, config.Node]:
+    """The trained model in ``checkpoint`` on the CPU, and the run's settings of its data.
 
     Args:
-        config_file: names the task's class and the places of the pretrained weights; by default the run's own.
+        config_files: name the task's class and the places of the pretrained weights; by default the run's own.
 
     Raises:
         UserError: the file was not written by ``fit``, or the model cannot be built again.
     """
     if not {"srlora", "hyper_parameters"} <= set(checkpoints.read(checkpoint)):
         raise UserError(f"--ckpt_path {checkpoint} holds no model that this package adapted, so it cannot be exported")
-    folders = checkpoints.run_folders(checkpoint)
-    if not (config_file or folders):
+    homes = checkpoints.run_folders(checkpoint)
+    if not (config_files or homes):
         raise UserError(f"the run's config.yaml is not in {checkpoint.resolve().parent.parent}, give it with --config")
-    file = config_file or str(folders[0] / "config.yaml")
-    settings = config.read(file)
-    path = str(config.model_class(settings))
-    if not (config_file or path.startswith("srlora_pl.")):
+    files = config_files or [str(homes[0] / "config.yaml")]
+    settings = _combined(files)
+    path, file = str(config.model_class(settings)), files[0]
+    if not (config_files or path.startswith("srlora_pl.")):
         # Importing a class runs code, which a file found beside a checkpoint must not cause.
         raise UserError(f"{file} names the class {path!r} from elsewhere, give --config {file} if you trust it")
     kind: Any = locate(path)
@@ -284,4 +237,4 @@ def load_task(checkpoint: Path, config_file: str | None) -> Task:
     places = {key: given[key] for key in _PLACES if key in given}
     task = kind.load_from_checkpoint(checkpoint, "cpu", compile=False, optimizer="sgd", weights_only=True, **places)
     task.take_data_settings(str(data.get("class_path")), data.get("init_args") or {})
-    return task
+    return task, data

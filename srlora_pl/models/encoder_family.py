@@ -1,5 +1,6 @@
 """Text encoders of transformers as a `family.ModelFamily`."""
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -47,15 +48,8 @@ class Transformers(Classifier):
         return net(**inputs).logits
 
     def example_inputs(self, net: Any) -> list[Batch]:
-        known = encoders.vocab_size(net) or int(getattr(net.config, "vocab_size", 100))
-        end = getattr(net.config, "eos_token_id", None)
-        # Up from 5, because the first tokens are often special ones, such as padding.
-        ids = torch.randint(5, known, (2, 16), generator=torch.Generator().manual_seed(0))
-        end = end[0] if isinstance(end, list) else end
-        if end is not None and end < known:  # BART and T5 read there, and want one in each text
-            ids = torch.where(ids == end, 5 + (end == 5), ids)
-            ids[:, -1] = end
         # One by one, as a decoder may not know its padding.
+        ids = _random_texts(net, 2, 16, seed=0)
         return [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids.split(1)]
 
     def save(self, net: Any, folder: Path, class_names: Sequence[str], card: dict[str, Any]) -> list[str]:
@@ -78,3 +72,47 @@ class Transformers(Classifier):
     def load(self, folder: Path) -> nn.Module:
         with encoders.quiet():
             return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+
+    def served(self, net: nn.Module) -> nn.Module:
+        return _Served(net)
+
+    def served_inputs(self, net: Any, samples: int, length: int, seed: int) -> dict[str, Tensor]:
+        ids = _random_texts(net, samples, min(length, encoders.max_tokens(net) or length), seed)
+        mask = torch.ones_like(ids)
+        mask[1:, ids.shape[1] // 2 :] = 0  # all but the first are padded
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        try:  # what the tokenizer makes can be handed on as it is
+            made = load_tokenizer(self.base[0], encoders.hub_options(self.kwargs)).model_input_names
+        except UserError:
+            made = ["token_type_ids"] if encoders.token_types(net) else []
+        if "token_type_ids" in made and "token_type_ids" in inspect.signature(net.forward).parameters:
+            inputs["token_type_ids"] = torch.zeros_like(ids)
+        return inputs
+
+    def hub_name(self, net: nn.Module) -> str | None:
+        return None if Path(self.base[0]).is_dir() else self.base[0]
+
+
+class _Served(nn.Module):
+    """With tensors by name only, and no others in its output."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        return self.net(input_ids=input_ids, attention_mask=attention_mask, **types).logits
+
+
+def _random_texts(net: Any, samples: int, length: int, seed: int) -> Tensor:
+    """Tokens (samples, length), int64."""
+    known = encoders.vocab_size(net) or int(getattr(net.config, "vocab_size", 100))
+    end = getattr(net.config, "eos_token_id", None)
+    # Up from 5, because the first tokens are often special ones, such as padding.
+    ids = torch.randint(5, known, (samples, length), generator=torch.Generator().manual_seed(seed))
+    end = end[0] if isinstance(end, list) else end
+    if end is not None and end < known:  # BART and T5 read there, and want one in each text
+        ids = torch.where(ids == end, 5 + (end == 5), ids)
+        ids[:, -1] = end
+    return ids

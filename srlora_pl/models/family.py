@@ -49,6 +49,15 @@ class ModelFamily(Protocol):
     def load(self, folder: Path) -> nn.Module:
         """Load what `save` wrote, with nothing but the library."""
 
+    def served(self, net: nn.Module) -> nn.Module:
+        """``net`` as a server calls it: tensors of the `served_inputs` by name to logits (B, classes)."""
+
+    def served_inputs(self, net: nn.Module, samples: int, length: int, seed: int) -> dict[str, Tensor]:
+        """Random inputs by name, whose first axis and, of texts, second one may have any size."""
+
+    def hub_name(self, net: nn.Module) -> str | None:
+        """The repository of the pretrained network on the hub, ``owner/name``; None where it has none."""
+
 
 @torch.no_grad()
 def example_outputs(family: ModelFamily, net: nn.Module, like: nn.Module) -> Tensor:

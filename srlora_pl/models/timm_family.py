@@ -62,3 +62,24 @@ class Timm(Classifier):
 
     def load(self, folder: Path) -> nn.Module:
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+    def served(self, net: nn.Module) -> nn.Module:
+        return _Served(net)
+
+    def served_inputs(self, net: nn.Module, samples: int, length: int, seed: int) -> dict[str, Tensor]:
+        size = timm_models.data_config(net, self.kwargs)["input_size"]
+        return {"pixel_values": torch.randn(samples, *size, generator=torch.Generator().manual_seed(seed))}
+
+    def hub_name(self, net: Any) -> str | None:
+        return None if Path(self.base[0]).is_dir() else net.pretrained_cfg.get("hf_hub_id") or None
+
+
+class _Served(nn.Module):
+    """With the name of the input that transformers has."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.net(pixel_values)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from srlora_pl.run import source
 from srlora_pl.util.errors import UserError, did_you_mean, listed
 from srlora_pl.util.files import relative, writing_to
 from srlora_pl.util.program import CONFIGS
@@ -117,7 +118,7 @@ def combine(contents: Sequence[Node]) -> tuple[Node, set[str]]:
     first = _method(settings)
     if not (first and overlay):
         return settings, set()
-    foreign = _arguments_of(first.get("class_path")) - _arguments_of(overlay["class_path"])
+    foreign = arguments_of(first.get("class_path")) - arguments_of(overlay["class_path"])
     shared = {name: value for name, value in (first.get("init_args") or {}).items() if name not in foreign}
     arguments = {**shared, **(overlay.get("init_args") or {})}
     return _with_method(settings, {**overlay, "init_args": arguments}), foreign
@@ -179,6 +180,15 @@ def model_class(content: Node) -> Any:
     return model.get("class_path") if isinstance(model, dict) else None
 
 
+def classes(content: Node) -> dict[str, str]:
+    """The class paths that ``content`` names of the model, of its method and of the data, by their keys."""
+    nodes = {"model": content.get("model"), "data": content.get("data"), "model.method": _method(content)}
+    nodes = {key: node for key, node in nodes.items() if isinstance(node, dict)}
+    return {
+        key: str(node["class_path"]) for key, node in nodes.items() if isinstance(node, dict) and "class_path" in node
+    }
+
+
 def class_name(node: Any) -> str:
     """The name of an object's class, without its module."""
     return str(_as_object(node).get("class_path")).rpartition(".")[2]
@@ -204,8 +214,11 @@ def _with_method(content: Node, method: Node | None) -> Node:
     return {**content, "model": {**content["model"], "init_args": arguments}}
 
 
-def _arguments_of(class_path: Any) -> set[str]:
+def arguments_of(class_path: Any) -> set[str]:
     """The arguments of a class and of those that it passes arguments on to; none where there is no such class."""
+    known = source.arguments(str(class_path))
+    if known is not None:
+        return set(known)
     module, _, name = str(class_path).rpartition(".")
     try:
         return set(arguments_of_class(getattr(import_module(module or "srlora_pl"), name)))

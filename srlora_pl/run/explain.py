@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from srlora_pl.run import config
 from srlora_pl.util.errors import did_you_mean
-from srlora_pl.util.signatures import arguments_of_class
 
 # What users look for among the settings of images, and what timm calls it.
 _OF_BACKBONE = dict.fromkeys(("img_size", "image_size", "input_size", "size", "resolution"), "img_size")
@@ -31,11 +31,11 @@ def explain(message: str, known: Sequence[str], files: Sequence[str], options: S
         return f"{message}: name a task's file with --config configs/NAME.yaml"
     if found := re.search(r"unrecognized arguments: ([^-\s]\S*)", message):
         return f"{found[1]!r} on the command line belongs to no option (options are written --key value)"
-    unknown = r"(?:unrecognized arguments: --|Group '(\w+)' does not accept option '|Option ')([^\s=']+)"
-    if found := re.search(unknown, message):
+    pattern = r"(?:unrecognized arguments: --|Group '(\w+)' does not accept option '|Option ')([^\s=']+)"
+    if found := re.search(pattern, message):
         if "Option '" in found[0]:
-            return _unknown(f"{key}.{found[2]}".lstrip("."), owners[-1:], known, files, options)
-        return _unknown(f"{found[1]}.{found[2]}" if found[1] else found[2], [], known, files, options)
+            return unknown(f"{key}.{found[2]}".lstrip("."), owners[-1:], known, files, options)
+        return unknown(f"{found[1]}.{found[2]}" if found[1] else found[2], [], known, files, options)
     place = written_at(key, files, options)
     if found := re.search(r"path string: ([\w.]+)|'([\w.]+)':\n.*(?:has no attribute|No module named)", message):
         return f"there is no class {found[1] or found[2]!r}{_near_class(found[1] or found[2])}, see {place}"
@@ -65,7 +65,8 @@ def written_at(key: str, files: Sequence[str], options: Sequence[str]) -> str:
     return key
 
 
-def _unknown(key: str, owner: list[str], known: Sequence[str], files: Sequence[str], options: Sequence[str]) -> str:
+def unknown(key: str, owner: list[str], known: Sequence[str], files: Sequence[str], options: Sequence[str]) -> str:
+    """The sentence on a setting that ``owner``, a class path if any, does not take; the rest is as for `explain`."""
     # A config file's own slip, and the keys above and below it, are known as well.
     others = [each for each in known if not (f"{each}.".startswith(f"{key}.") or key.startswith(f"{each}."))]
     last = key.rpartition(".")[2]
@@ -74,8 +75,7 @@ def _unknown(key: str, owner: list[str], known: Sequence[str], files: Sequence[s
     elif same := next((each for each in others if each.rpartition(".")[2] == last), None):
         near = did_you_mean(same, [same])
     elif owner:
-        module, _, name = owner[0].rpartition(".")
-        near = did_you_mean(last, arguments_of_class(getattr(import_module(module), name)))
+        near = did_you_mean(last, config.arguments_of(owner[0]))
     else:
         near = did_you_mean(key, others)
     return f"{written_at(key, files, options)} is unknown{''.join(f' to {each}' for each in owner)}{near}"

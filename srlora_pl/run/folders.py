@@ -12,8 +12,14 @@ from srlora_pl.training import checkpoints
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.files import relative
 
+ROOT = "runs"  # below which runs are, unless trainer.default_root_dir says otherwise
 _FOLDER = "SRLORA_RUN_FOLDER"  # where the first process writes, for those that it starts
 _JOB = "slurm_job"  # a file in the run's folder: the job of SLURM that started it
+
+
+def root_of(default_root_dir: str | None, name: str, method: str) -> Path:
+    """Where the runs of a config are, by its name and the ``class_path`` of its method."""
+    return Path(default_root_dir or ROOT, f"{name}-{method.rsplit('.', 1)[-1].lower()}")
 
 
 def versions(root: Path) -> list[Path]:

@@ -19,6 +19,7 @@ from srlora_pl.reporting import MatrixTable, ResumableCurves, Summary
 from srlora_pl.reporting.progress import closing_line
 from srlora_pl.run import config, defaults, finders, folders, settings
 from srlora_pl.run.explain import explain, missing_package, written_at
+from srlora_pl.run.help import SHOWN, own_settings
 from srlora_pl.run.messages import close, note, quieten
 from srlora_pl.run.processes import ending_together
 from srlora_pl.run.trainer import Trainer
@@ -32,9 +33,8 @@ from srlora_pl.util.errors import Interrupted, UserError, causes
 from srlora_pl.util.files import alone_in, relative
 from srlora_pl.util.program import program
 
-ROOT = "runs"
 TRAINER_DEFAULTS = {
-    "default_root_dir": ROOT,
+    "default_root_dir": folders.ROOT,
     # The DataModules deal their order out to the devices themselves, so that a resumed run finds its place.
     "use_distributed_sampler": False,
 }
@@ -87,6 +87,10 @@ class Run(LightningCLI):
             parser.add_argument("--output", type=str | None, help="The CSV, or GLUE's folder; by default the run's.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if {"-h", "--help"} & set(self.options):
+            parser.print_help()
+            print(*own_settings(SHOWN | config.classes(self.given)), sep="\n")
+            raise SystemExit(0)
         if key := config.beside_class_path(self.given):
             place = written_at(key, self.files, self.options)
             raise UserError(f"{place} stands beside class_path, it belongs below init_args")
@@ -137,8 +141,8 @@ class Run(LightningCLI):
     @property
     def root(self) -> Path:
         """Where the config's runs are."""
-        method = self.config.model.init_args.method.class_path.rsplit(".", 1)[-1].lower()
-        return Path(self.config.trainer.default_root_dir or ROOT, f"{self.config.name}-{method}")
+        method = self.config.model.init_args.method.class_path
+        return folders.root_of(self.config.trainer.default_root_dir, self.config.name, method)
 
     def _choose_checkpoint(self) -> None:
         """Fill in a ``ckpt_path`` that was left to this program: ``last``, and that of a job that SLURM restarts."""

@@ -85,6 +85,18 @@ def drop_arguments(names: Iterable[str], options: list[str]) -> tuple[list[str],
     return sorted(given), rest
 
 
+def value(key: str, given: config.Node, options: list[str]) -> str | None:
+    """The text of the setting ``key`` on the command line, or else in the config files' settings ``given``."""
+    forms = (f"--{key}", f"--{key.replace('.', '.init_args.', 1)}")
+    taken, _ = _taken(options, dict.fromkeys(forms, "value"))
+    node: Any = given
+    for word in key.split("."):
+        node = node.get("init_args") or node if isinstance(node, dict) else {}
+        node = node.get(word) if isinstance(node, dict) else None
+    found = taken.get("value", node)
+    return found if isinstance(found, str) and found not in ("", "null") else None
+
+
 def _taken(options: list[str], names: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """The values of the options that ``names`` has, by their second names, and all other options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)

@@ -11,8 +11,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 
 from srlora_pl.training import lightning_internals as internals
-from srlora_pl.util.errors import UserError, causes, did_you_mean
-from srlora_pl.util.files import replacing
+from srlora_pl.util.errors import UserError, causes
+from srlora_pl.util.files import replacing, require_there
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -41,9 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 def read(path: Path) -> dict[str, Any]:
     """The content of a Lightning checkpoint; tensors stay on the disk until they are used. Other files are refused."""
-    if not path.is_file():
-        near = did_you_mean(str(path), map(str, path.parent.glob("*.ckpt")))
-        raise UserError(f"--ckpt_path {path} does not exist{near}")
+    require_there("--ckpt_path", path)
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as error:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from srlora_pl.util.errors import UserError
+from srlora_pl.util.errors import UserError, did_you_mean
 
 try:
     import fcntl
@@ -53,6 +53,13 @@ def writing_to(place: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{place} cannot be written to ({error.strerror}): name another place") from error
+
+
+def require_there(place: str, path: Path) -> None:
+    """Refuse a ``path`` at which nothing is, given as ``place`` in the user's words."""
+    if not path.exists():
+        near = did_you_mean(str(path), map(str, path.parent.glob(f"*{path.suffix}")))
+        raise UserError(f"{place} {str(path)!r} does not exist{near}")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

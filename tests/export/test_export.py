@@ -83,11 +83,16 @@ def test_a_vit_loads_with_timm_and_with_peft(vit, tmp_path, name):
         name, 5 if "target_rank" in task.adaptation.method.spec()["init_args"] and name != "no switch" else 0
     )
     merged = export_model(task, tmp_path / "merged", class_names=NAMES)
-    peft = export_model(task, tmp_path / "peft", "peft")
+    peft = export_model(task, tmp_path / "peft", "peft", class_names=NAMES)
     assert 0 <= merged.difference < 1e-5
     assert 0 <= peft.difference < 1e-5
-    assert {path.name for path in merged.folder.iterdir()} == {"config.json", "model.safetensors"}
-    assert {path.name for path in peft.folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(merged.files) == {path.name for path in merged.folder.iterdir()} == {"config.json", "model.safetensors"}
+    files = {"adapter_config.json", "adapter_model.safetensors", "model_config.json"}
+    assert set(peft.files) == {path.name for path in peft.folder.iterdir()} == files
+    about = json.loads((tmp_path / "peft/model_config.json").read_text())
+    assert about["label_names"] == NAMES
+    about = about["pretrained_cfg"]
+    assert (about["input_size"], about["mean"], about["interpolation"]) == ([3, 16, 16], [0.5] * 3, "bicubic")
 
     untrained = image_task(vit, LoRA(rank=1)).net
     net = timm.create_model(f"local-dir:{tmp_path / 'merged'}", pretrained=True)
@@ -257,7 +262,7 @@ def test_an_encoder_loads_with_transformers_and_with_peft(encoders, tmp_path, fa
     task = fit(text_task(encoders[family], SRLORA(target_rank=8), train_pooler=train_pooler, **fast), steps=13)
     assert task.adaptation.controller.progress().done == 5
     merged = export_model(task, tmp_path / "merged", class_names=["no", "yes"])
-    peft = export_model(task, tmp_path / "peft", "peft")
+    peft = export_model(task, tmp_path / "peft", "peft", class_names=["no", "yes"])
     assert max(merged.difference, peft.difference) < 1e-5
     files = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in merged.folder.iterdir()} == files
@@ -274,6 +279,11 @@ def test_an_encoder_loads_with_transformers_and_with_peft(encoders, tmp_path, fa
     settings = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     assert settings["task_type"] == "SEQ_CLS"
     assert settings["base_model_name_or_path"] == encoders[family]
+    config = AutoConfig.from_pretrained(tmp_path / "peft/model_config.json")
+    assert (config.id2label, config.label2id) == ({0: "no", 1: "yes"}, {"no": 0, "yes": 1})
+    net = AutoModelForSequenceClassification.from_pretrained(tmp_path / "peft", config=config)
+    assert_same_outputs(net, task, untrained)
+    assert AutoTokenizer.from_pretrained(tmp_path / "peft")("w3 w7 w1")["input_ids"] == tokens[0]["input_ids"]
     base = AutoModelForSequenceClassification.from_pretrained(encoders[family], num_labels=2)
     assert_same_outputs(PeftModel.from_pretrained(base, tmp_path / "peft"), task, untrained)
 
@@ -533,7 +543,7 @@ def refused(vit, tmp_path, words, task=None, **options):
 
 
 def test_wrong_arguments_are_refused(vit, tmp_path):
-    refused(vit, tmp_path, ["--format", "onnx", "merged, peft"], format="onnx")
+    refused(vit, tmp_path, ["--format tflite", "merged, peft, onnx, pt2"], format="tflite")
     refused(vit, tmp_path, ["--rank 4", "--format peft"], rank=4)
     for rank in (0, 33):
         refused(vit, tmp_path, [f"rank {rank}", "32", "blocks.0.attn.qkv"], format="peft", rank=rank)
@@ -691,7 +701,7 @@ REFUSED = {
     "no --output": (("--format", "merged"), "the following arguments are required: --output"),
     "unknown option": (("--format", "merged", "--output", "new", "--ranks", "3"), "unrecognized arguments: --ranks 3"),
     "rank in words": (("--format", "peft", "--output", "new", "--rank", "four"), "--rank: invalid int value: 'four'"),
-    "unknown format": (("--format", "onnx", "--output", "new"), "--format onnx is unknown"),
+    "unknown format": (("--format", "tflite", "--output", "new"), "--format tflite is unknown"),
     "rank of merged": (("--format", "merged", "--output", "new", "--rank", "2"), "--rank 2 belongs to --format peft"),
     "rank too large": (("--format", "peft", "--output", "new", "--rank", "99"), "rank 99 does not lie between 1 and"),
     "folder in use": (("--format", "merged", "--output", "vit"), "--output vit holds files already"),
@@ -721,7 +731,7 @@ def test_bad_checkpoints_are_refused_in_a_sentence(run, tmp_path):
         torch.save(content, tmp_path / f"{name}.ckpt")
     (tmp_path / "cut.ckpt").write_bytes((run / CHECKPOINT).read_bytes()[:5000])
     for name, sentence in {
-        "missing": "missing.ckpt does not exist",
+        "missing": "missing.ckpt' does not exist",
         "cut": "cut.ckpt cannot be read",
         "foreign": "foreign.ckpt holds no model that this package adapted",
         "unadapted": "unadapted.ckpt holds no model that this package adapted",
@@ -755,4 +765,4 @@ def test_the_config_names_the_class(run, tmp_path):
 def test_help_is_answered_at_once(tmp_path):
     code, out, _ = cli("export", "--help", home=tmp_path)
     assert code == 0
-    assert "--format merged|peft" in out
+    assert "--format merged|peft|onnx|pt2" in out

@@ -349,7 +349,7 @@ EXPORT: dict[str, Case] = {
     "export's rank": (export("--format=peft", "--rank=few"), ["--rank", "'few'"]),
     "export of rank 0": (export("--format=peft", "--rank=0", checkpoint="compact.ckpt"), ["rank", "0", "between 1"]),
     "rank of merged weights": (export("--format=merged", "--rank=2"), ["--rank", "2", "--format", "peft"]),
-    "export of nothing": (export("--format=merged", checkpoint="imag.ckpt"), ["imag.ckpt does not exist", "'image."]),
+    "export of nothing": (export("--format=merged", checkpoint="imag.ckpt"), ["'imag.ckpt' does not exist", "'image."]),
     "export of half a file": (export("--format=merged", checkpoint="truncated.ckpt"), ["truncated.ckpt", "truncated"]),
     "export of another program's": (export("--format=merged", checkpoint="foreign.ckpt"), ["foreign.ckpt", "exported"]),
     "export into a full folder": (export("--format=merged", output="reviews"), ["--output", "reviews", "--force"]),
