@@ -29,7 +29,7 @@ FEW = ["--trainer.max_steps=16", "--trainer.limit_val_batches=1", "--trainer.lim
 FEW += ["--trainer.enable_progress_bar=false", "--data.batch_size=8"]
 FEW += ["--model.warmup_steps=0"]
 SHORT = {"fit": FEW, "compare": FEW}
-OTHERS = ("tensorboard", "git", "cd", "export", "source", "ruff", "mypy", "pre-commit", "sphinx-build", "run")
+OTHERS = ("tensorboard", "git", "cd", "export", "source", "ruff", "mypy", "pre-commit", "sphinx-build", "run", "hf")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
