@@ -13,6 +13,7 @@ from torch import Tensor, tensor
 from srlora_pl.data.images.pictures import Pictures, Source, Split
 from srlora_pl.data.splits import USUAL, split_of, split_word
 from srlora_pl.util.errors import UserError, did_you_mean, listed, one_line
+from srlora_pl.util.program import require_extra
 
 _FILES = (".parquet", ".arrow", ".jsonl")
 
@@ -169,6 +170,7 @@ def _tables_in(root: Path) -> Iterator[Path]:
 
 def _load(root: str, label_column: str, left_out: Counter[str]) -> dict[str, Any]:
     """The tables of a data set, by the names of their splits."""
+    require_extra("hub", "datasets", f"data.root '{root}'")
     from datasets import load_dataset, load_from_disk  # takes a second, and only these sources need it
 
     folder = Path(root)
