@@ -41,6 +41,7 @@ HOMES = {
     "TextData": "srlora_pl.data.texts.files",
     "UserError": "srlora_pl.util.errors",
     "export_model": "srlora_pl.export.command",
+    "export_peft": "srlora_pl.export.adapters",
 }
 # What needs more than a plain install: the extra and a package that it brings.
 _EXTRAS = {

@@ -5,21 +5,21 @@ These are timm's or transformers' folders, a PEFT adapter, or a program for a se
 
 import argparse
 import copy
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from srlora_pl.export import serving
+from srlora_pl.export.adapters import changed, in_peft, require_untouched
 from srlora_pl.export.card import Facts, facts_of, model_card
 from srlora_pl.export.folders import require_free, whole_or_nothing
-from srlora_pl.lowrank.delta import Factors, change, overall_error
+from srlora_pl.export.report import Report, compare, require_finite, size_of
+from srlora_pl.lowrank.delta import change, overall_error
 from srlora_pl.models import peft_folder
 from srlora_pl.models.family import example_outputs
 from srlora_pl.run import config, folders
@@ -32,50 +32,6 @@ from srlora_pl.util.files import relative
 FORMATS = ("merged", "peft", *serving.FILES)
 # The arguments of a task that say where its pretrained weights are, and change when folders move.
 _PLACES = ("backbone", "backbone_checkpoint", "adapter")
-
-
-@dataclass(frozen=True)
-class Report:
-    """What an export wrote.
-
-    Attributes:
-        folder: where.
-        size: of its weights, in bytes.
-        dense_size: of the merged weights, in bytes.
-        difference: the largest absolute difference between outputs of the trained model and of the files.
-        largest: the largest absolute output of the trained model.
-        factors: of the PEFT adapter, by layer.
-        notes: further sentences for the user.
-        files: the names of all files, sorted.
-    """
-
-    folder: Path
-    size: int
-    dense_size: int
-    difference: float
-    largest: float
-    factors: Mapping[str, Factors] = field(default_factory=dict)
-    notes: Sequence[str] = ()
-    files: Sequence[str] = ()
-
-    def lines(self) -> list[str]:
-        """The report in words."""
-        lines = []
-        if any(factors.lost for factors in self.factors.values()):
-            lines += [f"{name}: rank {f.rank}, relative error {f.error:.2e}" for name, f in self.factors.items()]
-            lines.append(f"relative error of all changes together: {overall_error(self.factors.values()):.2e}")
-        lines += self.notes
-        size, dense = (f"{size / 2**20:.1f} MiB" for size in (self.size, self.dense_size))
-        if self.factors:
-            ranks = sorted({factors.rank for factors in self.factors.values()})
-            span = " to ".join(map(str, dict.fromkeys([ranks[0], ranks[-1]])))
-            lines.append(f"adapter of rank {span}: {size}, the merged weights would take {dense}")
-        if self.factors and self.size > self.dense_size:
-            lines.append("--format merged is the smaller file here, and the faster model")
-        lines.append(
-            f"largest output difference to the trained model: {self.difference:.1e} (outputs up to {self.largest:.1e})"
-        )
-        return [*lines, f"written to {self.folder}" + ("" if self.factors else f" ({size})")]
 
 
 def export_model(
@@ -129,9 +85,7 @@ def _export(
     task: Task, target: Path, format: str, rank: int | None, class_names: Sequence[str], card: Facts | None
 ) -> Report:
     plain = task.adaptation.merged_copy()
-    for name, value in plain.state_dict().items():
-        if not value.isfinite().all():
-            raise UserError(f"{name} holds NaN or infinity, so nothing was written: export an earlier checkpoint")
+    require_finite(plain)
     with whole_or_nothing(target) as new:
         if format == "peft":
             report = _write_adapter(task, plain, new, target, rank, class_names)
@@ -146,7 +100,7 @@ def _export(
 def _write_merged(
     task: Task, plain: nn.Module, new: Path, target: Path, class_names: Sequence[str], format: str
 ) -> Report:
-    family, size = task.family, _size(plain)
+    family, size = task.family, size_of(plain)
     notes = family.save(plain, new, class_names, task.card())
     loaded = family.load(new)
     if format in serving.FILES:
@@ -156,7 +110,7 @@ def _write_merged(
     else:
         trained = example_outputs(family, task.net, task.net)
         found = example_outputs(family, loaded, task.net)
-    return Report(target, size, size, *_compare(found, trained, trained), notes=notes)
+    return Report(target, size, size, *compare(found, trained, trained), notes=notes)
 
 
 def _remove_weights(folder: Path) -> None:
@@ -178,7 +132,9 @@ def _write_adapter(
     factors = change(task.adaptation, rank, start.merged_into(task.adaptation) if start else None)
     names = [*heads, *(start.modules_beside(heads) if start else ())]
     modules = {name: plain.get_submodule(name).state_dict() for name in names}
-    _require_untouched(base, plain, (*(f"{name}.weight" for name in factors), *(f"{name}." for name in modules)))
+    require_untouched(
+        base.state_dict(), plain, (*(f"{name}.weight" for name in factors), *(f"{name}." for name in modules))
+    )
     try:
         notes = family.save(plain, new, class_names, task.card())
         # Beside an adapter transformers would take a config.json for the sign of a whole model.
@@ -193,60 +149,10 @@ def _write_adapter(
     if not installed:
         notes.append("peft is not installed, so the files were not loaded back")
     if rank is not None or not installed:
-        rebuilt = example_outputs(family, _changed(copy.deepcopy(base), factors, modules), task.net)
-    found = example_outputs(family, _in_peft(base, new), task.net) if installed else rebuilt
-    differences = _compare(found, trained if rank is None else rebuilt, trained)
-    return Report(target, size, _size(plain), *differences, factors, notes)
-
-
-def _in_peft(base: nn.Module, folder: Path) -> nn.Module:
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of PEFT about transformers
-        return PeftModel.from_pretrained(base, str(folder), torch_device="cpu")
-
-
-def _compare(found: Tensor, expected: Tensor, trained: Tensor) -> tuple[float, float]:
-    """The largest difference of ``found`` and the ``trained`` outputs, and the largest of these.
-
-    Raises:
-        UserError: ``found`` is not the ``expected`` output.
-    """
-    largest = float(trained.abs().max())
-    allowed = 1e-4 * largest + 1e-6  # a deep network's rounding in float32 comes to about 1e-5 of its outputs
-    if not (distance := float((found - expected).abs().max())) <= allowed:
-        raise UserError(
-            f"the exported files give outputs that differ by {distance:.1e}, float32 explains no more than "
-            f"{allowed:.1e}, so nothing was written: please report this with the model's name"
-        )
-    return float((found - trained).abs().max()), largest
-
-
-def _size(net: nn.Module) -> int:
-    return sum(value.nbytes for value in net.state_dict().values())
-
-
-def _require_untouched(base: nn.Module, plain: nn.Module, exported: tuple[str, ...]) -> None:
-    """Refuse changes that a LoRA and heads cannot hold, such as the running statistics of a batch norm."""
-    own = plain.state_dict()
-    for name, value in base.state_dict().items():
-        if not name.startswith(exported) and not torch.equal(value, own[name]):
-            raise UserError(
-                f"{name} is no longer that of the pretrained weights, and a PEFT folder holds only linear layers and "
-                "heads: use --format merged"
-            )
-
-
-@torch.no_grad()
-def _changed(base: nn.Module, factors: Mapping[str, Factors], modules: Mapping[str, dict[str, Any]]) -> nn.Module:
-    """``base`` with the content of a PEFT folder merged into its weights, in place."""
-    for name, each in factors.items():
-        weight = base.get_parameter(f"{name}.weight")
-        weight.copy_(each.applied_to(weight))
-    for name, state in modules.items():
-        base.get_submodule(name).load_state_dict(state)
-    return base
+        rebuilt = example_outputs(family, changed(copy.deepcopy(base), factors, modules), task.net)
+    found = example_outputs(family, in_peft(base, new), task.net) if installed else rebuilt
+    differences = compare(found, trained if rank is None else rebuilt, trained)
+    return Report(target, size, size_of(plain), *differences, factors, notes)
 
 
 # -- the command

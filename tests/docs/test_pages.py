@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+import srlora_pl
+from srlora_pl import lowrank
+from srlora_pl.lowrank import methods
 from srlora_pl.lowrank.methods import REGISTRY
 from tests.helpers.pages import blocks, pages
 from tests.helpers.paths import ROOT
@@ -83,8 +86,8 @@ def test_a_table_names_every_method_and_overlay():
     linked = [pair for row in rows for pair in re.findall(r"\[`(\w+)`\]\((\w+\.md)\)", row[0])]
     overlays = {name for name, _ in linked}
     assert overlays == {file.stem for file in (ROOT / "configs/methods").glob("*.yaml")}
-    methods = {name for row in rows for name in re.findall(r"`srlora_pl\.(\w+)`", row[1])}
-    assert methods == {kind.__name__ for kind in REGISTRY}
+    named = {name for row in rows for name in re.findall(r"`srlora_pl\.(\w+)`", row[1])}
+    assert named == {kind.__name__ for kind in REGISTRY}
     folder = ROOT / "docs/methods"
     assert {page for _, page in linked} == {file.name for file in folder.glob("*.md")} - {"index.md"}
 
@@ -97,6 +100,19 @@ def test_each_method_has_a_page_with_its_settings_formula_and_source():
             (shown,) = re.findall(r"```\{settings\} srlora_pl\.(\w+)", text)
             tables[shown] = page
     assert set(tables) == {kind.__name__ for kind in REGISTRY}
+
+
+def test_the_house_has_every_room():
+    (plan,) = [block.text for block in blocks("text", "docs/house.md")]
+    rooms = [path.name for path in (ROOT / "srlora_pl").iterdir() if path.is_dir() and path.name != "__pycache__"]
+    assert [room for room in rooms if f" {room}/" not in plan] == []
+
+
+def test_the_api_pages_name_everything_public():
+    text = "".join(text for page, text in pages().items() if page.startswith("docs/api/"))
+    named = {name.rpartition(".")[2] for name in re.findall(r"^\.\. auto\w+:: ([\w.]+)$", text, re.MULTILINE)}
+    assert "srlora_pl.lowrank.methods\n   :members:" in text
+    assert {*srlora_pl.__all__, *lowrank.__all__} - set(methods.__all__) <= named
 
 
 @pytest.mark.slow

@@ -41,10 +41,10 @@ def pages() -> dict[str, str]:
 
 
 def blocks(language: str, *names: str) -> list[Block]:
-    """The blocks of a language on the pages ``names``, by default on all, in order."""
+    """The blocks of a language ("": of any) on the pages ``names``, by default on all, in order."""
     return [
         Block(ROOT / page, found["mark"] or "", found["language"], found["text"])
         for page, text in pages().items()
         for found in _FENCE.finditer(text)
-        if found["language"] == language and (not names or page in names)
+        if language in ("", found["language"]) and (not names or page in names)
     ]
