@@ -15,6 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from srlora_pl.data.images.pictures import Pictures, Source, Split
 from srlora_pl.data.splits import USUAL, split_of, split_word
 from srlora_pl.util.errors import UserError, did_you_mean, listed, one_line
+from srlora_pl.util.program import require_extra
 
 _FILES = (".parquet", ".arrow", ".jsonl")
 _METADATA = "metadata.csv"  # beside images: a row for each, with its file_name
@@ -196,6 +197,7 @@ def _tables_in(root: Path) -> Iterator[Path]:
 
 def _load(root: str, label_column: str, left_out: Counter[str]) -> dict[str, Any]:
     """The tables of a data set, by the names of their splits."""
+    require_extra("hub", "datasets", f"data.root '{root}'")
     from datasets import load_dataset, load_from_disk  # takes a second, and only these sources need it
 
     folder = Path(root)
