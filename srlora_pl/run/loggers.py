@@ -1,10 +1,12 @@
 """The loggers of a run: ``metrics.csv`` always, and those of ``trainer.logger``."""
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
@@ -43,9 +45,10 @@ def resumable(settings: config.Node, options: Sequence[str]) -> tuple[config.Nod
     for before, word in zip(("", *options), options, strict=False):
         name, equals, value = word.rpartition("=")
         if before in _OPTIONS or name in _OPTIONS:
-            found = ours(given := yaml_text.value(value))
-            text = found if isinstance(found, str) else json.dumps(found)
-            word = word if found == given else f"{name}{equals}{text}"
+            with contextlib.suppress(yaml.YAMLError):  # which the parser will tell
+                found = ours(given := yaml_text.value(value))
+                text = found if isinstance(found, str) else json.dumps(found)
+                word = word if found == given else f"{name}{equals}{text}"
         words.append(word)
     trainer = settings.get("trainer") or {}
     if "logger" in trainer:

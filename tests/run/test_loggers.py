@@ -157,6 +157,7 @@ DIR = {"class_path": "CSVLogger", "init_args": {"save_dir": "x"}}
         (False, ["--trainer.logger", "TensorBoardLogger"], False, ["--trainer.logger", OURS]),
         (None, ["--trainer.logger=[TensorBoardLogger]"], None, [f'--trainer.logger=["{OURS}"]']),
         (None, ["--trainer.logger+=TensorBoardLogger"], None, [f"--trainer.logger+={OURS}"]),
+        (None, ["--trainer.logger", "[CSVLogger"], None, ["--trainer.logger", "[CSVLogger"]),
         (None, ["--trainer.logger", "WandbLogger"], None, ["--trainer.logger", "WandbLogger"]),
         (
             "CSVLogger",
