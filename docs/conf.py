@@ -24,4 +24,3 @@ default_role = "code"  # docstrings write `Adaptation` for a name
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = True
-suppress_warnings = ["toc.not_readable"]  # until all pages are there

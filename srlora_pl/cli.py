@@ -37,6 +37,11 @@ examples:
   {program} fit --config quickstart --config methods/lora --seed_everything 1
   {program} test --config runs/quickstart-srlora/version_0/config.yaml --ckpt_path last"""
 # Of an OSError these mean the disk and not a bug: full, over quota, broken, read-only.
+# Loggers with errors of their own: by package the name, and another way.
+_SERVICES = {
+    "mlflow": ("MLflow", "or give trainer.logger.tracking_uri another place"),
+    "wandb": ("W&B", "or log offline with --trainer.logger.offline true"),
+}
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 
@@ -203,6 +208,9 @@ def _for_the_user(error: BaseException) -> str | None:
     if disk := next((each for each in causes(error) if isinstance(each, OSError) and each.errno in _DISK), None):
         name = os.fsdecode(disk.filename) if disk.filename else "a file"
         return f"{name} could not be written ({disk.strerror}): see to the disk, {START_AGAIN}"
+    for each in causes(error):
+        if service := _SERVICES.get(type(each).__module__.partition(".")[0]):
+            return f"{service[0]} refuses: {str(each).strip(' .')}; {service[1]}"
     if isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error):  # raised at any line, by a signal
         return WORKER_DIED
     raised_in = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)][-1:]

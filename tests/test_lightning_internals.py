@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 import srlora_pl
@@ -61,6 +61,9 @@ NAMES = [
     "saving._monitor_candidates",
     "saving._last_global_step_saved",
     "logger._experiment",
+    "wandb._id",
+    "wandb._wandb_init",
+    "mlflow._run_id",
     "bar._initialize_train_progress_bar_id",
     "bar._get_train_description",
     "bar.train_progress_bar",
@@ -97,6 +100,8 @@ class Watch(Callback):
             "stopping": EarlyStopping("loss"),
             "saving": ModelCheckpoint(),
             "logger": self.logger,
+            "wandb": WandbLogger(),
+            "mlflow": MLFlowLogger(tracking_uri="http://localhost"),
             "bar": RichProgressBar,
         }
         for name in NAMES:

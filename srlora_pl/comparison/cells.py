@@ -1,6 +1,5 @@
 """The runs of a comparison: each is a run of the command line in a folder of its own."""
 
-import json
 import shlex
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from srlora_pl.reporting.summary import FILE as SUMMARY
+from srlora_pl.util import json_text
 from srlora_pl.util.errors import Interrupted, UserError
 from srlora_pl.util.files import lock, writing_to
 from srlora_pl.util.program import program
@@ -101,7 +101,7 @@ class Plan:
     def summary(self, cell: Cell) -> dict[str, Any] | None:
         """The ``summary.json`` of a finished run with its ``folder``; None for a run that has not finished."""
         file = next((self.folder / cell.name).glob(f"*/version_*/{SUMMARY}"), None)
-        return None if file is None else json.loads(file.read_text()) | {"folder": str(file.parent)}
+        return None if file is None else json_text.read(file.read_text()) | {"folder": str(file.parent)}
 
 
 def run(plan: Plan, cell: Cell, held: BinaryIO) -> str | None:

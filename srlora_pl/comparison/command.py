@@ -19,7 +19,7 @@ from srlora_pl.comparison.paper import NUMBERS, TABLES
 from srlora_pl.comparison.results import Outcome, at_the_edge, best_point, made_with, table, unequal_terms
 from srlora_pl.figures import runs as figures
 from srlora_pl.run import config
-from srlora_pl.util import system, yaml_text
+from srlora_pl.util import json_text, system, yaml_text
 from srlora_pl.util.errors import UserError, causes, did_you_mean, listed
 from srlora_pl.util.files import relative, write_whole, writing_to
 from srlora_pl.util.program import CONFIGS
@@ -263,7 +263,7 @@ def _write(plan: Plan, outcomes: Sequence[Outcome], best: Mapping[str, Cell]) ->
         "runs": rows,
     }
     write_whole(plan.folder / "results.csv", csv_of(rows))
-    write_whole(plan.folder / "results.json", json.dumps(about, indent=1))
+    write_whole(plan.folder / "results.json", json_text.write(about))
     write_whole(plan.folder / "results.md", text)
     curves = {method: each[0].curve("train/loss") for method, each in chosen.items()}
     # A run shorter than trainer.log_every_n_steps logs no loss.

@@ -131,13 +131,17 @@ class Difference:
 
     @classmethod
     def between(cls, first: Mapping[int, float], second: Mapping[int, float]) -> "Difference | None":
-        """The difference of scores by seed; None with fewer than two common seeds, or if all differences are equal."""
+        """The difference of scores by seed.
+
+        None with fewer than two common seeds, if all differences are equal, or if a score is not finite.
+        """
         seeds = sorted(first.keys() & second.keys())
         pairs = [(first[seed], second[seed]) for seed in seeds]
         differences = [one - other for one, other in pairs]
         # Rounding spreads equal differences a little, which the test would call significant.
         least = _ROUNDING * max((abs(score) for pair in pairs for score in pair), default=0.0)
-        if len(seeds) < 2 or max(differences) - min(differences) <= least:
+        finite = all(map(math.isfinite, differences))
+        if len(seeds) < 2 or not finite or max(differences) - min(differences) <= least:
             return None
         test = ttest_rel(*zip(*pairs, strict=True))
         interval = test.confidence_interval(0.95)
@@ -189,6 +193,8 @@ def _spread(values: Sequence[float | None], name: str) -> str:
     known = [scale * value for value in values if value is not None]
     if not known:
         return "-"
+    if not all(map(math.isfinite, known)):
+        return "not finite"
     deviation = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
     return f"{statistics.fmean(known):.{digits}f}{deviation}"
 
@@ -205,7 +211,7 @@ def _differences(outcomes: Mapping[str, Sequence[Outcome]]) -> list[str]:
                 f"{'significant' if found.p < 0.05 else 'not significant'} at 5 %."
             )
         else:
-            why = "fewer than two seeds in common, or the same difference with all of them"
+            why = "fewer than two seeds in common, the same difference with all of them, or a score that is not finite"
             lines.append(f"* {first} against {second}: nothing can be tested ({why}).")
     return lines
 

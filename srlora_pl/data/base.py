@@ -192,7 +192,8 @@ class DataModule(L.LightningDataModule):
             raise UserError("There is no validation split; set data.val_fraction above 0.")
         if not self._is_described:  # a fit ends with a test of the same data
             self._is_described = True
-            rank_zero_only(print)(self.description())
+            untested = "; nothing is tested, as there is no labelled test split" * (not self.has_test_labels)
+            rank_zero_only(print)(self.description() + (untested if stage == "fit" else ""))
 
     def description(self) -> str:
         """One line on the loaded data: samples, the classes in the order of the outputs, and files or rows left out.

@@ -17,9 +17,10 @@ Row = dict[str, Any]
 
 
 class ResumableCSVLogger(Logger):
-    """Appends to an existing ``metrics.csv`` in ``folder``, which Lightning's CSVLogger deletes.
+    """Appends to an existing ``metrics.csv`` in ``save_dir``, which Lightning's CSVLogger deletes.
 
     Args:
+        save_dir: its folder; that of the run where the command line gets none.
         flush_logs_every_n_steps: after how many steps rows are written; `save` writes them at once.
 
     Attributes:
@@ -28,9 +29,10 @@ class ResumableCSVLogger(Logger):
 
     name = version = ""
 
-    def __init__(self, folder: str | Path, flush_logs_every_n_steps: int = 100) -> None:
+    def __init__(self, save_dir: str | Path = "", flush_logs_every_n_steps: int = 100) -> None:
         super().__init__()
-        self.file = Path(folder, "metrics.csv")
+        self._folder = str(save_dir)
+        self.file = Path(save_dir, "metrics.csv")
         self.latest: list[Row] = []
         self._unsaved: list[Row] = []
         self._every = flush_logs_every_n_steps
@@ -38,7 +40,7 @@ class ResumableCSVLogger(Logger):
     @property
     def save_dir(self) -> str:
         """The folder of ``metrics.csv``."""
-        return str(self.file.parent)
+        return self._folder
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: a run's ``config.yaml`` has them."""

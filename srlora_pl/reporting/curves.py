@@ -1,13 +1,14 @@
 """Loggers and a callback that continue the curves of a resumed run: no row twice, none missing."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
@@ -15,10 +16,23 @@ from srlora_pl.reporting.csv_log import ResumableCSVLogger, Row
 from srlora_pl.training import lightning_internals as internals
 
 _KEY = "curves"
+_NO_BRACKETS = str.maketrans("[", ".", "]")
 
 
 class ResumableTensorBoardLogger(TensorBoardLogger):
-    """Lightning's TensorBoardLogger, with a ``purge_step`` that is known only once the checkpoint is loaded."""
+    """Lightning's TensorBoardLogger, with a ``purge_step`` that is known only once the checkpoint is loaded.
+
+    Args:
+        save_dir: see Lightning's; without one the command line takes the run's folder.
+    """
+
+    def __init__(self, save_dir: str | Path = "", default_hp_metric: bool = False, **kwargs: Any) -> None:
+        super().__init__(save_dir, default_hp_metric=default_hp_metric, **kwargs)
+        self._arguments = kwargs
+
+    def placed(self, folder: Path) -> "ResumableTensorBoardLogger":
+        """The same one in ``folder`` itself."""
+        return ResumableTensorBoardLogger(folder.parent, **{**self._arguments, "name": "", "version": folder.name})
 
     @property
     @rank_zero_experiment
@@ -40,6 +54,22 @@ class ResumableTensorBoardLogger(TensorBoardLogger):
         """Make readers drop ``step`` and all later steps of earlier files."""
         restart = Event(step=step, session_log=SessionLog(status=SessionLog.START))
         self.experiment.file_writer.add_event(restart)
+
+
+class ResumableMLFlowLogger(MLFlowLogger):
+    """Lightning's MLFlowLogger, for a run that may go on with other settings: MLflow takes one value of each only."""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        """Log those of ``params`` that the run does not have yet."""
+        known = self.experiment.get_run(self.run_id).data.params
+        settings = internals.flat_settings(params)
+        super().log_hyperparams({name: value for name, value in settings.items() if name not in known})
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log ``metrics``, a matrix ``attn.qkv[q]`` as ``attn.qkv.q``: MLflow has no brackets in names."""
+        super().log_metrics({name.translate(_NO_BRACKETS): value for name, value in metrics.items()}, step)
 
 
 class ResumableCurves(Callback):

@@ -1,4 +1,4 @@
-"""TensorBoard curves and figures besides loss, scores and learning rates."""
+"""Curves and figures besides loss, scores and learning rates."""
 
 import math
 import os
@@ -6,19 +6,22 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch.utils.tensorboard.summary import hparams
 
 from srlora_pl.data.protocols import data_of
 from srlora_pl.lowrank import Adaptation
 from srlora_pl.lowrank.measures import by_kind, drawn_after, scores_by_kind, size_of_change, switches_survived
+from srlora_pl.reporting.csv_log import ResumableCSVLogger
 from srlora_pl.reporting.curves import ResumableTensorBoardLogger
+from srlora_pl.reporting.events import SHOW_IMAGES, log_histogram, log_image, log_text
 from srlora_pl.reporting.progress import MATRICES, adaptation_of, matrix_rows, parameter_line
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.system import device_name, peak_memory_bytes, versions
@@ -34,13 +37,20 @@ _AGES = {
     "survived_2_to_3": (2, 3),
     "survived_4_or_more": (4, math.inf),
 }
-_OPTIONS: dict[str, dict[str, Any]] = {"histogram": {"bins": 30}, "image": {"dataformats": "HWC"}}
+_MACHINE = ("time/", "memory/")  # curves that differ from run to run
+_LOG: dict[str, Callable[[Logger, str, Any, int], None]] = {
+    "histogram": log_histogram,
+    "image": log_image,
+    "text": log_text,
+}
 
-Event = tuple[str, str, Any]  # what a SummaryWriter adds (scalar, histogram, image, text), its tag, and the value
+Event = tuple[str, str, Any]  # its kind (scalar, histogram, image, text), its tag, and the value
 
 
 class Monitor(Callback):
-    """Writes into the TensorBoard files of a run whose module is an `srlora_pl.SRLoRAMixin`.
+    """Gives the loggers of a run whose module is an `srlora_pl.SRLoRAMixin` more than its losses.
+
+    All of them get the numbers; TensorBoard and W&B the histograms too, and both and MLflow pictures and text.
 
     Every ``trainer.log_every_n_steps`` steps, with the step that the other curves have:
 
@@ -57,12 +67,12 @@ class Monitor(Callback):
     ``change_effective_rank/KIND`` of W_eff - W0, each the mean over a kind's first, middle and last
     matrix (see `srlora_pl.lowrank.measures.Size`). A matrix whose fused pairs are not kept any more is left out.
 
-    At the start of every process ``run``, a card with command, versions, device and parameters. At the end
-    ``figures/directions_block_N`` (the paper's Figure 5, of the middle block), ``figures/length_variance`` (its Figure
-    4), and the hyperparameters with the final scores.
+    At the start of every process ``run``, a card with command, versions, device and parameters, and the settings. At
+    the end ``figures/directions_block_N`` (the paper's Figure 5, of the middle block) and ``figures/length_variance``
+    (its Figure 4), if matplotlib is installed; and in TensorBoard the hyperparameters with the final scores.
 
-    No other step waits for the device. A resumed run has the same events as an uninterrupted one, except ``time/*`` and
-    ``memory/*``. Only TensorBoard loggers are written to, by the first process.
+    No other step waits for the device. Only the first process writes. In ``metrics.csv`` and TensorBoard a resumed run
+    has the same events as an uninterrupted one, except ``time/*`` and ``memory/*``, which ``metrics.csv`` leaves out.
 
     Args:
         figures_at_validation: draw the figures after every validation too.
@@ -71,18 +81,24 @@ class Monitor(Callback):
     def __init__(self, figures_at_validation: bool = False) -> None:
         self.figures_at_validation = figures_at_validation
         self._step = 0  # of the curves, that the last events belong to
-        self._events: list[Event] = []
+        self._events: list[Event] = []  # of that step, without numbers, which `ResumableCurves` repeats
+        self._draws = True
         self._measured = 0  # up to which tenth of the run W_eff - W0 was measured
         self._since, self._steps_before, self._paused = 0.0, 0, 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After `ResumableCurves` has cut the curves of a resumed run."""
+        """After `ResumableCurves` has cut the curves of a resumed run and repeated their numbers."""
         cut, self._events, adaptation = self._events, [], adaptation_of(pl_module)
+        self._draws = _can_draw(trainer, adaptation)
         self._write(trainer, self._step, [("text", "run", _card(trainer, pl_module))])
-        if any(isinstance(logger, ResumableTensorBoardLogger) for logger in trainer.loggers):
-            self._write(trainer, self._step, [event for event in cut if event[0] != "image"])
-            if any(kind == "image" for kind, _, _ in cut):  # drawn again
-                self._write(trainer, self._step, _figures(adaptation, adaptation.steps_before + self._step + 1))
+        resumed = [logger for logger in trainer.loggers if isinstance(logger, ResumableTensorBoardLogger)]
+        self._write(trainer, self._step, [event for event in cut if event[0] != "image"], resumed)
+        if any(kind == "image" for kind, _, _ in cut):  # drawn again
+            last = adaptation.steps_before + self._step + 1
+            self._write(trainer, self._step, self._figures(adaptation, last), resumed)
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):  # which gets them at the end, with the scores
+                logger.log_hyperparams(_settings(trainer, adaptation))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since, self._steps_before = time.perf_counter(), trainer.global_step
@@ -102,7 +118,7 @@ class Monitor(Callback):
         adaptation, step = adaptation_of(pl_module), internals.logged_step(trainer)
         self._write(trainer, step, self._change(adaptation, self._part(trainer)))
         if self.figures_at_validation:
-            self._write(trainer, step, _figures(adaptation, _all_steps(trainer)))
+            self._write(trainer, step, self._figures(adaptation, _all_steps(trainer)))
         self._since += time.perf_counter() - self._paused
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -110,7 +126,7 @@ class Monitor(Callback):
         if last := trainer.global_step:
             adaptation = adaptation_of(pl_module)
             self._write(trainer, last, self._change(adaptation, _MEASUREMENTS))
-            self._write(trainer, last, _figures(adaptation, _all_steps(trainer)))
+            self._write(trainer, last, self._figures(adaptation, _all_steps(trainer)))
             scores = dict.fromkeys(_final_scores(trainer), 0.0)  # the HPARAMS tab takes values from their own curves
             for summary in hparams(_hyperparameters(trainer, pl_module), scores):
                 for writer in _writers(trainer):
@@ -138,21 +154,35 @@ class Monitor(Callback):
             for name in ("norm", "stable_rank", "effective_rank") if sizes else ():
                 yield "scalar", f"change_{name}/{kind}", statistics.mean(getattr(size, name) for size in sizes)
 
-    def _write(self, trainer: Trainer, step: int, events: Iterable[Event]) -> None:
-        """Write ``events``, which are computed only if there is a writer."""
-        if not (writers := _writers(trainer)):
+    def _figures(self, adaptation: Adaptation, last_step: int) -> Iterator[Event]:
+        return _figures(adaptation, last_step) if self._draws else iter(())
+
+    def _write(
+        self, trainer: Trainer, step: int, events: Iterable[Event], loggers: Sequence[Logger] | None = None
+    ) -> None:
+        """Log ``events``, which are computed only if there is a logger, by default to all of them."""
+        loggers = trainer.loggers if loggers is None else loggers
+        if not (loggers and trainer.is_global_zero):
             return
         if self._step != step:
             self._step, self._events = step, []
+        numbers: dict[str, float] = {}
         for kind, tag, value in events:
-            for writer in writers:
-                getattr(writer, f"add_{kind}")(tag, value, step, **_OPTIONS.get(kind, {}))
+            if kind == "scalar":
+                numbers[tag] = value
+                continue
+            for logger in loggers:
+                _LOG[kind](logger, tag, value, step)
             self._events.append((kind, tag, value))
+        same = {tag: value for tag, value in numbers.items() if not tag.startswith(_MACHINE)}
+        for logger in loggers:
+            if found := same if isinstance(logger, ResumableCSVLogger) else numbers:
+                logger.log_metrics(found, step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the events of the checkpoint's step: curves are cut before it, see `ResumableCurves`."""
         step = internals.logged_step(trainer)
-        kept = [each for each in self._events if each[0] != "text" and not each[1].startswith(("time/", "memory/"))]
+        kept = [each for each in self._events if each[0] != "text"]
         events = [(kind, tag, None if kind == "image" else value) for kind, tag, value in kept]
         checkpoint[_KEY] = {"step": step, "events": events if self._step == step else [], "measured": self._measured}
 
@@ -208,6 +238,16 @@ def _figures(adaptation: Adaptation, last_step: int) -> Iterator[Event]:
         yield "image", tag, np.asarray(canvas.buffer_rgba())[..., :3]
 
 
+def _can_draw(trainer: Trainer, adaptation: Adaptation) -> bool:
+    """Whether figures can be drawn and shown; says so where only matplotlib is missing."""
+    if not (adaptation.controller.histories() and any(isinstance(each, SHOW_IMAGES) for each in trainer.loggers)):
+        return False
+    installed = find_spec("matplotlib") is not None
+    if not installed and trainer.is_global_zero:
+        print("note: no figures are logged without matplotlib: pip install 'srlora_pl[figures]'", file=sys.stderr)
+    return installed
+
+
 def _card(trainer: Trainer, pl_module: LightningModule) -> str:
     """This process's command, device, versions and method, as a table in Markdown."""
     method = adaptation_of(pl_module).method
@@ -226,13 +266,27 @@ def _card(trainer: Trainer, pl_module: LightningModule) -> str:
     return f"{about}\n\n{markdown(MATRICES, rows_of_matrices)}" if rows_of_matrices else about
 
 
-def _hyperparameters(trainer: Any, pl_module: LightningModule) -> dict[str, int | float | str]:
-    """The module's hyperparameters, the method's settings under ``method.NAME``, and the run's own."""
-    method = adaptation_of(pl_module).method
+def _hyperparameters(trainer: Trainer, pl_module: LightningModule) -> dict[str, int | float | str]:
+    """The module's hyperparameters and `_settings`, as TensorBoard takes them: ``method.NAME`` are the method's."""
+    settings = _settings(trainer, adaptation_of(pl_module))
+    method = settings.pop("method")
     chosen = {
         **pl_module.hparams,
-        "method": type(method).__name__,
-        **{f"method.{name}": value for name, value in method.spec()["init_args"].items()},
+        "method": method["class_path"].rpartition(".")[2],
+        **{f"method.{name}": value for name, value in method["init_args"].items()},
+        **settings,
+    }
+    return {
+        name: value if isinstance(value, int | float) else str(value)
+        for name, value in chosen.items()
+        if value is not None
+    }
+
+
+def _settings(trainer: Any, adaptation: Adaptation) -> dict[str, Any]:
+    """The method, which not every module has among its hyperparameters, and the run's own."""
+    return {
+        "method": adaptation.method.spec(),
         "seed": os.environ.get("PL_GLOBAL_SEED"),
         "precision": trainer.precision,
         "max_steps": trainer.max_steps,
@@ -241,11 +295,6 @@ def _hyperparameters(trainer: Any, pl_module: LightningModule) -> dict[str, int 
         "accumulate_grad_batches": trainer.accumulate_grad_batches,
         "gradient_clip_val": trainer.gradient_clip_val,
         "devices": trainer.world_size,
-    }
-    return {
-        name: value if isinstance(value, int | float) else str(value)
-        for name, value in chosen.items()
-        if value is not None
     }
 
 

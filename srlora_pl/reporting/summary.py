@@ -1,6 +1,5 @@
 """summary.json: a run's results, for programs to read."""
 
-import json
 import shlex
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from srlora_pl.reporting.progress import adaptation_of, parameter_counts
-from srlora_pl.util import system
+from srlora_pl.util import json_text, system
 from srlora_pl.util.files import write_whole
 
 FILE = "summary.json"
@@ -84,4 +83,4 @@ class Summary(Callback):
             "commit": self._commit,
             "versions": system.versions(),
         }
-        write_whole(self.path, json.dumps(content, indent=1))
+        write_whole(self.path, json_text.write(content))

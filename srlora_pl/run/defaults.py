@@ -1,4 +1,4 @@
-"""The callbacks, loggers and plugins that a run has unless the user's do the same."""
+"""The callbacks and plugins that a run has unless the user's do the same."""
 
 import os
 from collections.abc import Sequence
@@ -19,17 +19,15 @@ from lightning.pytorch.callbacks import (
     SpikeDetection,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.loggers import Logger
 
 from srlora_pl.reporting import (
     GLUEWriter,
     MatrixTable,
     Monitor,
     PredictionWriter,
-    ResumableCSVLogger,
-    ResumableTensorBoardLogger,
     bar_or_lines,
 )
+from srlora_pl.reporting.events import log_text
 from srlora_pl.run.folders import folder_of
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.training.checkpoints import AtomicCheckpointIO
@@ -71,29 +69,26 @@ def with_defaults(
         fits: whether it trains.
     """
     saves = folder if settings.enable_checkpointing is not False else None
-    logs = folder is not None and (settings.logger is None or bool(settings.logger))
     callbacks = [*ours]
     if saves and not any(isinstance(each, ModelCheckpoint) and each.monitor for each in users):
         callbacks.append(_best(saves))
-    if logs and not has(users, LearningRateMonitor):
+    if folder and not has(users, LearningRateMonitor):
         callbacks.append(LearningRateMonitor("step"))
-    if logs and not has(users, Monitor):
+    if folder and not has(users, Monitor):
         callbacks.append(Monitor())
     if fits and settings.enable_model_summary is not False and not has(users, ModelSummary):
         callbacks.append(MatrixTable())
     if settings.enable_progress_bar is not False and not has(users, ProgressBar):
         callbacks.append(bar_or_lines())
     callbacks += users
-    if saves and not _saves_last(users):  # after the others, so that it knows what they have saved
+    saves_last = _saves_last(users)
+    for each in users:
+        if saves and isinstance(each, ModelCheckpoint) and each.dirpath is None:
+            each.dirpath = str(saves / "checkpoints")  # and not where the first logger writes
+    if saves and not saves_last:  # after the others, so that it knows what they have saved
         place = max((i for i, each in enumerate(callbacks, 1) if isinstance(each, ModelCheckpoint)), default=0)
         callbacks.insert(place, Last(saves))
     return callbacks
-
-
-def loggers(folder: Path) -> list[Logger]:
-    """TensorBoard's events and ``metrics.csv`` in the run's folder."""
-    tensorboard = ResumableTensorBoardLogger(folder.parent, "", folder.name, default_hp_metric=False)
-    return [tensorboard, ResumableCSVLogger(folder)]
 
 
 def plugins(settings: Any) -> list[Any]:
@@ -165,7 +160,10 @@ class Last(ModelCheckpoint):
 
 
 class WriteSettings(Callback):
-    """Writes a run's ``config.yaml`` when training starts, as nothing can refuse the settings any more."""
+    """Writes a run's ``config.yaml`` when training starts, as nothing can refuse the settings any more.
+
+    The loggers that can hold text get it too.
+    """
 
     def __init__(self, path: Path, text: str) -> None:
         self.path, self.text = path, text
@@ -174,3 +172,5 @@ class WriteSettings(Callback):
         if trainer.is_global_zero:
             with replacing(self.path) as file:
                 file.write(self.text.encode())
+            for logger in trainer.loggers:
+                log_text(logger, "config", f"```yaml\n{self.text}```", internals.logged_step(trainer))

@@ -8,6 +8,10 @@ from pathlib import Path
 from srlora_pl.run import config
 from srlora_pl.util.errors import did_you_mean
 
+# What users look for among the settings of images, and what timm calls it.
+_OF_BACKBONE = dict.fromkeys(("img_size", "image_size", "input_size", "size", "resolution"), "img_size")
+_OF_BACKBONE |= {name: name for name in ("patch_size", "drop_rate", "drop_path_rate", "pretrained")}
+
 
 def explain(message: str, known: Sequence[str], files: Sequence[str], options: Sequence[str]) -> str:
     """The text of an ArgumentError of jsonargparse, an indented trace through nested types, as one sentence.
@@ -66,7 +70,9 @@ def unknown(key: str, owner: list[str], known: Sequence[str], files: Sequence[st
     # A config file's own slip, and the keys above and below it, are known as well.
     others = [each for each in known if not (f"{each}.".startswith(f"{key}.") or key.startswith(f"{each}."))]
     last = key.rpartition(".")[2]
-    if same := next((each for each in others if each.rpartition(".")[2] == last), None):
+    if last in _OF_BACKBONE and any("Image" in each for each in owner):
+        near = f" (did you mean 'model.backbone_kwargs.{_OF_BACKBONE[last]}'?)"
+    elif same := next((each for each in others if each.rpartition(".")[2] == last), None):
         near = did_you_mean(same, [same])
     elif owner:
         near = did_you_mean(last, config.arguments_of(owner[0]))

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -46,10 +47,17 @@ def close(scores: Mapping[str, float], lines: Sequence[str]) -> None:
 
 
 def quieten() -> None:
-    """Filter warnings and Lightning's log for the rest of the process."""
+    """Filter warnings, Lightning's log and tracebacks of threads for the rest of the process."""
+    threading.excepthook = _of_thread
     for message in _NOISE:
         warnings.filterwarnings("ignore", message)
     if rank_zero_only.rank:  # type: ignore[attr-defined]
         warnings.simplefilter("ignore")  # the first rank warns of the same
     for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).addFilter(lambda record: "Tip: For seamless" not in record.getMessage())
+
+
+def _of_thread(failure: threading.ExceptHookArgs) -> None:
+    """Print a traceback, but none of TensorBoard's writer: the main thread gets its error, such as a full disk, too."""
+    if type(failure.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failure)

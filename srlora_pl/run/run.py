@@ -17,7 +17,7 @@ from srlora_pl.data.base import DataModule
 from srlora_pl.data.texts.glue import GLUEData
 from srlora_pl.reporting import MatrixTable, ResumableCurves, Summary
 from srlora_pl.reporting.progress import closing_line
-from srlora_pl.run import config, defaults, finders, folders, settings
+from srlora_pl.run import config, defaults, finders, folders, loggers, settings
 from srlora_pl.run.explain import explain, missing_package, written_at
 from srlora_pl.run.help import SHOWN, own_settings
 from srlora_pl.run.messages import close, note, quieten
@@ -56,6 +56,7 @@ class Run(LightningCLI):
         typed, rest = settings.split_options(options) if any(map(config.model_class, contents)) else ({}, options)
         self.given, foreign = config.combine([*contents, typed])
         self.dropped, rest = settings.drop_arguments(foreign, rest)
+        self.given, rest = loggers.resumable(self.given, rest)
         self.folder: Path | None = None
         self.is_new = False
         quieten()
@@ -271,8 +272,7 @@ class Run(LightningCLI):
             self._choose_folder()
             # Beside its name this tells Lightning where SLURM's checkpoints are.
             kwargs |= {"default_root_dir": self.folder, "plugins": defaults.plugins(given)}
-        if given.logger in (None, True):
-            kwargs["logger"] = defaults.loggers(self.folder) if self.folder else False
+        kwargs["logger"] = self.command != "predict" and loggers.of_run(given.logger, self.folder)
         own = self._own_callbacks()
         kwargs["callbacks"] = defaults.with_defaults(own, users, given, self.folder, self.command == "fit")
         if defaults.has(kwargs["callbacks"], MatrixTable):
@@ -301,7 +301,7 @@ class Run(LightningCLI):
             return [self.interrupts]
         self.summary = Summary(self.folder)
         writes = defaults.WriteSettings(self.folder / "config.yaml", self._settings_text(self.folder))
-        return [self.interrupts, ResumableCurves(), writes, self.summary]
+        return [self.interrupts, ResumableCurves(), writes, loggers.RememberIds(self.folder), self.summary]
 
     # -- subcommands
 

@@ -97,8 +97,10 @@ class ImageClassifier(Task):
         return {"data_config": self.data_config}
 
     def take_data_settings(self, class_path: str, arguments: Mapping[str, Any]) -> None:
-        if class_path.endswith("ImageData"):  # which resizes both sides of an image, whatever their ratio
-            self.data_config |= {"crop_pct": arguments.get("test_crop_pct", 1.0), "crop_mode": "squash"}
+        if class_path.endswith("ImageData"):
+            pct = arguments.get("test_crop_pct", 1.0)
+            self.data_config |= {"crop_mode": arguments.get("crop_mode", "squash")}
+            self.data_config |= {} if pct is None else {"crop_pct": pct}
 
 
 def _scores(num_classes: int) -> dict[str, Metric]:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
+from lightning.fabric.utilities.logger import _convert_params, _flatten_dict
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
@@ -152,6 +153,11 @@ def callback_metrics(trainer: Any) -> dict[str, Tensor]:
     return trainer._logger_connector._callback_metrics
 
 
+def flat_settings(params: Any) -> dict[str, Any]:
+    """Hyperparameters by the names under which loggers without nested ones have them, such as ``method/rank``."""
+    return _flatten_dict(_convert_params(params))
+
+
 def reopen(logger: TensorBoardLogger) -> None:
     """Make ``logger`` begin a new file when it next logs."""
     logger._experiment = None
@@ -160,6 +166,21 @@ def reopen(logger: TensorBoardLogger) -> None:
 def is_open(logger: TensorBoardLogger) -> bool:
     """Whether ``logger`` has begun a file."""
     return logger._experiment is not None
+
+
+def run_id(logger: Logger) -> str | None:
+    """The run's id at W&B or MLflow, once it is known; asking MLflow's logger itself would begin a run."""
+    if isinstance(logger, WandbLogger):
+        return logger.version
+    return logger._run_id if isinstance(logger, MLFlowLogger) else None
+
+
+def set_run_id(logger: Logger, run_id: str) -> None:
+    """Make ``logger``, which has not begun, go on with a run of W&B or MLflow."""
+    if isinstance(logger, WandbLogger):
+        logger._id = logger._wandb_init["id"] = run_id
+    elif isinstance(logger, MLFlowLogger):
+        logger._run_id = run_id
 
 
 class ResumableRichBar(RichProgressBar):

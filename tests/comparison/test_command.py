@@ -23,6 +23,7 @@ from srlora_pl.comparison import command
 from srlora_pl.comparison.cells import Cell, comparing_in
 from srlora_pl.comparison.command import plans_of
 from srlora_pl.comparison.paper import NUMBERS
+from srlora_pl.util import json_text
 from srlora_pl.util.errors import UserError
 from tests.helpers.errors import mentions
 from tests.helpers.paths import ROOT
@@ -518,3 +519,22 @@ def test_nothing_is_left_of_a_finished_comparison(monkeypatch):
     with command._progress() as bar:
         bar.advance(bar.add_task("lora-seed0", total=1))
     assert "left 0:00:00" in console.file.getvalue()
+
+
+def test_scores_that_are_no_numbers_leave_valid_json(task, tmp_path):
+    output = tmp_path / "out"
+    for cell in CELLS:
+        finish(output, cell)
+        (file,) = output.glob(f"{cell}/*/version_0/summary.json")
+        summary = json.loads(file.read_text())
+        summary["scores"]["test/score"] = summary["scores"]["test/accuracy"] = float("nan")
+        file.write_text(json_text.write(summary))
+    assert cli.main(compare(task, output)) == 0
+    text = (output / "results.json").read_text()
+    assert "NaN" not in text
+    about = json.loads(text)
+    assert [run["test/score"] for run in about["runs"]] == [None] * 4
+    assert about["not_finite"]["runs.3.test/score"] == "nan"
+    table = (output / "results.md").read_text()
+    assert "| lora | - | 2 | not finite | 2 |" in table
+    assert "* lora against srlora: nothing can be tested" in table

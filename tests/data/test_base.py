@@ -109,7 +109,8 @@ def test_a_description_is_printed_once(capsys: pytest.CaptureFixture[str]) -> No
     data = attach(NumberData(8, 2))
     data.setup("fit")
     data.setup("fit")
-    assert capsys.readouterr().out == "data: 8 to train on; 2 classes: odd, even\n"
+    expected = "data: 8 to train on; 2 classes: odd, even; nothing is tested, as there is no labelled test split\n"
+    assert capsys.readouterr().out == expected
 
 
 @settings(deadline=None, max_examples=30)

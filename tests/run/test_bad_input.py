@@ -229,6 +229,8 @@ IMAGES: dict[str, Case] = {
     "all held out": ([*FIT, "--data.val_fraction=1"], ["data.val_fraction", "1"]),
     "not one image held out": (pictures("pictures", "--data.val_fraction=0.01"), ["0.01", "larger fraction"]),
     "crop": ([*FIT, "--data.crop_scale=[0.9,0.5]"], ["data.crop_scale", "[0.9, 0.5]"]),
+    "image size of the data": ([*FIT, "--data.img_size=64"], ["--data.img_size", "model.backbone_kwargs.img_size"]),
+    "image size of the model": ([*FIT, "--model.img_size=64"], ["--model.img_size", "model.backbone_kwargs.img_size"]),
     "test crop": ([*FIT, "--data.test_crop_pct=0"], ["data.test_crop_pct", "0"]),
     "no folder of images": (pictures("nowhere"), ["data.root 'nowhere' does not exist"]),
     "file for a folder": (pictures("small.yaml"), ["data.root 'small.yaml' is a file"]),

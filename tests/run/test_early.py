@@ -68,6 +68,7 @@ def test_it_takes_no_import_to_say_so(words, sentence):
         ("fit --config quickstart --model.method srlora_pl.Peft", "peft", "peft"),
         ("figures --run .", "matplotlib", "figures"),
         ("compare --config quickstart --output out", "scipy", "figures"),
+        ("fit --config quickstart --data.name null --data.root me/somewhere", "datasets", "hub"),
     ],
 )
 def test_a_missing_extra_is_named(words, package, extra, monkeypatch, capsys):

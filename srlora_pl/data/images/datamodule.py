@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from srlora_pl.data.images.sources import NamesOnly, find_source
 from srlora_pl.data.images.transforms import ImageTransform
 from srlora_pl.data.loader import Key, user_error_as_batch
 from srlora_pl.data.protocols import Batch, model_of
-from srlora_pl.util.errors import UserError, listed, require
+from srlora_pl.util.errors import UserError, listed, require, require_one_of
 
 
 class ImageData(DataModule):
@@ -40,7 +40,10 @@ class ImageData(DataModule):
         label_column: column of the labels there.
         hflip: mirror half of the training images left to right.
         crop_scale: smallest and largest share of the area that a random training crop keeps.
-        test_crop_pct: evaluation images are resized to size / test_crop_pct, and the middle is kept.
+        test_crop_pct: evaluation images are resized to size / test_crop_pct, and the middle is kept; None takes the
+            model's own ``crop_pct``.
+        crop_mode: how they are resized. ``squash``: each side by itself, so that all of an image is seen, but not in
+            its ratio; ``center``, as most models were evaluated: in its ratio, and what stands out is cut off.
         predict_root: a folder of images or one file to predict; None predicts the test split.
         class_names: of a trained model, in the order of its outputs, to predict ``predict_root`` without the data at
             ``root``; ``python cli.py predict`` takes them from the checkpoint.
@@ -62,7 +65,8 @@ class ImageData(DataModule):
         label_column: str = "label",
         hflip: bool = True,
         crop_scale: tuple[float, float] = (0.08, 1.0),
-        test_crop_pct: float = 1.0,
+        test_crop_pct: float | None = 1.0,
+        crop_mode: Literal["squash", "center"] = "squash",
         predict_root: str | None = None,
         class_names: list[str] | None = None,
         **kwargs: Any,
@@ -70,8 +74,11 @@ class ImageData(DataModule):
         super().__init__(batch_size=batch_size, **kwargs)
         smallest, largest = crop_scale
         require("data.crop_scale", list(crop_scale), "0 < smallest <= largest <= 1", 0 < smallest <= largest <= 1)
-        require("data.test_crop_pct", test_crop_pct, "above 0 and at most 1", 0 < test_crop_pct <= 1)
-        self.options = {"crop_scale": tuple(crop_scale), "hflip": hflip, "test_crop_pct": test_crop_pct}
+        pct_holds = test_crop_pct is None or 0 < test_crop_pct <= 1
+        require("data.test_crop_pct", test_crop_pct, "above 0 and at most 1", pct_holds)
+        require_one_of("data.crop_mode", crop_mode, ("squash", "center"))
+        self.options: dict[str, Any] = {"crop_scale": tuple(crop_scale), "hflip": hflip}
+        self.options |= {"test_crop_pct": test_crop_pct, "crop_mode": crop_mode}
         self.predict_root = predict_root
         self.source = (
             find_source(name, root, image_column, label_column) if class_names is None else NamesOnly(class_names)

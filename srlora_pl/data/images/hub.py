@@ -1,5 +1,6 @@
 """Images from a data set of the ``datasets`` library."""
 
+import csv
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from srlora_pl.data.images.pictures import Pictures, Source, Split
 from srlora_pl.data.splits import USUAL, split_of, split_word
 from srlora_pl.util.errors import UserError, did_you_mean, listed, one_line
+from srlora_pl.util.program import require_extra
 
 _FILES = (".parquet", ".arrow", ".jsonl")
+_METADATA = "metadata.csv"  # beside images: a row for each, with its file_name
 
 
 class Cells(Pictures):
@@ -157,18 +161,43 @@ def _classes(values: list[Any], are_positions: bool) -> dict[Any, int]:
 # -- the files of a data set
 
 
-def is_table(root: Path) -> bool:
-    """Whether a folder holds files of a data set and no folders of images."""
-    return any(_tables_in(root))
+def is_table(root: Path, label_column: str) -> bool:
+    """Whether a folder holds files of a data set and no folders of images.
+
+    A ``metadata.csv`` is one if it tells file and label; beside class folders others are left out.
+
+    Raises:
+        UserError: it has no column of labels, and there are no class folders either.
+    """
+    found = list(_tables_in(root))
+    headers = {path: _header(path) for path in found if path.name == _METADATA}
+    if len(headers) < len(found) or any({"file_name", label_column} <= header.keys() for header in headers.values()):
+        return True
+    for path, header in headers.items():
+        if "file_name" in header and len([each for each in root.iterdir() if each.is_dir()]) < 2:
+            near = did_you_mean(label_column, header)
+            raise UserError(
+                f"data.label_column is {label_column!r}{near}, but the columns of '{path}' are {listed(header)}; name "
+                "that of the labels."
+            )
+    return False
+
+
+def _header(path: Path) -> dict[str, None]:
+    """The columns of a CSV, in order."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        return dict.fromkeys(next(csv.reader(file), []))
 
 
 def _tables_in(root: Path) -> Iterator[Path]:
-    found = chain.from_iterable(root.glob(f"{where}*{kind}") for where in ("", "*/") for kind in _FILES)
+    names = (*(f"*{kind}" for kind in _FILES), _METADATA)
+    found = chain.from_iterable(root.glob(f"{where}{name}") for where in ("", "*/") for name in names)
     return (path for path in found if path.is_file() and "/." not in f"/{path.relative_to(root).as_posix()}")
 
 
 def _load(root: str, label_column: str, left_out: Counter[str]) -> dict[str, Any]:
     """The tables of a data set, by the names of their splits."""
+    require_extra("hub", "datasets", f"data.root '{root}'")
     from datasets import load_dataset, load_from_disk  # takes a second, and only these sources need it
 
     folder = Path(root)
@@ -193,17 +222,21 @@ def _load_files(root: Path, label_column: str, left_out: Counter[str]) -> dict[s
     from datasets import load_dataset, load_dataset_builder
 
     # The whole path, as the names of some folders, such as parquet, mean readers to the library.
-    where = {"path": str(root.absolute()), "data_files": _files_in_capitals(root)}
+    where = {"path": str(root.absolute()), "data_files": _files_in_capitals(root) or _files_behind_links(root)}
     builder = load_dataset_builder(**where)
     files = {str(split): list(map(str, found)) for split, found in (builder.config.data_files or {}).items()}
     used = {Path(file).resolve() for found in files.values() for file in found}
     for path in _tables_in(root):
-        if path.resolve() not in used:
+        if path.resolve() not in used and path.name != _METADATA:
             left_out[f"file {str(path.relative_to(root))!r}"] = 1
     # Of several files the library takes the first one's class names for the numbers of all.
     kinds = {file: _label_kind(file, label_column) for found in files.values() for file in found}
     if len(set(kinds.values())) < 2:
-        return dict(load_dataset(**where))
+        tables = dict(load_dataset(**where))
+        pictures = sum(path.suffix.lower() in IMG_EXTENSIONS for path in used)
+        if (without := pictures - sum(map(len, tables.values()))) > 0:
+            left_out["images without a row of metadata"] = without
+        return tables
     for split, found in files.items():
         first, kind = found[0], kinds[found[0]]
         other = next((file for file in found if kinds[file] != kind and "ClassLabel" in f"{kind}{kinds[file]}"), None)
@@ -227,6 +260,14 @@ def _files_in_capitals(root: Path) -> dict[str, list[str]] | None:
             named[str(split_of(word))].append(f"{path.name}/**/*{kind}" if path.is_dir() else path.name)
             has_capitals |= word != word.lower()
     return dict(named) if has_capitals else None
+
+
+def _files_behind_links(root: Path) -> dict[str, list[str]] | None:
+    """The files of every split if one lies behind a link to a folder, which the library does not follow."""
+    folders = {split: path for path in root.iterdir() if path.is_dir() and (split := split_of(path.name))}
+    if not any(path.is_symlink() for path in folders.values()):
+        return None
+    return {split: [f"{path.resolve()}/**"] for split, path in folders.items()}
 
 
 def _label_kind(file: str, column: str) -> str | None:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, STL10
+from torchvision.datasets.utils import check_integrity
 
 from srlora_pl.data.base import is_hub_name
 from srlora_pl.data.images.folders import Folder
@@ -75,6 +76,13 @@ TORCHVISION = {
     "stl10": _Known(STL10, f"{STL10.url} into {{root}}", _STL10.split()),
 }
 NAMES = ("digits", *TORCHVISION)
+# Checksums that torchvision has only of the packed files.
+_UNPACKED_MNIST = {
+    "MNIST/raw/train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "MNIST/raw/train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "MNIST/raw/t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "MNIST/raw/t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
 
 
 class Torchvision(Source):
@@ -108,10 +116,23 @@ class Torchvision(Source):
         except (OSError, RuntimeError, ValueError, AssertionError, EOFError, UnpicklingError) as error:
             # PyTorch's own advice on such a file is to let it run code.
             reason = "a file holds more than tensors" if isinstance(error, UnpicklingError) else one_line(error)
+            broken = listed(f"'{path}'" for path in self._broken_files())
+            remedy = f"remove {broken}, where a download may have broken off, and " if broken else ""
             raise UserError(
-                f"{self.name} is not whole under data.root '{self.root}' and could not be downloaded ({reason}); put "
-                f"{self.known.files.format(root=self.root)}, and it is unpacked there."
+                f"{self.name} is not whole under data.root '{self.root}' and could not be downloaded ({reason}); "
+                f"{remedy}put {self.known.files.format(root=self.root)}, and it is unpacked there."
             ) from None
+
+    def _broken_files(self) -> list[Path]:
+        """The files that are there with another content than torchvision's checksums say."""
+        kind: Any = self.known.kind
+        if self.name == "mnist":
+            sums = {f"MNIST/raw/{name}": md5 for name, md5 in kind.resources} | _UNPACKED_MNIST
+        else:
+            sums = {f"{kind.base_folder}/{name}": md5 for name, md5 in kind.train_list + kind.test_list}
+            sums[kind.filename] = kind.tgz_md5
+        there = {path: md5 for name, md5 in sums.items() if (path := Path(self.root, name)).is_file()}
+        return [path for path, md5 in there.items() if not check_integrity(path, md5)]
 
 
 def find_source(name: str | None, root: str, image_column: str, label_column: str) -> Source:
@@ -121,7 +142,7 @@ def find_source(name: str | None, root: str, image_column: str, label_column: st
         return Digits() if name == "digits" else Torchvision(name, root)
     path = Path(root)
     if path.is_dir():
-        if is_table(path):
+        if is_table(path, label_column):
             return Hub(root, image_column, label_column)
         if below := sorted(path.glob("*/dataset_dict.json")):
             raise UserError(f"data.root '{root}' holds a data set in a folder of its own; give '{below[0].parent}'.")

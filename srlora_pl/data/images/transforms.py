@@ -11,7 +11,7 @@ Not every device has float64, so crops and filter weights are computed on the CP
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil, log
+from math import ceil, floor, log
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -188,7 +188,9 @@ class ImageTransform:
         interpolation: ``bilinear`` or ``bicubic``.
         crop_scale: smallest and largest share of an image's area that a training crop keeps.
         hflip: mirror half of the training images left to right.
-        test_crop_pct: evaluation resizes to size / test_crop_pct and keeps the middle; 1.0 keeps all.
+        test_crop_pct: evaluation resizes to size / test_crop_pct and keeps the middle.
+        crop_mode: how it resizes: ``squash`` each side by itself, so that with 1.0 all of an image is kept, and its
+            ratio is not; ``center`` both by one factor, until the shorter one fits.
     """
 
     size: tuple[int, int]
@@ -198,14 +200,27 @@ class ImageTransform:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     hflip: bool = True
     test_crop_pct: float = 1.0
+    crop_mode: str = "squash"
 
     @classmethod
-    def for_model(cls, config: dict[str, Any], **options: Any) -> "ImageTransform":
-        """The transform for a model's data config (as timm's ``resolve_model_data_config`` gives it)."""
+    def for_model(cls, config: dict[str, Any], test_crop_pct: float | None = 1.0, **options: Any) -> "ImageTransform":
+        """The transform for a model's data config (as timm's ``resolve_model_data_config`` gives it).
+
+        Args:
+            config: of the model.
+            test_crop_pct: None takes the model's own ``crop_pct``.
+            options: the other attributes.
+
+        Raises:
+            UserError: the config has no ``crop_pct`` to take, or its ``interpolation`` is not known here.
+        """
+        if test_crop_pct is None and "crop_pct" not in config:
+            raise UserError("data.test_crop_pct is null, but model.data_config has no crop_pct: give a number.")
+        pct = config["crop_pct"] if test_crop_pct is None else test_crop_pct
         require_one_of("interpolation in model.data_config", config["interpolation"], _FILTERS)
         _, height, width = config["input_size"]
         mean, std = tuple(config["mean"]), tuple(config["std"])
-        return cls((height, width), mean, std, config["interpolation"], **options)
+        return cls((height, width), mean, std, config["interpolation"], test_crop_pct=pct, **options)
 
     # -- whole batches, in full precision whatever the model's precision
 
@@ -225,20 +240,28 @@ class ImageTransform:
     @full_precision()
     def test(self, images: Tensor) -> Tensor:
         """Uint8 images (b, c, h, w) resized, and their middle kept: grey levels, (b, c, H, W)."""
-        rows, columns = (self._middle(*axis, images) for axis in zip(images.shape[2:], self.size, strict=True))
-        columns_first = vertical_first(images.shape[2], images.shape[3], self._test_size)
+        height, width = images.shape[2:]
+        big = self._test_size(height, width)
+        sides = zip((height, width), big, self.size, strict=True)
+        rows, columns = (self._middle(*side, images) for side in sides)
+        columns_first = vertical_first(height, width, big)
         return (resize_vertically_first if columns_first else resize)(images, rows, columns)
 
-    def _middle(self, full: int, size: int, images: Tensor) -> Tensor:
+    def _middle(self, full: int, big: int, size: int, images: Tensor) -> Tensor:
         whole = torch.full((1,), full, device=images.device)
-        big = round(size / self.test_crop_pct)
         weights = axis_weights(torch.zeros_like(whole), whole, full, big, self.interpolation)
-        return weights.narrow(1, (big - size) // 2, size).expand(len(images), -1, -1)
+        return weights.narrow(1, _margin(big, size), size).expand(len(images), -1, -1)
 
-    @property
-    def _test_size(self) -> tuple[int, int]:
-        height, width = (round(size / self.test_crop_pct) for size in self.size)
-        return height, width
+    def _test_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image is resized to before its middle is kept, rounded as timm and torchvision do."""
+        least = [floor(size / self.test_crop_pct) for size in self.size]
+        if self.crop_mode == "squash":
+            return least[0], least[1]
+        if least[0] == least[1]:
+            longer = int(least[0] * max(height, width) / min(height, width))
+            return (longer, least[1]) if height > width else (least[0], longer)
+        ratio = min(height / least[0], width / least[1])
+        return round(height / ratio), round(width / ratio)
 
     def normalise(self, images: Tensor) -> Tensor:
         """Grey levels 0 to 255, (b, c, H, W), as float32 RGB input, (b, 3, H, W); floats are changed in place."""
@@ -271,9 +294,9 @@ class ImageTransform:
 
     def test_one(self, image: Image.Image) -> Tensor:
         """One picture of any size, prepared for evaluation: uint8 (3, H, W)."""
-        big = self._test_size
+        big = self._test_size(image.height, image.width)
         whole = self._cut(image, (0, 0, *image.size), big)
-        top, left = (big[0] - self.size[0]) // 2, (big[1] - self.size[1]) // 2
+        top, left = map(_margin, big, self.size)
         return _to_tensor(whole.crop((left, top, left + self.size[1], top + self.size[0])))
 
     def _cut(self, image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int]) -> Image.Image:
@@ -293,6 +316,11 @@ class ImageTransform:
         columns_first = vertical_first(crop.height, crop.width, size)
         between = (crop.width, size[0]) if columns_first else (size[1], crop.height)
         return crop.resize(between, kind).resize((size[1], size[0]), kind)
+
+
+def _margin(big: int, size: int) -> int:
+    """Where the middle of ``big`` pixels begins, as torchvision's CenterCrop has it."""
+    return round((big - size) / 2)
 
 
 def check_mode(image: Image.Image) -> None:

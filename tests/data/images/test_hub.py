@@ -236,3 +236,43 @@ def test_a_data_set_of_one_class_is_refused(kind: Any, labels: list[Any], tmp_pa
     root = as_parquet(tmp_path / "root", {"train": table(kind, labels)})
     with pytest.raises(UserError, match=f"data.root '{root}' has no two classes, only 'cat';"):
         ImageData(root=str(root))
+
+
+# -- images beside a metadata.csv
+
+
+def with_metadata(root: Path, label: str = "label", places: tuple[str, ...] = ("train", "test")) -> Path:
+    """Splits of six images each, among them one without a row."""
+    for place in places:
+        (root / place).mkdir(parents=True)
+        for number in range(6):
+            Image.new("RGB", (4, 4)).save(root / place / f"{number}.png")
+        rows = [f"{number}.png,{PETS[number % 3]}" for number in (4, 3, 2, 1, 0)]
+        (root / place / "metadata.csv").write_text("\n".join([f"file_name,{label}", *rows]))
+    return root
+
+
+def test_images_and_labels_are_those_of_the_rows(tmp_path: Path) -> None:
+    found = source(with_metadata(tmp_path / "pets"))
+    for name in ("train", "test"):
+        split = found.load(name)
+        assert [PETS[label] for label in split.labels] == ["dog", "cat", "owl", "dog", "cat"]
+        assert [split.images.file(row).name for row in range(5)] == [f"{row}.png" for row in (4, 3, 2, 1, 0)]
+    assert found.load("train").left_out == {"images without a row of metadata": 2}
+
+
+def test_metadata_behind_links_to_folders(tmp_path: Path) -> None:
+    real = with_metadata(tmp_path / "real")
+    (tmp_path / "linked").mkdir()
+    for name in ("train", "test"):
+        (tmp_path / "linked" / name).symlink_to(real / name)
+    found = source(tmp_path / "linked")
+    assert len(found.load("train").images) == len(found.load("test").images) == 5
+
+
+def test_metadata_without_labels_is_left_out_beside_class_folders_and_refused_otherwise(tmp_path: Path) -> None:
+    root = with_metadata(tmp_path / "pets", "lable", ("cat", "dog"))
+    split = source(root).load("train")
+    assert (len(split.images), split.left_out) == (12, {".csv": 2})
+    with pytest.raises(UserError, match=mentions("data.label_column", "'label'", "'lable'", "metadata.csv")):
+        source(with_metadata(tmp_path / "one", "lable", ("",)))

@@ -318,6 +318,7 @@ def test_missing_empty_and_one_class(tmp_path: Path, image_tree: Tree) -> None:
         ({"crop_scale": (0.0, 1.0)}, ["data.crop_scale", "[0.0, 1.0]"]),
         ({"crop_scale": (0.9, 0.5)}, ["data.crop_scale", "[0.9, 0.5]"]),
         ({"test_crop_pct": 0.0}, ["data.test_crop_pct", "0.0"]),
+        ({"crop_mode": "centre"}, ["data.crop_mode", "'centre'", "'center'"]),
         ({"num_workers": -1}, ["data.num_workers", "-1"]),
     ],
 )
@@ -522,6 +523,35 @@ def test_model_without_data_config() -> None:
     del data.trainer.lightning_module.data_config
     with pytest.raises(UserError, match="data_config"):
         data.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("stl10", "stl10_binary.tar.gz"), ("mnist", "MNIST/raw/train-images-idx3-ubyte.gz")]
+)
+def test_a_download_that_broke_off_is_named(name: str, file: str, tmp_path: Path, monkeypatch: Any) -> None:
+    def no_network(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(f"torchvision.datasets.{name}.download_and_extract_archive", no_network)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_bytes(b"half")
+    with pytest.raises(UserError, match=mentions(name, "no network", f"remove '{tmp_path / file}'")):
+        ImageData(name, root=str(tmp_path)).prepare_data()
+    (tmp_path / file).unlink()
+    with pytest.raises(UserError) as refused:
+        ImageData(name, root=str(tmp_path)).prepare_data()
+    assert "remove" not in str(refused.value)
+
+
+@pytest.mark.parametrize("splits", [("train", "val"), ("train", "val", "test")])
+def test_without_a_test_folder_it_is_said_that_nothing_is_tested(
+    splits: tuple[str, ...], tmp_path: Path, image_tree: Tree, capsys: Any
+) -> None:
+    root = image_tree({f"{split}/{name}": (9, 9) for split in splits for name in "ab"}, count=3)
+    ready(root=str(root), batch_size=2)
+    assert ("; nothing is tested, as there is no labelled test split\n" in capsys.readouterr().out) == (
+        len(splits) == 2
+    )
 
 
 # -- the real ones

@@ -1,10 +1,12 @@
 """Batched crops and resizes against PIL itself, and what they ask of a device."""
 
+from math import floor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +19,7 @@ from torchvision.transforms import RandomResizedCrop
 from srlora_pl.data.images import transforms
 from srlora_pl.data.images.transforms import DRAWS, ImageTransform, random_boxes, to_rgb, vertical_first
 from srlora_pl.util.errors import UserError
+from tests.helpers.errors import mentions
 
 KINDS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -113,11 +116,31 @@ def test_evaluation_equals_pil(kind: str, shape: tuple[int, int]) -> None:
     plain = transform((24, 40), kind).test(images)
     assert (plain - torch.stack([levels(pil_resize(picture(i), (24, 40), kind)) for i in images])).abs().max() <= 1
 
-    big = (round(24 / 0.8), round(40 / 0.8))
-    left, top = (big[1] - 40) // 2, (big[0] - 24) // 2
+    big = (floor(24 / 0.8), floor(40 / 0.8))
+    left, top = round((big[1] - 40) / 2), round((big[0] - 24) / 2)
     cut = [levels(pil_resize(picture(i), big, kind).crop((left, top, left + 40, top + 24))) for i in images]
     middle = transform((24, 40), kind, test_crop_pct=0.8).test(images)
     assert (middle - torch.stack(cut)).abs().max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["squash", "center"])
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+@pytest.mark.parametrize("shape", [(64, 64), (50, 31), (31, 53), (90, 30)])
+def test_evaluation_is_timms_of_the_same_config(mode: str, size: tuple[int, int], shape: tuple[int, int]) -> None:
+    """In the workers and in batches; 0.9 leaves margins that are no whole numbers."""
+    config = {"input_size": (3, *size), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    config |= {"crop_pct": 0.9, "crop_mode": mode}
+    image = torch.from_numpy(np.array(Image.effect_noise(shape[::-1], 80).convert("RGB"))).permute(2, 0, 1)
+    wanted = timm.data.create_transform(**config)(picture(image))
+    ours = ImageTransform.for_model(config, test_crop_pct=None, crop_mode=mode)
+    for levels_ in (ours.test_one(picture(image))[None], ours.test(image[None])):
+        torch.testing.assert_close(ours.normalise(levels_)[0], wanted, atol=0.02, rtol=0)  # 2.5 grey levels of 255
+
+
+def test_a_model_without_a_crop_of_its_own_is_named() -> None:
+    config = {"input_size": (3, 8, 8), "interpolation": "bicubic", "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    with pytest.raises(UserError, match=mentions("data.test_crop_pct", "crop_pct", "number")):
+        ImageTransform.for_model(config, test_crop_pct=None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
