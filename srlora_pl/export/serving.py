@@ -1,6 +1,7 @@
 """A merged network as a program that a server runs without its library: ONNX, or torch.export's archive."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,19 +37,12 @@ def write(family: ModelFamily, net: nn.Module, folder: Path, format: str) -> Non
     inputs = family.served_inputs(net, samples=2, length=16, seed=0)
     axes = {name: dict(enumerate(_AXES[: 1 if x.is_floating_point() else 2])) for name, x in inputs.items()}
     free = {name: dict.fromkeys(own, Dim.DYNAMIC) for name, own in axes.items()}
-    try:
-        with _quiet():
-            program = torch.export.export(family.served(net).eval(), (), inputs, dynamic_shapes=free)
-            if format == "pt2":
-                torch.export.save(program, folder / FILES[format])
-            else:
-                _write_onnx(program, folder / FILES[format], axes)
-    except OSError:
-        raise
-    except Exception as error:  # both raise what they like
-        raise UserError(
-            f"torch cannot write this network as --format {format} ({one_line(error)}): take --format merged"
-        ) from error
+    with _refusing(format), _quiet():
+        program = torch.export.export(family.served(net).eval(), (), inputs, dynamic_shapes=free)
+        if format == "pt2":
+            torch.export.save(program, folder / FILES[format])
+        else:
+            _write_onnx(program, folder / FILES[format], axes)
 
 
 def _write_onnx(program: ExportedProgram, file: Path, axes: dict[str, dict[int, str]]) -> None:
@@ -61,6 +55,9 @@ def trial_outputs(family: ModelFamily, net: nn.Module, folder: Path, format: str
     """The outputs of the program in ``folder`` and of ``net`` for fresh inputs of other sizes than the traced ones.
 
     Float64 on the CPU, (samples, classes) each.
+
+    Raises:
+        UserError: the program does not run on them.
     """
     run = _onnx(folder) if format == "onnx" else _pt2(folder)
     weight, served, found, expected = next(net.parameters()), family.served(net), [], []
@@ -69,7 +66,8 @@ def trial_outputs(family: ModelFamily, net: nn.Module, folder: Path, format: str
         there = {name: x.to(weight) if x.is_floating_point() else x.to(weight.device) for name, x in inputs.items()}
         with torch.no_grad(), in_evaluation(net):
             expected.append(served(**there).cpu().double())
-        found.append(run(inputs).double())
+        with _refusing(format):
+            found.append(run(inputs).double())
     return torch.cat(found), torch.cat(expected)
 
 
@@ -87,6 +85,21 @@ def _onnx(folder: Path):  # type: ignore[no-untyped-def]
 def _pt2(folder: Path):  # type: ignore[no-untyped-def]
     program = torch.export.load(folder / FILES["pt2"]).module()
     return torch.no_grad()(lambda inputs: program(**inputs))
+
+
+@contextmanager
+def _refusing(format: str) -> Iterator[None]:
+    """Turns what torch and onnxruntime raise about a network, of any type, into a sentence; not what the disk does."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        reason = re.sub(r"\x1b\[\d+m", "", one_line(error))  # colours
+        raise UserError(
+            f"torch cannot write this network as --format {format} for inputs of any size ({reason}): take "
+            "--format merged"
+        ) from error
 
 
 @contextmanager

@@ -122,6 +122,25 @@ def test_a_network_of_one_batch_size_is_refused(images, tmp_path, monkeypatch, k
     assert not list(tmp_path.iterdir())
 
 
+def test_a_program_that_runs_on_one_size_alone_is_refused(images, tmp_path, monkeypatch):
+    task, _ = images
+    original = serving._pt2
+
+    def stubborn(folder):
+        run = original(folder)
+
+        def checked(inputs):
+            assert len(inputs["pixel_values"]) == 2, "Guard failed: \x1b[96msize\x1b[0m"
+            return run(inputs)
+
+        return checked
+
+    monkeypatch.setattr(serving, "_pt2", stubborn)
+    with pytest.raises(UserError, match=mentions("--format pt2", "Guard failed: size", "--format merged")):
+        export_model(task, tmp_path / "out", "pt2")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_package_is_said_before_anything_is_computed(images, tmp_path, monkeypatch):
     task, _ = images
     monkeypatch.setattr(task.adaptation, "merged_copy", lambda: pytest.fail("computed"))
