@@ -36,12 +36,12 @@ examples:
   {program} fit --config quickstart
   {program} fit --config quickstart --config methods/lora --seed_everything 1
   {program} test --config runs/quickstart-srlora/version_0/config.yaml --ckpt_path last"""
-# Of an OSError these mean the disk and not a bug: full, over quota, broken, read-only.
 # Loggers with errors of their own: by package the name, and another way.
 _SERVICES = {
     "mlflow": ("MLflow", "or give trainer.logger.tracking_uri another place"),
     "wandb": ("W&B", "or log offline with --trainer.logger.offline true"),
 }
+# Of an OSError these mean the disk and not a bug: full, over quota, broken, read-only.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 

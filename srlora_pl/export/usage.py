@@ -29,9 +29,13 @@ folder = FOLDER
 config = json.load(open(f"{folder}/config.json"))
 about = config["pretrained_cfg"]
 _, height, width = about["input_size"]
-big = round(width / about["crop_pct"]), round(height / about["crop_pct"])
-image = Image.open("photo.jpg").convert("RGB").resize(big, Image.Resampling[about["interpolation"].upper()])
-left, top = (big[0] - width) // 2, (big[1] - height) // 2
+image = Image.open("photo.jpg").convert("RGB")
+big = [int(side / about["crop_pct"]) for side in (width, height)]
+if about["crop_mode"] == "center":
+    ratio = min(image.width / big[0], image.height / big[1])
+    big = [max(int(side / ratio), least) for side, least in zip(image.size, big)]
+image = image.resize(big, Image.Resampling[about["interpolation"].upper()])
+left, top = round((big[0] - width) / 2), round((big[1] - height) / 2)
 pixels = np.asarray(image.crop((left, top, left + width, top + height))) / 255
 pixels = ((pixels - about["mean"]) / about["std"]).astype(np.float32).transpose(2, 0, 1)[None]
 """

@@ -11,8 +11,10 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from srlora_pl import ImageClassifier, LoRA, SRLoRA, export_model
+from srlora_pl.data.images.transforms import ImageTransform
 from srlora_pl.export.card import Facts
 from srlora_pl.export.command import FORMATS
+from srlora_pl.export.usage import usage
 from tests.helpers.cli import SMALL_RUN, cli
 from tests.helpers.encoders import BERT
 from tests.helpers.models import VIT, batch_for, encoder_folder, fit, image_task, text_task, vit_folder
@@ -145,10 +147,24 @@ def test_the_code_on_the_card_loads_images(tmp_path, monkeypatch, capsys, form):
     assert capsys.readouterr().out.split()[-1] == NAMES[wanted.argmax()]
 
 
-def prepared(task: ImageClassifier, file: str) -> torch.Tensor:
-    from srlora_pl.data.images.transforms import ImageTransform
+@pytest.mark.parametrize("mode", ["squash", "center"])
+@pytest.mark.parametrize("pct", [0.85, 1.0])
+@pytest.mark.parametrize("size", [(50, 31), (31, 50), (32, 32)])
+def test_the_code_on_the_card_prepares_images_as_the_run_did(mode, pct, size, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    task = image_task(vit_folder(tmp_path / "vit"), LoRA(rank=1))
+    task.take_data_settings("srlora_pl.ImageData", {"test_crop_pct": pct, "crop_mode": mode})
+    export_model(task, "mine")
+    Image.effect_noise(size, 80).save("photo.png")
+    code = usage(task.family, "onnx", "mine", on_hub=False).partition("session")[0].replace("photo.jpg", "photo.png")
+    names: dict = {}
+    exec(code, names)
+    wanted = prepared(task, "photo.png", pct, mode)
+    torch.testing.assert_close(torch.as_tensor(names["pixels"]), wanted, atol=0.02, rtol=0)
 
-    ours = ImageTransform.for_model(task.data_config, test_crop_pct=0.8)
+
+def prepared(task: ImageClassifier, file: str, pct: float = 0.8, mode: str = "squash") -> torch.Tensor:
+    ours = ImageTransform.for_model(task.data_config, test_crop_pct=pct, crop_mode=mode)
     return ours.normalise(ours.test_one(Image.open(file).convert("RGB"))[None])
 
 
