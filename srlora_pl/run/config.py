@@ -20,9 +20,7 @@ from srlora_pl.util.signatures import arguments_of_class
 from srlora_pl.util.yaml_text import load
 
 Node = dict[str, Any]
-_TASK_FIRST = (
-    "put a task's file before an overlay, as in --config configs/quickstart.yaml --config configs/methods/lora.yaml"
-)
+_TASK_FIRST = "put a task's file before an overlay, as in --config quickstart --config methods/lora"
 _OBJECT = ("class_path", "init_args", "dict_kwargs")
 # Settings that hold several objects, of which those of every file count; other lists are one value.
 _JOINED = ("callbacks", "logger", "plugins")

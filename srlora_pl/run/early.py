@@ -5,7 +5,7 @@ from pathlib import Path
 
 import srlora_pl
 from srlora_pl.run import config, settings, source
-from srlora_pl.run.explain import unknown
+from srlora_pl.run.explain import NO_CONFIG, unknown
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.files import require_there
 
@@ -13,11 +13,13 @@ _TOP = ("model", "data", "trainer", "seed_everything", "ckpt_path", "name", "out
 _TRAINER = "srlora_pl.run.trainer.Trainer"
 # Of any class, beside its arguments.
 _FORM = ("class_path", "init_args", "dict_kwargs", "help")
+# Options that make sense without a config.
+_WITHOUT_CONFIG = ("-h", "--help", "--print_config", "--model", "--data")
 _PLACES = ("ckpt_path", "data.predict_root", "model.backbone_checkpoint")
 
 
 def check(files: Sequence[str], contents: Sequence[config.Node], options: list[str]) -> None:
-    """Refuse classes whose extra is not installed, unknown settings, and files that are not there.
+    """Refuse a run without a config, classes whose extra is not installed, unknown settings, and files that are not there.
 
     Nothing is said of what only an import can tell, such as the arguments of a class whose source is not at hand.
 
@@ -26,6 +28,8 @@ def check(files: Sequence[str], contents: Sequence[config.Node], options: list[s
         contents: their settings, as `config.read` returns them.
         options: the rest of the command line.
     """
+    if not (files or any(word.startswith(_WITHOUT_CONFIG) for word in options)):
+        raise UserError(NO_CONFIG)
     typed, rest = settings.split_options(options) if any(map(config.model_class, contents)) else ({}, options)
     given, foreign = config.combine([*contents, typed])
     if config.beside_class_path(given):

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from srlora_pl.run import config
 from srlora_pl.util.errors import did_you_mean
+from srlora_pl.util.program import program
 
+NO_CONFIG = f"give a task's config with --config NAME, such as quickstart ({program()} configs lists all)"
 # What users look for among the settings of images, and what timm calls it.
 _OF_BACKBONE = dict.fromkeys(("img_size", "image_size", "input_size", "size", "resolution"), "img_size")
 _OF_BACKBONE |= {name: name for name in ("patch_size", "drop_rate", "drop_path_rate", "pretrained")}
@@ -28,7 +30,7 @@ def explain(message: str, known: Sequence[str], files: Sequence[str], options: S
         bare = next((o for o, then in following if o.startswith(found[1]) and then.startswith("--")), found[1])
         return f"{bare} needs a value after it"
     if message.startswith("the following arguments are required"):
-        return f"{message}: name a task's file with --config configs/NAME.yaml"
+        return f"{message}: {NO_CONFIG}"
     if found := re.search(r"unrecognized arguments: ([^-\s]\S*)", message):
         return f"{found[1]!r} on the command line belongs to no option (options are written --key value)"
     pattern = r"(?:unrecognized arguments: --|Group '(\w+)' does not accept option '|Option ')([^\s=']+)"

@@ -10,20 +10,29 @@ import srlora_pl
 
 def arguments(class_path: str) -> list[str] | None:
     """As `signatures.arguments_of_class`; None where the source alone does not say."""
+    names, says_all = _arguments(class_path)
+    return names if says_all else None
+
+
+def _arguments(class_path: str) -> tuple[list[str], bool | None]:
+    """The arguments of a class and of its bases, and whether these are all: None if ``**kwargs`` go on from there."""
     module, _, name = class_path.rpartition(".")
     module, name = _home(module or "srlora_pl", name)
     node = _class(module, name)
     if node is None:
-        return None
+        return [], False
     init = next((each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"), None)
-    own = [each.arg for each in (*init.args.args[1:], *init.args.kwonlyargs)] if init else []
+    names = [each.arg for each in (*init.args.args[1:], *init.args.kwonlyargs)] if init else []
     if init and not init.args.kwarg:
-        return own
+        return names, True
+    if not init and node.decorator_list:  # such as a dataclass
+        return [], False
     for base in node.bases:
-        above = arguments(_dotted(module, base))
-        if above is not None:
-            return [*dict.fromkeys([*own, *above])]
-    return None
+        above, says_all = _arguments(_dotted(module, base))
+        names = [*dict.fromkeys([*names, *above])]
+        if says_all is not None:
+            return names, says_all
+    return names, None
 
 
 def _home(module: str, name: str) -> tuple[str, str]:

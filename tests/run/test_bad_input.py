@@ -27,7 +27,7 @@ def export(*options: str, checkpoint: str = "image.ckpt", output: str = "new") -
 COMMAND_LINE: dict[str, Case] = {
     "unknown subcommand": (["fitt"], ["'fitt'", "'fit'"]),
     "options before the subcommand": (["--config", "small.yaml", "fit"], ["'--config'", "fit, validate"]),
-    "no config": (["fit"], ["model", "--config", "configs/NAME.yaml"]),
+    "no config": (["fit"], ["task's config", "--config", "configs lists"]),
     "config without a name": (["fit", "--config"], ["--config"]),
     "missing config": (["fit", "--config", "smal.yaml"], ["smal.yaml", "'small.yaml'"]),
     "invalid YAML": (["fit", "--config", "broken.yaml"], ["broken.yaml", "line 2"]),

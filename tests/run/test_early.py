@@ -37,9 +37,37 @@ def test_what_the_source_does_not_say_is_left_to_the_import(path):
     assert source.arguments(path) is None
 
 
+OWN = """
+from dataclasses import dataclass
+
+from srlora_pl import ImageClassifier, LoRA
+
+class Louder:
+    def __init__(self, extra=1, **kwargs):
+        super().__init__(**kwargs)
+
+class Mixed(Louder, ImageClassifier):
+    pass
+
+@dataclass
+class Decorated(LoRA):
+    boost: float = 1.0
+"""
+
+
+def test_classes_of_the_user_are_read_as_an_import_reads_them(tmp_path, monkeypatch):
+    (tmp_path / "of_the_user").mkdir()
+    (tmp_path / "of_the_user/__init__.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert source.arguments("of_the_user.Mixed") == arguments_of_class(import_module("of_the_user").Mixed)
+    assert source.arguments("of_the_user.Decorated") is None
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        ("fit", "give a task's config with --config NAME, such as quickstart"),
+        ("test --ckpt_path last", "give a task's config with --config NAME, such as quickstart"),
         ("fit --config quickstart --model.lrr 1", "--model.lrr is unknown to srlora_pl.ImageClassifier"),
         ("fit --config quickstart --config methods/lora --model.method.rnk=1", "--model.method.rnk is unknown to"),
         ("fit --config quickstart --trainer.max_step 1", "(did you mean 'trainer.max_steps'?)"),
