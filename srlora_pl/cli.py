@@ -164,6 +164,7 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     if command == "compare":
         require_extra("figures", "scipy", "compare")
+        early.check_comparison(given.config, given.methods)
 
         from srlora_pl.comparison.command import compare
 

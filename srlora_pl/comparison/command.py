@@ -68,7 +68,7 @@ def compare(given: Namespace, options: Sequence[str]) -> int:
 def plans_of(given: Namespace, options: tuple[str, ...]) -> list[Plan]:
     """One plan for the config files, or one for each task of the paper's table."""
     names, methods = TABLES[given.table] if given.table else ((), ("lora", "pissa", "srlora"))
-    chosen = _methods(given.methods.split(",") if given.methods else methods)
+    chosen = config.overlays(given.methods.split(",") if given.methods else methods)
     if given.seeds < 1:
         raise UserError(f"--seeds is {given.seeds}, it must be 1 or more")
     output, grids = Path(given.output), _grids(given.grid, [*chosen])
@@ -83,18 +83,6 @@ def plans_of(given: Namespace, options: tuple[str, ...]) -> list[Plan]:
         seeds = tuple(range(first, first + given.seeds))
         plans.append(Plan(files, chosen, grids, seeds, options, output / name))
     return plans
-
-
-def _methods(names: Sequence[str]) -> dict[str, Path]:
-    """The overlay file of each method: one of ``configs/methods/``, or any YAML file."""
-    files = {}
-    for name in map(str.strip, names):
-        file = Path(name) if name.endswith((".yaml", ".yml")) else Path(config.find(f"methods/{name}"))
-        config.read(str(file))
-        if file.stem in files:
-            raise UserError(f"--methods names {file.stem} twice, give each overlay a name of its own")
-        files[file.stem] = file
-    return files
 
 
 def _grids(entries: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, list[str]]]:

@@ -64,6 +64,18 @@ def read(path: str) -> Node:
     return content
 
 
+def overlays(names: Sequence[str]) -> dict[str, Path]:
+    """The overlay file of each method: one of ``configs/methods/``, or any YAML file."""
+    files = {}
+    for name in map(str.strip, names):
+        file = Path(name) if name.endswith((".yaml", ".yml")) else Path(find(f"methods/{name}"))
+        read(str(file))
+        if file.stem in files:
+            raise UserError(f"--methods names {file.stem} twice, give each overlay a name of its own")
+        files[file.stem] = file
+    return files
+
+
 def overview() -> list[str]:
     """A line for each config of this package: its name, and what its file says first."""
     lines = []

@@ -19,7 +19,7 @@ _PLACES = ("ckpt_path", "data.predict_root", "model.backbone_checkpoint")
 
 
 def check(files: Sequence[str], contents: Sequence[config.Node], options: list[str]) -> None:
-    """Refuse a run without a config, classes whose extra is not installed, unknown settings, and files that are not there.
+    """Refuse a run without a config, classes without their extra, unknown settings, and files that are not there.
 
     Nothing is said of what only an import can tell, such as the arguments of a class whose source is not at hand.
 
@@ -41,6 +41,13 @@ def check(files: Sequence[str], contents: Sequence[config.Node], options: list[s
     for key in _PLACES:
         if (place := settings.value(key, given, rest)) and not (key == "ckpt_path" and place == "last"):
             require_there(key if "." in key else f"--{key}", Path(place))
+
+
+def check_comparison(files: Sequence[str], methods: str | None) -> None:
+    """Refuse config files and overlays of methods that are not there."""
+    config.combine([config.read(file) for file in files])
+    if methods:
+        config.overlays(methods.split(","))
 
 
 def _refuse_unknown(
