@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from srlora_pl.reporting.summary import FILE as SUMMARY
+from srlora_pl.run import config
 from srlora_pl.util import json_text
 from srlora_pl.util.errors import Interrupted, UserError
 from srlora_pl.util.files import lock, writing_to
@@ -80,8 +81,9 @@ class Plan:
     def command(self, grids: Mapping[str, Mapping[str, Sequence[str]]]) -> str:
         """The command line that goes on with this comparison on other ``grids``."""
         entries = [f"{name}.{key}={','.join(values)}" for name, grid in grids.items() for key, values in grid.items()]
-        words = [word for file in self.configs for word in ("--config", file)]
-        words += ["--methods", ",".join(map(str, self.methods.values())), "--seeds", str(len(self.seeds))]
+        words = [word for file in self.configs for word in ("--config", config.name_of(file))]
+        methods = (config.name_of(file).removeprefix("methods/") for file in self.methods.values())
+        words += ["--methods", ",".join(methods), "--seeds", str(len(self.seeds))]
         words += ["--output", str(self.folder), *self.options, "--grid", *entries]
         return f"{program()} {shlex.join(['compare', *words])}"
 

@@ -47,6 +47,15 @@ def find(name: str) -> str:
     raise UserError(f"the config file {name} does not exist{did_you_mean(name, names)}")
 
 
+def name_of(file: str | Path) -> str:
+    """The shortest that `find` takes for ``file``: the name of one of this package, else the path as it is given."""
+    path, home = Path(file).resolve(), CONFIGS.resolve()
+    if not path.is_relative_to(home):
+        return str(file)
+    name = str(path.relative_to(home).with_suffix(""))
+    return name if Path(find(name)).resolve() == path else str(file)
+
+
 def read(path: str) -> Node:
     """The settings of a YAML file; one that is missing, or no mapping, is refused."""
     file = Path(find(path))

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from srlora_pl.comparison.cells import Cell
+from srlora_pl.comparison.cells import Cell, Plan
 from srlora_pl.comparison.results import Difference, Outcome, at_the_edge, best_point, made_with, table, unequal_terms
+from srlora_pl.run.config import find
 
 POINT = (("model.lr", "0.1"),)
 
@@ -138,6 +139,14 @@ def test_a_best_point_at_the_edge_of_its_grid_is_told_with_what_lies_beyond():
         "pissa": {**grids["pissa"], "data.batch_size": ["8", "16", "32", "4"]},
         "srlora": {**shared, "model.lr": ["1e-2", "3e-2", "0.0033"], "data.batch_size": ["8", "16", "32", "64"]},
     }
+
+
+def test_the_command_that_looks_beyond_names_the_configs_of_this_package(tmp_path):
+    own = tmp_path / "mine.yaml"
+    methods = {"lora": Path(find("methods/lora")), "mine": own}
+    plan = Plan((find("quickstart"), str(own)), methods, {}, (0,), (), Path("out"))
+    words = f"compare --config quickstart --config {own} --methods lora,{own} --seeds 1 --output out --grid lora.x=1,2"
+    assert plan.command({"lora": {"x": ["1", "2"]}}).endswith(words)
 
 
 @pytest.mark.parametrize(
