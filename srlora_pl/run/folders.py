@@ -56,9 +56,14 @@ def folder_of(checkpoint: Path) -> Path | None:
 
 
 def own_or_all(config_file: str | None, root: Path) -> list[Path]:
-    """The run folders of a config, the newest first; for a run's own ``config.yaml`` only that run's."""
+    """The run folders of a config, the newest first; for a run's own ``config.yaml`` only that run's.
+
+    Given from another folder than the one in which it was trained, the run's place still ends as ``root`` does.
+    """
     own = Path(config_file).resolve() if config_file else Path()
-    if own.name == "config.yaml" and own.parent.parent == root.resolve():
+    home = own.parent.parent
+    is_below = not root.is_absolute() and home.parts[-len(root.parts) :] == root.parts
+    if own.name == "config.yaml" and (home == root.resolve() or is_below):
         return [own.parent]
     return [folder.resolve() for folder in versions(root)]
 
