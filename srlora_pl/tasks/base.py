@@ -48,7 +48,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     `losses` and, where training differs, `training_loss`.
 
     Args:
-        method: ``srlora_pl.LoRA``, ``PiSSA`` or ``SRLoRA``, or its ``{class_path, init_args}``.
+        method: the class of a method, such as ``srlora_pl.SRLoRA``, or its ``{class_path, init_args}``.
         backbone_checkpoint: a local weights file (safetensors or torch) instead of the name's own weights.
         adapter: a folder that the PEFT library saved a LoRA in, as a start: ``LoRA`` goes on with its pairs, for the
             other methods it becomes part of the pretrained weights; its head is taken as the backbone's is.

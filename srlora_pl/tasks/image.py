@@ -29,7 +29,7 @@ class ImageClassifier(Task):
         backbone: a shipped backbone (``vit_tiny_in64``), a timm or hub name, or a local folder in timm's layout. A head
             of ``num_classes`` that its weights bring along is taken, as `srlora_pl.models.heads.settle` says.
         num_classes: taken from the data when the command line builds the model.
-        method: ``srlora_pl.LoRA``, ``PiSSA`` or ``SRLoRA``, or its ``{class_path, init_args}``.
+        method: the class of a method, such as ``srlora_pl.SRLoRA``, or its ``{class_path, init_args}``.
         backbone_kwargs: for timm's constructor, such as ``drop_path_rate``; ``pretrained: false`` starts from
             random weights.
         label_smoothing: in the training loss only, from 0 up to 1.

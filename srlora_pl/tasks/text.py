@@ -36,7 +36,7 @@ class TextClassifier(Task):
         backbone: a hub name, a local folder in transformers' layout, or ``minilm`` where that extra is installed. A
             head of ``num_classes`` that its weights bring along is taken, as `srlora_pl.models.heads.settle` says.
         num_classes: taken from the data when the command line builds the model; 1 for regression.
-        method: ``srlora_pl.LoRA``, ``PiSSA`` or ``SRLoRA``, or its ``{class_path, init_args}``.
+        method: the class of a method, such as ``srlora_pl.SRLoRA``, or its ``{class_path, init_args}``.
         backbone_kwargs: override the encoder's configuration, such as ``hidden_dropout_prob``, or say where the hub's
             files are found, such as ``revision``; ``pretrained: false`` starts from random weights.
         train_pooler: whether the pooler between encoder and head trains; DeBERTa's is always new.

@@ -33,8 +33,9 @@ class ImageData(DataModule):
         name: ``digits`` (shipped), ``mnist``, ``cifar10``, ``cifar100`` or ``stl10`` (downloaded into ``root`` when
             missing); None for data of your own at ``root``.
         root: a folder; without ``name`` one with a folder of images per class (or ``train/``, ``val/``, ``test/``
-            with such folders in them, also as ``Training/``, ``valid/`` and the like), a folder of a data set of
-            ``datasets``, or that data set's name on the hub. Hidden folders and files are left out.
+            with such folders in them, also as ``Training/``, ``valid/`` and the like), one with images and a
+            ``metadata.csv``, a folder of a data set of ``datasets``, or that data set's name on the hub. Hidden
+            folders and files are left out.
         batch_size: images in a batch, per device.
         image_column: column of the images in a data set of ``datasets``.
         label_column: column of the labels there.
