@@ -10,7 +10,8 @@ def usage(family: ModelFamily, format: str, place: str, on_hub: bool) -> str:
     kind = "image" if family.task_type is None else "text"
     recipe, path = family.recipe, family.base[0]
     if Path(path).is_dir():
-        recipe = recipe.replace(path, Path(path).name)  # of a folder on another machine only the name tells anything
+        # Of a folder on another machine only the name tells anything, and of a shipped backbone its own.
+        recipe = recipe.replace(path, Path(family.name).name)
     code = _CODE[format, kind]
     if on_hub and "FOLDER" in code:
         code = f"from huggingface_hub import snapshot_download\n{code}"

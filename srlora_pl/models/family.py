@@ -20,6 +20,10 @@ class ModelFamily(Protocol):
     task_type: ClassVar[str | None]  # PEFT's name of the task
 
     @property
+    def name(self) -> str:
+        """``model.backbone``."""
+
+    @property
     def random(self) -> bool:
         """Whether its weights are random, so that they cannot be loaded again."""
 

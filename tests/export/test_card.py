@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,6 +146,13 @@ def test_the_code_on_the_card_loads_images(tmp_path, monkeypatch, capsys, form):
         wanted = task.net.eval()(torch.as_tensor(prepared(task, "photo.jpg")))
     torch.testing.assert_close(torch.as_tensor(names["logits"]), wanted, atol=0.02, rtol=0)
     assert capsys.readouterr().out.split()[-1] == NAMES[wanted.argmax()]
+
+
+def test_the_code_on_the_card_names_a_shipped_backbone_and_no_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    recipe = f"load('{tmp_path}/model')"
+    family = SimpleNamespace(name="minilm", task_type="SEQ_CLS", base=(f"{tmp_path}/model", None), recipe=recipe)
+    assert "base = load('minilm')" in usage(family, "peft", "mine", on_hub=False)
 
 
 @pytest.mark.parametrize("mode", ["squash", "center"])
