@@ -73,6 +73,7 @@ def test_adalora_is_planned_over_a_run_of_the_papers_length():
     assert variant("adalora").adaptation.controller.last_step == 5000
 
 
+@pytest.mark.slow
 def test_step_time_runs_as_a_file(tmp_path):
     names = ["floor", "full", "peft", "peft_dora", "lora", "lora_ga", "srlora", "vera@16"]
     few = ["--model", "vit_tiny", "--batch", 1, "--rounds", 1, "--warmup", 1]
@@ -102,6 +103,7 @@ def test_every_benchmark_runs_as_a_file(tmp_path):
     assert result_of([program, *files], tmp_path) == []
 
 
+@pytest.mark.slow
 def test_gradient_time_times_every_pass_and_the_decomposition():
     words = ["-m", "benchmarks.gradient_time", "--model", "vit_tiny", "--batch", 2, "--passes", 2]
     result = result_of(words, ROOT)

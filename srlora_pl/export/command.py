@@ -62,9 +62,7 @@ def export_model(
         UserError: an argument is wrong, the weights are not finite, or the files do not give the model's outputs;
             then nothing is written.
     """
-    if format not in FORMATS:
-        raise UserError(f"--format {format} is unknown, it is one of {', '.join(FORMATS)}")
-    serving.require_packages(format)
+    _require_format(format)
     target = require_free(folder, force)
     if not isinstance(task, Task):
         raise UserError(
@@ -79,6 +77,12 @@ def export_model(
     if rank is not None and format != "peft":
         raise UserError(f"--rank {rank} belongs to --format peft, leave it out for merged weights")
     return _export(task, target, format, rank, class_names, card)
+
+
+def _require_format(format: str) -> None:
+    if format not in FORMATS:
+        raise UserError(f"--format {format} is unknown, it is one of {', '.join(FORMATS)}")
+    serving.require_packages(format)
 
 
 def _export(
@@ -160,7 +164,7 @@ def _write_adapter(
 
 def export(given: argparse.Namespace) -> list[str]:
     """`export_model` for a checkpoint, as the command line asks for it; the report in words."""
-    serving.require_packages(given.format)
+    _require_format(given.format)
     repository = None
     if given.push_to_hub:
         from srlora_pl.export import hub  # which asks the network, so only here

@@ -202,9 +202,8 @@ def model_class(content: Node) -> Any:
 def classes(content: Node) -> dict[str, str]:
     """The class paths that ``content`` names of the model, of its method and of the data, by their keys."""
     nodes = {"model": content.get("model"), "data": content.get("data"), "model.method": _method(content)}
-    nodes = {key: node for key, node in nodes.items() if isinstance(node, dict)}
     return {
-        key: str(node["class_path"]) for key, node in nodes.items() if isinstance(node, dict) and "class_path" in node
+        key: str(each["class_path"]) for key, each in nodes.items() if isinstance(each, dict) and "class_path" in each
     }
 
 

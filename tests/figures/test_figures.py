@@ -417,7 +417,7 @@ REFUSED = {
     "no run": ([], "figures: the following arguments are required: --run, see python cli.py figures --help"),
     "unknown option": (["--run", "run", "--leyer", "1"], "unrecognized arguments: --leyer 1"),
     "layer that is no number": (["--run", "run", "--layer", "first"], "--layer: invalid int value: 'first'"),
-    "no folder": (["--run", "ru"], "--run ru is no folder (did you mean 'run'?)"),
+    "no folder": (["--run", "ru"], "--run 'ru' does not exist (did you mean 'run'?)"),
     "file": (["--run", "file"], "--run file is no folder"),
     "folder of runs": (["--run", "all"], "--run all holds no readable checkpoint, give all/version_0"),
     "no checkpoint": (["--run", "bare"], "--run bare holds no readable checkpoint"),

@@ -344,7 +344,7 @@ TEXTS: dict[str, Case] = {
 }
 EXPORT: dict[str, Case] = {
     "export without a checkpoint": (["export", "--format", "merged", "--output", "new"], ["--ckpt_path", "--help"]),
-    "export's format": (export("--format=onnx"), ["--format", "onnx", "merged, peft"]),
+    "export's format": (export("--format=onix"), ["--format", "onix", "merged, peft, onnx"]),
     "export's option": (export("--format=merged", "--ranks=3"), ["--ranks=3", "--help"]),
     "export's rank": (export("--format=peft", "--rank=few"), ["--rank", "'few'"]),
     "export of rank 0": (export("--format=peft", "--rank=0", checkpoint="compact.ckpt"), ["rank", "0", "between 1"]),

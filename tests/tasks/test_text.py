@@ -434,6 +434,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(classifier, trainer, tmp_pat
 
 @pytest.mark.real
 @pytest.mark.skipif(not TOKENIZER.is_dir(), reason="needs ../shared")
+@pytest.mark.slow
 def test_deberta_v3_base_takes_a_step_of_128_tokens(tmp_path):
     torch.manual_seed(0)
     for file in TOKENIZER.iterdir():
