@@ -229,10 +229,13 @@ def load_task(checkpoint: Path, config_files: Sequence[str] = ()) -> tuple[Task,
     files = config_files or [str(homes[0] / "config.yaml")]
     settings = _combined(files)
     path, file = str(config.model_class(settings)), files[0]
-    if not (config_files or path.startswith("srlora_pl.")):
-        # Importing a class runs code, which a file found beside a checkpoint must not cause.
-        raise UserError(f"{file} names the class {path!r} from elsewhere, give --config {file} if you trust it")
+    method = config.classes(settings).get("model.method", path)
+    for each in (path, method):
+        if not (config_files or each.startswith("srlora_pl.")):
+            # Importing a class runs code, which a file found beside a checkpoint must not cause.
+            raise UserError(f"{file} names the class {each!r} from elsewhere, give --config {file} if you trust it")
     kind: Any = locate(path)
+    locate(method)  # a checkpoint's method is looked for among those that are imported
     if not (isinstance(kind, type) and issubclass(kind, Task)):
         raise UserError(
             f"model.class_path {path!r} in {file} is no task of this package, give the run's own config.yaml"

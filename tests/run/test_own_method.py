@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from tests.helpers.cli import SMALL_RUN, cli
 from tests.helpers.errors import mentions
 from tests.helpers.models import vit_folder
 from tests.helpers.paths import ROOT
+from tests.helpers.waiting import run as started
 
 TASK = SMALL_RUN.replace("vit_tiny_patch16_224", "backbone").replace(
     "{pretrained: false, img_size: 16, patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2, class_token: true}", "{}"
@@ -62,8 +65,8 @@ def test_it_resumes(run) -> None:
 
 
 def test_it_exports_what_it_can(run) -> None:
-    file = folder(run) / "checkpoints/last.ckpt"
-    code, _, err = cli("export", "--ckpt_path", file, "--format", "merged", "--output", "merged", home=run[0])
+    which = ("--config", folder(run) / "config.yaml", "--ckpt_path", "last")
+    code, _, err = cli("export", *which, "--format", "merged", "--output", "merged", home=run[0])
     if run[1] == "Bottlenecks":
         assert code == 2
         assert re.search(mentions("Bottleneck", "merged"), err)
@@ -72,9 +75,22 @@ def test_it_exports_what_it_can(run) -> None:
     assert code == 0, err
     net = timm.create_model(f"local-dir:{run[0] / 'merged'}", pretrained=True)
     assert torch.isfinite(net(torch.zeros(1, 3, 16, 16))).all()
-    code, _, err = cli("export", "--ckpt_path", file, "--format", "peft", "--output", "peft", home=run[0])
+    code, _, err = cli("export", *which, "--format", "peft", "--output", "peft", home=run[0])
     assert code == 0, err
     assert len(load_file(run[0] / "peft/adapter_model.safetensors")) > 12
+
+
+def test_a_process_that_has_not_imported_it_exports_it_where_the_config_is_trusted(run) -> None:
+    name = f"tests.helpers.methods.{run[1]}"
+    command = [sys.executable, "-m", "srlora_pl", "export", "--ckpt_path", folder(run) / "checkpoints/last.ckpt"]
+    command += ["--format", "merged", "--output", "in_a_process"]
+    options = {"cwd": run[0], "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    said = started(command, **options)
+    assert said.returncode == 2
+    assert re.search(mentions(repr(name), "from elsewhere", "--config"), said.stderr)
+    said = started([*command, "--config", folder(run) / "config.yaml"], **options)
+    assert said.returncode == (0 if run[1] == "Core" else 2), said.stderr
+    assert "names no method" not in said.stderr
 
 
 def test_it_is_drawn(run) -> None:
