@@ -12,6 +12,10 @@ REPOSITORY = _PACKAGE.parent
 CONFIGS = next((home / "configs" for home in (_PACKAGE, REPOSITORY) if (home / "configs").is_dir()), Path("configs"))
 
 
+class MissingExtraError(UserError, ImportError):
+    """A package is not installed that an extra of this package brings."""
+
+
 def program() -> str:
     """The words that begin every command: ``srlora``, ``python -m srlora_pl``, or ``python cli.py`` in a clone."""
     called = Path(sys.argv[0])
@@ -23,4 +27,4 @@ def program() -> str:
 def require_extra(extra: str, package: str, what: str) -> None:
     """Refuse ``what`` unless ``package`` is installed, which comes with an extra of this package."""
     if find_spec(package) is None:
-        raise UserError(f"{what} needs the package {package}: pip install 'srlora_pl[{extra}]' brings it")
+        raise MissingExtraError(f"{what} needs the package {package}: pip install 'srlora_pl[{extra}]' brings it")

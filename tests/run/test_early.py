@@ -8,6 +8,7 @@ import pytest
 import srlora_pl
 from srlora_pl.run import source
 from srlora_pl.util.signatures import arguments_of_class
+from tests.helpers.errors import mentions
 from tests.helpers.waiting import run
 
 CLASSES = [
@@ -105,3 +106,9 @@ def test_a_missing_extra_is_named(words, package, extra, monkeypatch, capsys):
     monkeypatch.setattr("srlora_pl.util.program.find_spec", lambda name: None if name == package else name)
     assert srlora_pl.cli.main(words.split()) == 2
     assert f"needs the package {package}: pip install 'srlora_pl[{extra}]'" in capsys.readouterr().err
+
+
+def test_in_python_a_missing_extra_is_an_import_error(monkeypatch):
+    monkeypatch.setattr("srlora_pl.util.program.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=mentions("srlora_pl.TextClassifier", "srlora_pl[text]")):
+        from srlora_pl import TextClassifier  # noqa: F401
