@@ -6,7 +6,6 @@ Nothing here imports torch or Lightning, so that a mistyped file name is answere
 import re
 import shutil
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from srlora_pl.run import source
 from srlora_pl.util.errors import UserError, did_you_mean, listed
 from srlora_pl.util.files import relative, writing_to
 from srlora_pl.util.program import CONFIGS
-from srlora_pl.util.signatures import arguments_of_class
+from srlora_pl.util.signatures import arguments_of_class, class_at
 from srlora_pl.util.yaml_text import load
 
 Node = dict[str, Any]
@@ -237,9 +236,8 @@ def arguments_of(class_path: Any) -> set[str]:
     known = source.arguments(str(class_path))
     if known is not None:
         return set(known)
-    module, _, name = str(class_path).rpartition(".")
     try:
-        return set(arguments_of_class(getattr(import_module(module or "srlora_pl"), name)))
+        return set(arguments_of_class(class_at(str(class_path))))
     except (ImportError, AttributeError):  # for the parser to refuse
         return set()
 

@@ -1,12 +1,11 @@
 """What ``fit --help`` says of the settings of a model, its method and its data, from their classes' docstrings."""
 
 from collections.abc import Iterator, Mapping
-from importlib import import_module
 from textwrap import fill
 
 from docstring_parser import parse
 
-from srlora_pl.util.signatures import arguments_of_class, defaults_of_class
+from srlora_pl.util.signatures import arguments_of_class, class_at, defaults_of_class
 
 SHOWN = {
     "model": "srlora_pl.ImageClassifier",
@@ -18,8 +17,7 @@ SHOWN = {
 def own_settings(classes: Mapping[str, str]) -> Iterator[str]:
     """The settings of ``classes``, by the part of the run that each is: option, default and what it does."""
     for part, path in classes.items():
-        module, _, name = path.rpartition(".")
-        cls = getattr(import_module(module or "srlora_pl"), name)
+        cls = class_at(path)
         about: dict[str, str] = {}
         for base in reversed(cls.__mro__):
             texts = {each.arg_name: each.description or "" for each in parse(base.__doc__ or "").params}

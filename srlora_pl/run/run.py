@@ -32,6 +32,7 @@ from srlora_pl.util import system, yaml_text
 from srlora_pl.util.errors import Interrupted, UserError, causes
 from srlora_pl.util.files import alone_in, relative
 from srlora_pl.util.program import program
+from srlora_pl.util.signatures import class_at
 
 TRAINER_DEFAULTS = {
     "default_root_dir": folders.ROOT,
@@ -126,8 +127,7 @@ class Run(LightningCLI):
         if (count := self.config.model.init_args.get("num_classes")) is not None:
             raise UserError(f"model.num_classes {count} is not for you to set, it comes from the data: leave it out")
         for part in ("model", "data"):
-            module, _, name = self.config[part].class_path.rpartition(".")
-            homes = reversed(getattr(import_module(module), name).__mro__)
+            homes = reversed(class_at(self.config[part].class_path).__mro__)
             parameters = {key: each for home in homes for key, each in signature(home.__init__).parameters.items()}
             for key, value in vars(self.config[part].init_args).items():
                 known = parameters.get(key)

@@ -2,7 +2,19 @@
 
 import inspect
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
+
+
+def class_at(class_path: str) -> Any:
+    """The class that ``module.Name`` means, or ``Name`` alone among this package's.
+
+    Raises:
+        ImportError: there is no such module.
+        AttributeError: the module has no such name.
+    """
+    module, _, name = class_path.rpartition(".")
+    return getattr(import_module(module or "srlora_pl"), name)
 
 
 def arguments_of_class(cls: type) -> list[str]:
