@@ -17,7 +17,7 @@ from srlora_pl.lowrank.ledger import Ledger
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, Matrix, SharedFactors
 from srlora_pl.lowrank.method import AdaptedNetwork
 from srlora_pl.util.errors import UserError
-from srlora_pl.util.precision import full_precision
+from srlora_pl.util.precision import full_precision, trained_dtype
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,10 @@ def _magnitudes(adaptation: AdaptedNetwork, name: str) -> Tensor:
     """The row norms of a layer's W_eff, adapted or not."""
     layer = adaptation.net.get_submodule(name)
     own = layer.magnitudes() if isinstance(layer, AdaptedLinear) else None
-    return _double(layer.get_parameter("weight").norm(dim=1) if own is None else own).float()
+    if own is None:
+        weight = layer.get_parameter("weight")
+        own = weight.to(trained_dtype(weight.dtype)).norm(dim=1)
+    return _double(own).float()
 
 
 def _double(tensor: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def low_rank_linear(
         (..., out), in autocast's type where autocast is on.
     """
     rows, (out, in_) = x.numel() // x.shape[-1], weight.shape
-    halves = torch.is_autocast_enabled(x.device.type) or x.dtype.itemsize == 2
+    # A weight in half precision is read as it is by two branches, and no sum with it is rounded.
+    halves = (torch.is_autocast_enabled(x.device.type) or x.dtype.itemsize == 2) and weight.dtype.itemsize > 2
     compute = merge_on_the_fly if merging_pays(rows, out, in_, halves, x.device) else two_branches
     return compute(x, weight, bias, A, B, scaling, adapted)
 
@@ -70,6 +71,13 @@ def two_branches(
         return _TwoBranches.apply(x, pairs_input, weight, bias, A, B, scaling, adapted)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, in autocast's type or else in that of x, whatever the types of W and bias."""
+    if not torch.is_autocast_enabled(x.device.type):
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return F.linear(x, weight, bias)
+
+
 def merging_pays(rows: int, out: int, in_: int, halves: bool, device: torch.device) -> bool:
     """Whether W_eff is worth building for ``rows`` tokens in half precision, or else; see `benchmarks/kernels.md`."""
     fewer_passes = rows * (in_ + out) >= in_ * out
@@ -80,14 +88,14 @@ def merging_pays(rows: int, out: int, in_: int, halves: bool, device: torch.devi
 def _outside_autocast(x: Tensor, bias: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Operands in autocast's type, where it is on, and inside no autocast: the kernels choose each type themselves."""
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     with torch.autocast(x.device.type, enabled=False):
-        yield x, bias
+        yield x, None if bias is None else bias.to(x.dtype)
 
 
 def merged(weight: Tensor, A: Tensor, B: Tensor, scaling: float, adapted: Parts) -> Tensor:
-    """W + s B A, (out, in), in the weight's precision; shapes as in `low_rank_linear`."""
+    """W + s B A, (out, in), in the pairs' precision; shapes as in `low_rank_linear`."""
+    weight = weight.to(A.dtype)
     if A.dim() == 2:
         return torch.addmm(weight, B, A, alpha=scaling)
     parts = weight.view(-1, B.shape[1], weight.shape[1])

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srlora_pl.lowrank.kernels import low_rank_linear, merged, two_branches
+from srlora_pl.lowrank.kernels import linear, low_rank_linear, merged, two_branches
 from srlora_pl.util.errors import UserError
-from srlora_pl.util.precision import full_precision
+from srlora_pl.util.precision import full_precision, trained_dtype
 
 
 class Adapter(nn.Module):
@@ -57,6 +56,13 @@ class Adapter(nn.Module):
 
     def unmerge(self) -> None:
         """Undo `merge`, to the bit."""
+
+
+def widened(layers: dict[str, Adapter]) -> dict[str, Adapter]:
+    """``layers`` with parameters in float32 at least: beside a weight in half precision they would train in it too."""
+    for parameter in (each for layer in layers.values() for each in layer.adapter_parameters()):
+        parameter.data = parameter.data.to(trained_dtype(parameter.dtype))
+    return layers
 
 
 class AdaptedLinear(Adapter):
@@ -145,7 +151,7 @@ class AdaptedLinear(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if self.merged or self.disabled:
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         return self.adapted_forward(x)
 
     def adapted_forward(self, x: Tensor) -> Tensor:
@@ -159,7 +165,7 @@ class AdaptedLinear(Adapter):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W_eff = W + scaling * B @ A, a new tensor of shape (out, in)."""
+        """W_eff = W + scaling * B @ A, a new tensor of shape (out, in), in the precision of the factors."""
         if self.merged:
             return self.weight.detach().clone()
         with full_precision():
@@ -172,10 +178,13 @@ class AdaptedLinear(Adapter):
         return None if len(self.adapted) == self.parts else self.adapted
 
     def merge(self) -> None:
-        """Add the update to ``weight``: inference then costs one product. Merging twice is merging once."""
+        """Add the update to ``weight``: inference then costs one product. Merging twice is merging once.
+
+        A weight in half precision rounds the sum, once.
+        """
         self._require_enabled("merge")
         if not self.merged:
-            effective = self.merged_weight()
+            effective = self.merged_weight().to(self.weight.dtype)
             self._unmerged = self.weight.data
             self.weight.data = effective
 
@@ -234,14 +243,16 @@ class SharedFactors(Adapter):
     Args:
         shared_A: (..., r, in).
         shared_B: (..., out, r).
+        weight: of one of these layers, on whose device, and in whose type or float32 at least, they are kept.
     """
 
     adapter_names = ("shared_A", "shared_B")
     output_factors = ("shared_B",)
 
-    def __init__(self, shared_A: Tensor, shared_B: Tensor) -> None:
+    def __init__(self, shared_A: Tensor, shared_B: Tensor, weight: Tensor) -> None:
         super().__init__()
-        self.shared_A, self.shared_B = nn.Parameter(shared_A), nn.Parameter(shared_B)
+        A, B = (each.to(weight.device, trained_dtype(weight.dtype)) for each in (shared_A, shared_B))
+        self.shared_A, self.shared_B = nn.Parameter(A), nn.Parameter(B)
 
     def merge(self) -> None:
         """The layers do."""

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from srlora_pl.lowrank.linear import Adapter
@@ -231,10 +232,10 @@ def _require_adaptable(
             f"the weight of {target.name} is tied to {tied[target.name]} and cannot be adapted alone, "
             f"add {child!r} to exclude_modules"
         )
-    if target.module.weight.dtype.itemsize < 4:
+    if target.module.weight.dtype not in (torch.bfloat16, torch.float32, torch.float64):
         raise UserError(
-            f"the weight of {target.name} is {target.module.weight.dtype}, where a switch would round it: load the "
-            "model in float32 and let trainer.precision do the rest"
+            f"the weight of {target.name} is {target.module.weight.dtype}, whose range is too small to train with: "
+            "load the model in float32 and let trainer.precision do the rest"
         )
 
 

@@ -22,6 +22,11 @@ def _set_each(precisions: Sequence[str]) -> None:
         backend.fp32_precision = precision
 
 
+def trained_dtype(frozen: torch.dtype) -> torch.dtype:
+    """The type of what trains beside a weight of type ``frozen``: that type, but never less than float32."""
+    return torch.promote_types(frozen, torch.float32)
+
+
 def float64_device(device: torch.device) -> torch.device:
     """Where to compute in float64 what is on ``device``: there, or on the CPU if it may not be able to.
 

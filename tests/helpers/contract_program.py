@@ -24,12 +24,12 @@ def loss_of(net, batch: tuple[Tensor, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(net(batch[0]), batch[1])
 
 
-def sources_of(net, method: Method, share: slice = slice(None)) -> Sources | None:
+def sources_of(net, method: Method, share: slice = slice(None), dtype: torch.dtype = torch.float64) -> Sources | None:
     """Gradients of four batches, of which this process takes a share, for a method that starts from them."""
     if method.starts_from != "gradient":
         return None
     losses = partial(full_rank_losses, net)
-    return gradients(losses, [(x[share], y[share]) for x, y in batches(4, torch.float64)], lr=0.01)
+    return gradients(losses, [(x[share], y[share]) for x, y in batches(4, dtype)], lr=0.01)
 
 
 def _train(kind: type, steps: int, rank: int, share: slice, wrap, once) -> dict[str, Tensor]:

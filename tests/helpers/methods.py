@@ -67,7 +67,7 @@ class Bottleneck(Adapter):
         self.up = nn.Parameter(torch.zeros(size, rank))
 
     def forward(self, y: Tensor) -> Tensor:
-        return y if self.disabled else y + torch.tanh(y @ self.down.T) @ self.up.T
+        return y if self.disabled else y + torch.tanh(y @ self.down.T.to(y)) @ self.up.T.to(y)
 
 
 class Bottlenecks(Method):
@@ -106,3 +106,14 @@ class IA3(Tuner):
 
 class OFT(Tuner):
     settings: ClassVar[dict[str, Any]] = {"peft_type": "OFT", "r": 0, "oft_block_size": 4}
+
+
+# PEFT's tuners stand for Peft; a prompt needs the embeddings of words.
+METHODS: list[type[Method]] = [
+    *(kind for kind in methods.REGISTRY if kind not in (methods.Peft, methods.PromptTuning)),
+    PeftLoRA,
+    IA3,
+    OFT,
+    Core,
+    Bottlenecks,
+]

@@ -59,7 +59,7 @@ def full_rank_losses(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
     The inputs of its blocks span their 12 dimensions, and the loss sees all outputs.
     """
-    x = torch.sin(5 * net.embed(batch[0]))
+    x = torch.sin(5 * net.embed(batch[0].to(net.embed.weight.dtype)))
     for block in net.blocks:
         x = block(x)
     return torch.sin(3 * x).sum(-1)

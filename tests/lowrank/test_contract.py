@@ -13,10 +13,9 @@ from torch import nn
 from torch.func import functional_call
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Adaptation, Adapter, LowRankLinear, Peft, PromptTuning
+from srlora_pl.lowrank import Adaptation, Adapter, LowRankLinear
 from srlora_pl.lowrank.delta import change
 from srlora_pl.lowrank.methods import (
-    REGISTRY,
     AdaLoRA,
     BitFit,
     Bottleneck,
@@ -33,11 +32,9 @@ from srlora_pl.lowrank.methods import (
 from srlora_pl.lowrank.targets import block_and_kind
 from srlora_pl.models import peft_folder
 from tests.helpers.contract_program import batches, loss_of, parallel, sources_of, trained_in_one_process
-from tests.helpers.methods import IA3, OFT, Bottlenecks, Core, PeftLoRA, made, trainer_of
+from tests.helpers.methods import IA3, METHODS, OFT, Bottlenecks, Core, PeftLoRA, made, trainer_of
 from tests.helpers.toys import ToyNet, toy_net
 
-# PEFT's tuners stand for Peft; a prompt needs the embeddings of words.
-METHODS = [*(kind for kind in REGISTRY if kind not in (Peft, PromptTuning)), PeftLoRA, IA3, OFT, Core, Bottlenecks]
 STEPS, RANK = 12, 4
 pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "ignore:.*no whole number of switches")
 # How many numbers train besides the head, of adapted ``matrices``; where it is not r (out + in) for each. Two blocks of

@@ -218,7 +218,7 @@ class Tied(nn.Module):
 
 
 def half():
-    return toy_net(dtype=torch.bfloat16)
+    return toy_net(dtype=torch.float16)
 
 
 class Special(nn.Linear):
@@ -265,7 +265,7 @@ def twice():
         (toy_net, {"alpha": 0.0}, ["alpha", "0"]),
         (toy_net, {"dropout": 1.0}, ["dropout", "1"]),
         (toy_net, {"rank": 2.5}, ["rank", "2.5", "whole number"]),
-        (half, {}, ["blocks.0.qkv", "torch.bfloat16"]),
+        (half, {}, ["blocks.0.qkv", "torch.float16"]),
         (special, {}, ["blocks.0.fc1", "Special", "nn.Linear"]),
         (wide, {"target_modules": "qkv", "rank": 13}, ["rank 13", "12", "blocks.0.qkv"]),
         (normed, {}, ["blocks.1.fc1", "weight_norm"]),

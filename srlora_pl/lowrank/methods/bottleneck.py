@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from srlora_pl.lowrank.kernels import linear
 from srlora_pl.lowrank.linear import Adapter
 from srlora_pl.lowrank.method import Method, kaiming_uniform
 from srlora_pl.lowrank.targets import select_whole
 from srlora_pl.util.errors import UserError
+from srlora_pl.util.precision import trained_dtype
 
 
 class BottleneckLinear(Adapter):
@@ -29,8 +31,8 @@ class BottleneckLinear(Adapter):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        out = self.out_features
-        self.down = nn.Parameter(kaiming_uniform((size, out), name).to(self.weight))
+        out, dtype = self.out_features, trained_dtype(self.weight.dtype)
+        self.down = nn.Parameter(kaiming_uniform((size, out), name).to(self.weight.device, dtype))
         self.down_bias = nn.Parameter(self.weight.new_zeros(size))
         self.up = nn.Parameter(self.weight.new_zeros(out, size))
         self.up_bias = nn.Parameter(self.weight.new_zeros(out))
@@ -38,10 +40,10 @@ class BottleneckLinear(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        h = F.linear(x, self.weight, self.bias)
+        h = linear(x, self.weight, self.bias)
         if self.disabled:
             return h
-        return h + F.linear(F.gelu(F.linear(h, self.down, self.down_bias)), self.up, self.up_bias)
+        return h + linear(F.gelu(linear(h, self.down, self.down_bias)), self.up, self.up_bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, size={len(self.down)}"

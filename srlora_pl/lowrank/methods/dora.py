@@ -1,10 +1,9 @@
 """DoRA (Liu et al. 2024, arXiv 2402.09353)."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from srlora_pl.lowrank.kernels import low_rank_linear
+from srlora_pl.lowrank.kernels import linear, low_rank_linear
 from srlora_pl.lowrank.linear import LowRankLinear, Matrix
 from srlora_pl.lowrank.method import Method, kaiming_uniform
 
@@ -28,7 +27,7 @@ class DoRALinear(LowRankLinear):
         """The row norms of W + s B A, (adapted rows,), without a temporary of (out, in)."""
         with torch.autocast(self.weight.device.type, enabled=False):
             A, B = (each.view(-1, *each.shape[-2:]) for each in (self.lora_A, self.lora_B))
-            parts = self.weight.view(self.parts, -1, self.in_features)
+            parts = self.weight.view(self.parts, -1, self.in_features).to(A.dtype)
             # ||W_i + s B_i A||^2 = ||W_i||^2 + s (2 W_i A^T + s B_i A A^T) B_i^T
             of_W = torch.stack([A_p @ parts[part].T for part, A_p in zip(self.adapted, A, strict=True)]).mT
             change = self.scaling * ((2 * of_W + self.scaling * B @ (A @ A.mT)) * B).sum(-1)
@@ -45,7 +44,7 @@ class DoRALinear(LowRankLinear):
         return torch.cat([adapted.get(part, ones) for part in range(self.parts)])
 
     def magnitudes(self) -> Tensor:
-        norms = torch.linalg.vector_norm(self.unmerged_weight, dim=1).view(self.parts, -1)
+        norms = torch.linalg.vector_norm(self.unmerged_weight.to(self.lora_A.dtype), dim=1).view(self.parts, -1)
         norms[list(self.adapted)] = self.lora_magnitude.detach().view(len(self.adapted), -1)
         return norms.flatten()
 
@@ -56,7 +55,7 @@ class DoRALinear(LowRankLinear):
         if self.training and self.dropout.p > 0:  # x W^T + (g - 1) x~ W^T + g s x~ A^T B^T + bias
             seen = self.dropout(x)
             y = low_rank_linear(seen, self.weight, None, A, B, self.scaling, self._some_parts)
-            return (gain * y + F.linear(x - seen, self.weight, self.bias)).to(y.dtype)
+            return (gain * y + linear(x - seen, self.weight, self.bias)).to(y.dtype)
         y = low_rank_linear(x, self.weight, self.bias, A, B, self.scaling, self._some_parts)
         # With the bias in y a gain of 1 changes no bit.
         return (gain * y if self.bias is None else torch.addcmul(self.bias * (1 - gain), gain, y)).to(y.dtype)
@@ -83,4 +82,4 @@ class DoRA(Method):
     def initialize(self, matrix: Matrix) -> None:
         matrix.A.copy_(kaiming_uniform(matrix.A.shape, matrix.name))
         for name in ("weight_norm", "lora_magnitude"):
-            matrix.of(matrix.layer.get_parameter(name).detach()).copy_(matrix.weight.norm(dim=1))
+            matrix.of(matrix.layer.get_parameter(name).detach()).copy_(matrix.weight.to(matrix.A.dtype).norm(dim=1))

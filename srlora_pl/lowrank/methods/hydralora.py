@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from srlora_pl.lowrank.kernels import linear
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, Matrix
 from srlora_pl.lowrank.method import Method, kaiming_uniform
 from srlora_pl.util.errors import UserError
@@ -28,13 +28,13 @@ class HydraLinear(AdaptedLinear):
 
     def adapted_forward(self, x: Tensor) -> Tensor:
         count = len(self.adapted)
-        y = F.linear(x, self.weight, self.bias).chunk(self.parts, -1)
-        logits = F.linear(x, self.lora_route.view(-1, self.in_features)).unflatten(-1, (count, -1))
+        y = linear(x, self.weight, self.bias).chunk(self.parts, -1)
+        logits = linear(x, self.lora_route.view(-1, self.in_features)).unflatten(-1, (count, -1))
         shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))  # (..., p, heads)
-        low = F.linear(self.dropout(x), self.lora_A.view(-1, self.in_features)).unflatten(-1, (count, 1, -1))
+        low = linear(self.dropout(x), self.lora_A.view(-1, self.in_features)).unflatten(-1, (count, 1, -1))
         mixed = (shares.to(low.dtype).unsqueeze(-1) * low).flatten(-2)  # (..., p, heads r)
         heads = self.lora_B.view(count, -1, mixed.shape[-1])
-        change = {part: F.linear(mixed[..., i, :], heads[i]) for i, part in enumerate(self.adapted)}
+        change = {part: linear(mixed[..., i, :], heads[i]) for i, part in enumerate(self.adapted)}
         rows = [each + self.scaling * change[part] if part in change else each for part, each in enumerate(y)]
         return rows[0] if self.parts == 1 else torch.cat(rows, -1)
 

@@ -11,6 +11,7 @@ from srlora_pl.lowrank.linear import Adapter
 from srlora_pl.lowrank.method import Method, generator_for
 from srlora_pl.lowrank.methods.peft_tuner import library
 from srlora_pl.util.errors import UserError, require_one_of
+from srlora_pl.util.precision import trained_dtype
 
 _NAME = "prompt_encoder"
 
@@ -100,7 +101,9 @@ class PromptTuning(Method):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(generator_for("prompt").initial_seed())
-            prompt = Prompt(peft.PromptEmbedding(config, words).to(words.weight))
+            prompt = Prompt(
+                peft.PromptEmbedding(config, words).to(words.weight.device, trained_dtype(words.weight.dtype))
+            )
         net.add_module(_NAME, prompt)
         net.register_forward_pre_hook(_with_prompt, with_kwargs=True)
         return {_NAME: prompt}

@@ -45,10 +45,8 @@ class TiedLoRA(Method):
         for (kind, out, in_, rank), matrices in groups.items():
             name = "tied_" + "".join(letter if letter.isalnum() else "_" for letter in kind)
             name += f"_{out}_{in_}_{rank}" * (name in holders)
-            like = matrices[0].weight
-            holders[name] = holder = SharedFactors(
-                kaiming_uniform((rank, in_), name).to(like), like.new_zeros(out, rank)
-            )
+            A, B = kaiming_uniform((rank, in_), name), torch.zeros(out, rank)
+            holders[name] = holder = SharedFactors(A, B, matrices[0].weight)
             for matrix in matrices:  # in the order of a fused layer's parts
                 matrix.layer.shared = [*matrix.layer.shared, holder]
             net.add_module(name, holder)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from srlora_pl.lowrank.linear import Adapter
 from srlora_pl.util.errors import UserError, one_line
+from srlora_pl.util.precision import trained_dtype
 
 
 class TunerLayer(Adapter):
@@ -57,8 +58,12 @@ class TunerLayer(Adapter):
         if not self.merged:
             base = self.module.get_base_layer()
             before = [(parameter, parameter.detach().clone()) for parameter in base.parameters()]
-            _merge(self.module)
-            self._unmerged = before
+            try:
+                _merge(self.module)
+                self._unmerged = before
+            finally:
+                for parameter, value in before:
+                    parameter.data = parameter.data.to(value.dtype)
 
     def unmerge(self) -> None:
         if self.merged:
@@ -78,6 +83,9 @@ class TunerLayer(Adapter):
 
 @torch.no_grad()
 def _merge(module: Any) -> None:
+    """Merge ``module``; the sum, and the weight with it, is in the precision of what trained."""
+    base = module.get_base_layer()
+    base.to(trained_dtype(base.weight.dtype))
     try:
         module.merge(safe_merge=True)
     except (NotImplementedError, ValueError, TypeError, AttributeError) as error:

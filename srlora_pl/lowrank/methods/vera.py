@@ -68,12 +68,12 @@ class VeRA(Method):
         matrices = [matrix for name, layer in layers.items() for matrix in layer.matrices(name)]
         rank = max(matrix.rank for matrix in matrices)
         out, in_ = (max(sizes) for sizes in zip(*(matrix.shape for matrix in matrices), strict=True))
-        generator, like = generator_for(_HOLDER), matrices[0].weight
+        generator = generator_for(_HOLDER)
         A, B = (torch.empty(shape) for shape in ((rank, in_), (out, rank)))
         for factor in (A, B):
             bound = math.sqrt(6 / factor.shape[1])
             factor.uniform_(-bound, bound, generator=generator)
-        holder = SharedFactors(A.to(like), B.to(like))
+        holder = SharedFactors(A, B, matrices[0].weight)
         for matrix in matrices:
             matrix.layer.shared = [holder]
         net.add_module(_HOLDER, holder)

@@ -12,7 +12,7 @@ from srlora_pl.lowrank.linear import AdaptedLinear
 from srlora_pl.lowrank.method import AdaptedNetwork, Gradient, ShowProgress, Sources, generator_for
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 from srlora_pl.util.errors import UserError
-from srlora_pl.util.precision import full_precision
+from srlora_pl.util.precision import full_precision, trained_dtype
 
 
 def gradients(
@@ -70,7 +70,9 @@ def _sums(
 ) -> tuple[dict[str, Tensor], int]:
     """The gradients (out, in) of this process's samples by layer, summed on the CPU, and the number of samples."""
     layers = {matrix.layer_name: matrix.layer for matrix in adaptation.matrices}
-    totals = {name: torch.zeros_like(layer.weight, device="cpu") for name, layer in layers.items()}
+    totals = {
+        name: torch.zeros(layer.weight.shape, dtype=trained_dtype(layer.weight.dtype)) for name, layer in layers.items()
+    }
     trained = [p for layer in layers.values() for p in layer.adapter_parameters() if p.requires_grad]
     samples = 0
     with _as_it_was(adaptation.net, adaptation.seed), _gathered(layers, totals):

@@ -13,7 +13,7 @@ from torch import Tensor
 from srlora_pl.lowrank.method import AdaptedNetwork, ShowProgress, Sources
 from srlora_pl.util.cache import fingerprint, keep
 from srlora_pl.util.errors import UserError
-from srlora_pl.util.precision import float64_device, full_precision
+from srlora_pl.util.precision import float64_device, full_precision, trained_dtype
 
 # Below this share of the largest singular value a direction is rounding noise of the stored weight.
 _RANK_TOLERANCE = 1e-6
@@ -35,7 +35,9 @@ class Spectrum:
     @classmethod
     @torch.no_grad()
     def of(cls, weight: Tensor, directions: int, name: str = "the weight") -> "Spectrum":
-        """The first ``directions`` triplets of ``weight`` (out, in), computed in fp64 and kept on the CPU in its dtype.
+        """The first ``directions`` triplets of ``weight`` (out, in), computed in fp64.
+
+        They are kept on the CPU in its dtype, or in float32 where that is half precision.
 
         Raises:
             UserError: if the weight, which errors call ``name``, is zero or holds a NaN or an infinity.
@@ -55,7 +57,7 @@ class Spectrum:
         # that a run does not depend on the LAPACK at hand.
         sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
         U, Vh = U * sign, Vh * sign.T
-        return cls(*(t.to(weight.dtype).cpu() for t in (U, sigma, Vh))).first(k)
+        return cls(*(t.to(trained_dtype(weight.dtype)).cpu() for t in (U, sigma, Vh))).first(k)
 
     def __len__(self) -> int:
         return len(self.sigma)
@@ -108,7 +110,7 @@ def spectra(progress: ShowProgress = iter, cache: Path | None = None) -> Sources
     def find_here(adaptation: AdaptedNetwork) -> dict[str, Spectrum]:
         matrices = adaptation.matrices
         directions = {matrix.name: adaptation.method.directions(matrix) for matrix in matrices}
-        dtype = str(matrices[0].weight.dtype).removeprefix("torch.")
+        dtype = str(trained_dtype(matrices[0].weight.dtype)).removeprefix("torch.")
         file = None if cache is None else SpectrumCache(cache, f"{adaptation.weights.fingerprint}-{dtype}")
         if file is not None and (found := file.read(directions)) is not None:
             return found
