@@ -10,10 +10,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from srlora_pl.data.base import KeyedDataset, as_list
+from srlora_pl.data.graders import grader
 from srlora_pl.data.instructions import sets
 from srlora_pl.data.instructions.sets import Answers, Packs, Prompts
 from srlora_pl.data.instructions.templates import ALPACA, Sample, Template, Text, chat, own_text
 from srlora_pl.data.instructions.tokens import Boundary, Encoded, Encoder, encode_samples
+from srlora_pl.data.loader import rank_and_world
 from srlora_pl.data.protocols import Batch, Generation, Question
 from srlora_pl.data.texts.datamodule import OfTokens, in_buckets
 from srlora_pl.util.errors import UserError, did_you_mean, listed, require, require_one_of
@@ -147,6 +149,19 @@ class InstructionDataModule(OfTokens):
         for use in uses.get(stage, (stage,)):
             for split in self.splits(use):
                 self.tokens_of(split, use)
+                is_held_out_of = use == "train" and not self.splits("val") and self.val_fraction > 0
+                if use in ("val", "test") or is_held_out_of:
+                    self._require_references(split, self.generation(self._name(split, use)))
+
+    def _require_references(self, split: str, how: Generation) -> None:
+        """Refuse a reference that the grader cannot compare with, which it would say only behind the answer."""
+        if how.grader is not None:
+            judge = grader(how.grader, options=how.options, math_grader=how.math_grader)
+            for sample in self.samples(split):
+                try:
+                    judge.grade("", sample.reference)
+                except UserError as error:
+                    raise UserError(f"{sample.where}: {error}") from None
 
     def tokens_of(self, split: str, use: str) -> Any:
         """The tokens of a split as its data set needs them, read once."""
@@ -283,23 +298,34 @@ class InstructionDataModule(OfTokens):
     # -- order
 
     def train_order(self, epoch: int) -> Tensor:
-        """A permutation whose batches hold samples of similar length, in random order, or one of packed rows:
-        f(run seed, epoch)."""
+        """A permutation whose steps hold samples of similar length, in random order, or one of packed rows:
+        f(run seed, epoch).
+
+        A step has the same samples however it is divided into batches and devices.
+        """
         order = super().train_order(epoch)
         if isinstance(self.train_set, Packs):
             return order
         assert isinstance(self.train_set, Answers)
-        size = self.batch_size * (self.trainer.world_size if self.trainer else 1)
+        lengths = sets.rounded(self.train_set.lengths, self.max_length)  # so that there are many of each
         generator = torch.Generator().manual_seed(derive(run_seed(), _BUCKETS, epoch))
-        return in_buckets(order, sets.rounded(self.train_set.lengths, self.max_length), size, generator)
+        return in_buckets(order, lengths, self._per_batch * self._accumulate, generator)
 
     def step_tokens(self, order: Tensor, epoch: int) -> list[int]:
-        trainer, train = self.trainer, self._train()
+        train = self._train()
         assert isinstance(train, (Answers, Packs))
         tokens = train.tokens(epoch) if isinstance(train, Packs) else train.trained_tokens
-        per_batch = self.batch_size * (trainer.world_size if trainer else 1)
-        accumulate = trainer.accumulate_grad_batches if trainer else 1
-        return sets.tokens_of_steps(tokens[order], per_batch, self.batches_per_epoch, accumulate)
+        return sets.tokens_of_steps(tokens[order], self._per_batch, self.batches_per_epoch, self._accumulate)
+
+    @property
+    def _per_batch(self) -> int:
+        """Samples in a batch, on all devices together."""
+        return self.batch_size * rank_and_world(self)[1]
+
+    @property
+    def _accumulate(self) -> int:
+        """Batches in a step."""
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
 
     def _fingerprint(self) -> dict[str, int | float]:
         singles = self._train().singles
@@ -321,10 +347,7 @@ class InstructionDataModule(OfTokens):
         train = self.train_set.singles
         assert isinstance(train, Answers)
         tokens, trained = int(train.lengths.sum()), int(train.trained_tokens.sum())
-        in_step = self.batch_size * (
-            self.trainer.world_size * self.trainer.accumulate_grad_batches if self.trainer else 1
-        )
-        share = min(1, in_step / len(self.train_set))
+        share = min(1, self._per_batch * self._accumulate / len(self.train_set))
         shares = (
             f"data: {trained / tokens:.1%} of {tokens:,} tokens are trained; a step has about "
             f"{round(trained * share):,} trained of {round(tokens * share):,} tokens"
