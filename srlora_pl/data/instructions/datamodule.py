@@ -37,7 +37,8 @@ class InstructionDataModule(OfTokens):
         max_length: the most tokens of a sample; a row of as many with ``padding`` ``pack``.
         too_long: ``drop`` samples that are longer, ``cut`` them on the right, or take the first for an ``error``.
         train_on: ``answer``, or ``all`` for the prompt as well.
-        boundary: between prompt and answer, see `tokens.Encoder`: ``exact``, or ``merged`` as other code has it.
+        boundary: between prompt and answer: ``exact``, so that an answer begins in training where it begins in
+            generation; or ``merged``, as other code has it: a token on the boundary is not trained.
         padding: ``buckets`` of samples of similar length, each padded to its batch's longest; or ``pack`` several
             samples into rows of ``max_length``, of which then ``batch_size`` are a batch.
         limit: the most samples of the training split, and of a validation split of its own: the first ones.
@@ -274,24 +275,27 @@ class InstructionDataModule(OfTokens):
 
     # -- for tasks
 
-    def _sample(self, name: str, index: int) -> Sample:
+    def _loaded(self, name: str) -> tuple[list[Sample], Tensor]:
+        """The samples that a split is taken from, and those in it, int64 (n,); by its name in `split_names`."""
         for use, loaded in {"val": self.val_set, "test": self.test_set, "predict": self.predict_set}.items():
             splits = self.splits(use) or self.splits("train")  # of which validation samples are held out
             names = self.split_names.get(use, (use,))
             for each, split, data in zip(names, splits, as_list(loaded), strict=False):
                 if each == name:
-                    return self.samples(split)[int(data.rows[index])]
+                    return self.samples(split), data.rows
         raise ValueError(f"no split {name!r} is loaded")
 
     def question(self, split: str, index: int) -> Question:
         """The sample at ``index`` of a split that is loaded, by its name in `split_names` or ``predict``."""
-        sample = self._sample(split, index)
+        samples, there = self._loaded(split)
+        sample = samples[int(there[index])]
         return Question(self.writer.prompt(sample), sample.reference)
 
     def generation_batch(self, split: str, rows: Sequence[int]) -> Batch:
-        """The prompts of the samples ``rows`` of a split as one batch to generate from, in this order."""
-        prompts = self._prompt_tokens([self._sample(split, row) for row in rows])
-        batch = Prompts(prompts, self.padding_token or 0)
+        """The prompts of those of the samples ``rows`` that there are, as one batch to generate from, in this order."""
+        samples, there = self._loaded(split)
+        rows = [row for row in rows if row < len(there)]
+        batch = Prompts(self._prompt_tokens([samples[int(there[row])] for row in rows]), self.padding_token or 0)
         batch.turns = torch.arange(len(rows))
         return {**batch.__getitems__(range(len(rows))), "index": torch.tensor(rows)}
 

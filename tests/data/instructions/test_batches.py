@@ -81,6 +81,8 @@ def test_every_answer_token_is_trained_once(padding: str, workers: int, make: An
         assert batch["step_tokens"].ndim == 0
         assert batch["input_ids"].shape[1] % 8 == 0
         assert "attention_mask" not in batch
+        after = torch.cat([batch["labels"].flatten(), torch.tensor([-100])])[batch["predicts"] + 1]
+        assert after.tolist() == [token for row in trained(batch) for token in row]
 
 
 def _behind_ends(row: list[int]) -> Tensor:

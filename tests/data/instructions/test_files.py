@@ -117,6 +117,7 @@ def test_the_prompts_of_some_samples(tmp_path: Path) -> None:
     for ids, mask, row in zip(batch["input_ids"], batch["attention_mask"], (2, 0), strict=True):
         assert data.tokenizer.decode(ids[mask.bool()][1:]) == data.question("val", row).prompt
     assert data.question("val", 2).reference in ("blue", "cheese")
+    assert data.generation_batch("val", range(4))["index"].tolist() == [0, 1, 2]  # there are three
 
 
 @pytest.mark.parametrize("hidden", [[{"prompt": "Nina?"}], [{"prompt": "Nina?", "answer": ""}]])

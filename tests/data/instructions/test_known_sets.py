@@ -187,7 +187,8 @@ def test_options_by_likelihood(template: str, tmp_path: Path) -> None:
     found = {}
     for name, batches in (("test_boolq", boolq), ("test_arc_easy", arc)):
         for batch in batches:
-            assert batch.keys() == {"input_ids", "labels", "index", "option"}
+            assert batch.keys() == {"input_ids", "labels", "predicts", "index", "option"}
+            del batch["predicts"]
             for ids, labels, index, option in zip(*batch.values(), strict=True):
                 first = int((labels >= 0).nonzero()[0])
                 text = data.tokenizer.decode(ids[1:first])
