@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from srlora_pl.lowrank.method import AdaptedNetwork, ShowProgress, Sources
+from srlora_pl.lowrank.method import AdaptedNetwork, ShowProgress, Sources, generator_for
+from srlora_pl.lowrank.starts import subspace
 from srlora_pl.util.cache import fingerprint, keep
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import float64_device, full_precision, trained_dtype
@@ -48,9 +49,8 @@ class Spectrum:
         if not W.any():
             raise UserError(f"{name} is zero and has no singular directions, leave it out with exclude_modules")
         k = min(directions, *W.shape)
-        U, sigma, Vh = _gram_svd(W, k)
-        if sigma[-1] < _GRAM_LIMIT * sigma[0]:
-            U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+        found = subspace.leading(W, k, generator_for(name, 0)) if subspace.pays(min(W.shape), k) else None
+        U, sigma, Vh = found or _exact_svd(W, k)
         k = int((sigma[:k] >= _RANK_TOLERANCE * sigma[0]).sum())
         U, sigma, Vh = U[:, :k], sigma[:k], Vh[:k]
         # A pair of vectors is defined up to a common sign: take the one where the largest entry of u is positive, so
@@ -84,6 +84,12 @@ class Spectrum:
         root = (self.sigma[chosen] / scaling).sqrt()
         B, A = self.U[:, chosen] * root, root[:, None] * self.Vh[chosen]
         return B.to(like.device, like.dtype), A.to(like.device, like.dtype)
+
+
+def _exact_svd(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first k singular triplets of W, at least."""
+    U, sigma, Vh = _gram_svd(W, k)
+    return (U, sigma, Vh) if sigma[-1] >= _GRAM_LIMIT * sigma[0] else torch.linalg.svd(W, full_matrices=False)
 
 
 def _gram_svd(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
