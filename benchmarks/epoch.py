@@ -38,7 +38,7 @@ from benchmarks.clock import CLOCK, TheirClock
 from benchmarks.report import report
 from srlora_pl import GLUEData
 from srlora_pl.cli import main as srlora
-from srlora_pl.models.encoders import resolve
+from srlora_pl.models.pretrained import resolve
 from srlora_pl.models.timm_models import ASSETS
 from srlora_pl.util.system import device_name
 

@@ -36,8 +36,12 @@ HOMES = {
     "SRLoRAMixin": "srlora_pl.training.mixin",
     "ImageClassifier": "srlora_pl.tasks.image",
     "TextClassifier": "srlora_pl.tasks.text",
+    "CausalLM": "srlora_pl.tasks.causal",
+    "CommonsenseData": "srlora_pl.data.instructions.commonsense",
     "GLUEData": "srlora_pl.data.texts.glue",
     "ImageData": "srlora_pl.data.images.datamodule",
+    "InstructionData": "srlora_pl.data.instructions.files",
+    "MetaMathData": "srlora_pl.data.instructions.metamath",
     "TextData": "srlora_pl.data.texts.files",
     "UserError": "srlora_pl.util.errors",
     "export_model": "srlora_pl.export.command",
@@ -46,6 +50,7 @@ HOMES = {
 # What needs more than a plain install: the extra and a package that it brings.
 _EXTRAS = {
     **dict.fromkeys(("TextClassifier", "TextData", "GLUEData"), ("text", "transformers")),
+    **dict.fromkeys(("CausalLM", "InstructionData", "MetaMathData", "CommonsenseData"), ("text", "transformers")),
     **dict.fromkeys(("Peft", "PromptTuning"), ("peft", "peft")),
 }
 __all__ = list(HOMES)

@@ -126,6 +126,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     add("--grid", action="extend", nargs="+", default=[], metavar="KEY=VALUE,VALUE,...", help=grid)
     add("--dry-run", action="store_true", help="list the runs, estimate the time, and stop")
 
+    add = command("grade", "grade the answers in a run's predictions.jsonl again, without the model").add_argument
+    add("predictions", metavar="FILE", help="a predictions.jsonl")
+    add("--grader", metavar="NAME", help="gsm8k, math, options or exact; by default the one that the file names")
+    about = "how math compares: normalised strings, or the package math-verify; by default hendrycks"
+    add("--math_grader", choices=("hendrycks", "math_verify"), default="hendrycks", help=about)
+
     add = command("configs", "list the configs that come with this package, or copy them").add_argument
     add("--to", metavar="DIR", help="copy them into this folder, over no file that is there")
 
@@ -173,6 +179,12 @@ def _dispatch(arguments: list[str]) -> int:
         parsers[command].error(f"unrecognized arguments: {' '.join(settings)}")
     if command == "configs":
         print("\n".join(config.copy_to(Path(given.to)) if given.to else config.overview()))
+    elif command == "grade":
+        require_there("predictions", Path(given.predictions))
+
+        from srlora_pl.data.graders.predictions import report
+
+        print(report(Path(given.predictions), given.grader, given.math_grader))
     elif command == "export":
         if given.ckpt_path != "last":
             require_there("--ckpt_path", Path(given.ckpt_path))

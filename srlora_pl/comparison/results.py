@@ -56,7 +56,8 @@ class Outcome:
 
     @property
     def score(self) -> float:
-        return next(value for name, value in self.scores.items() if name.endswith("/score"))
+        first = next(name for name in self.scores if name.endswith("/score"))  # of several splits, their mean's
+        return self.scores[next((name for name in ("test/score", "val/score") if name in self.scores), first)]
 
     @property
     def remedy(self) -> str | None:

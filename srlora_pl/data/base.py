@@ -46,10 +46,14 @@ class KeyedDataset(Dataset):
     Attributes:
         labels: of all samples of the source, (n, ...), None where there are none.
         rows: which of these samples the data set holds, int64 (m,).
+        batch_size: of an evaluation, if not the DataModule's.
+        unit: what a key stands for.
     """
 
     labels: Tensor | None = None
     rows: Tensor
+    batch_size: int | None = None
+    unit = "sample"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -63,6 +67,11 @@ class KeyedDataset(Dataset):
         if self.labels is not None:
             batch["label"] = self.labels[self.rows[index]]
         return batch
+
+    @property
+    def singles(self) -> "KeyedDataset":
+        """The single samples, where this set joins several into one."""
+        return self
 
     def extremes(self) -> tuple[int, int]:
         """The easiest and the hardest sample for a network, such as the shortest and the longest, if that is known."""
@@ -153,10 +162,11 @@ class DataModule(L.LightningDataModule):
         (train,) = self.splits("train")
         self.train_set = self.dataset(train, None, "train")
         if not names and self.val_fraction > 0:
-            labels = self.train_set.labels
-            assert labels is not None
-            strata = labels if labels.dtype == torch.int64 else torch.zeros(len(labels), dtype=torch.int64)
-            kept, held = hold_out(strata, self.val_fraction, self.seed, self.kind)
+            samples = self.train_set.singles
+            classes = samples.labels
+            if classes is None or classes.dtype != torch.int64:
+                classes = torch.zeros(len(samples), dtype=torch.int64)
+            kept, held = hold_out(classes, self.val_fraction, self.seed, self.kind)
             self.train_set, self.val_set = self.dataset(train, kept, "train"), self.dataset(train, held, "val")
 
     def _sets(self, use: str) -> KeyedDataset | list[KeyedDataset]:
@@ -179,7 +189,7 @@ class DataModule(L.LightningDataModule):
         if stage == "fit" and devices * self.batch_size > len(self._train()):
             raise UserError(
                 f"data.batch_size is {self.batch_size}{f' on {devices} devices' * (devices > 1)}, but the training "
-                f"split has only {len(self._train())} samples; use a smaller batch."
+                f"split has only {len(self._train())} {self._train().unit}s; use a smaller batch."
             )
         if stage == "fit" and not self.batches_per_epoch:
             raise UserError(
@@ -206,8 +216,8 @@ class DataModule(L.LightningDataModule):
             "to test": self.test_set,
             "to predict": self.predict_set,
         }
-        sets = {use: _as_list(each) for use, each in splits.items() if each is not None}
-        parts = [", ".join(f"{sum(map(len, each)):,} {use}" for use, each in sets.items()) or "none"]
+        sets = {use: as_list(each) for use, each in splits.items() if each is not None}
+        parts = [", ".join(f"{sum(len(s.singles) for s in each):,} {use}" for use, each in sets.items()) or "none"]
         first = next((each[0] for each in sets.values()), None)  # a DataModule of the user's own may load nothing
         labels = None if first is None or first.labels is None else first.labels[first.rows]
         if self.class_names:
@@ -242,14 +252,14 @@ class DataModule(L.LightningDataModule):
         Args:
             samples: how many; below 1 a share of all, of at least 2 samples.
         """
-        total = len(self._train())
-        count = max(2, round(samples * total)) if samples < 1 else int(samples)
+        singles = self._train().singles
+        count = max(2, round(samples * len(singles))) if samples < 1 else int(samples)
         generator = torch.Generator().manual_seed(derive(run_seed(), _SAMPLE))
         rank, world = rank_and_world(self)
-        own = torch.randperm(total, generator=generator)[:count][rank::world]
+        own = torch.randperm(len(singles), generator=generator)[:count][rank::world]
         for start in range(0, len(own), self.batch_size):
             keys: list[Key] = [(index, 0) for index in own[start : start + self.batch_size].tolist()]
-            yield raise_user_error(self._train().__getitems__(keys))
+            yield raise_user_error(singles.__getitems__(keys))
 
     # -- loaders
 
@@ -269,11 +279,11 @@ class DataModule(L.LightningDataModule):
 
     def _evaluation(self, sets: Sets) -> Loaders:
         """One loader, one for each of several data sets, or none."""
-        shares = [Share(each, self.batch_size, *rank_and_world(self)) for each in _as_list(sets)]
-        loaders = [
-            loader(each, self.num_workers, sampler=share, batch_size=self.batch_size)
-            for each, share in zip(_as_list(sets), shares, strict=True)
-        ]
+        loaders = []
+        for each in as_list(sets):
+            size = each.batch_size or self.batch_size
+            share = Share(each, size, *rank_and_world(self))
+            loaders.append(loader(each, self.num_workers, sampler=share, batch_size=size))
         return loaders[0] if isinstance(sets, KeyedDataset) else loaders
 
     # -- order and position
@@ -282,6 +292,13 @@ class DataModule(L.LightningDataModule):
         """The order of an epoch: a permutation of the training split, int64 (n,), f(run seed, epoch)."""
         generator = torch.Generator().manual_seed(derive(run_seed(), _ORDER, epoch))
         return torch.randperm(len(self._train()), generator=generator)
+
+    def step_tokens(self, order: Tensor, epoch: int) -> list[int] | None:
+        """The trained tokens of the optimizer step that each batch of an epoch belongs to, on all devices together.
+
+        ``order``: of the epoch, filled up for all devices, int64 (n,). None where samples have no tokens to count.
+        """
+        return None
 
     @property
     def has_validation(self) -> bool:
@@ -358,7 +375,7 @@ class DataModule(L.LightningDataModule):
         self._resumed = state_dict["processed"]
 
 
-def _as_list(sets: Sets) -> list[KeyedDataset]:
+def as_list(sets: Sets) -> list[KeyedDataset]:
     return sets if isinstance(sets, list) else [] if sets is None else [sets]
 
 

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterator, Mapping, Sized
-from itertools import count
+from itertools import count, islice
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -12,12 +12,15 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from srlora_pl.data.protocols import Batch
 from srlora_pl.util.errors import WORKER_DIED, UserError
 
-# A key is what a sampler asks a data set for: (index, epoch) in training, the index alone elsewhere.
-Key = tuple[int, int] | int
+# A key is what a sampler asks a data set for: in training (index, epoch) or (index, epoch, tokens of the step), the
+# index alone elsewhere.
+Key = tuple[int, ...] | int
 
 
 class EpochBatches:
     """The batch sampler of training: the rest of an epoch from where the run stands, as (index, epoch) keys.
+
+    Where the data counts tokens, the key of a sample has those of its whole optimizer step as well.
 
     A batch of W devices is cut from one order, so that W devices see together what one would see with a batch W
     times as large. An order that does not divide by W is filled up from its own start.
@@ -44,9 +47,12 @@ class EpochBatches:
         shuffle = 0 if getattr(self.data.trainer, "overfit_batches", 0) else epoch
         rank, world = rank_and_world(self.data)
         order = self.data.train_order(shuffle)
-        order = torch.cat([order, order[: -len(order) % world]])[rank::world]
-        batches = order.split(self.data.batch_size)[start : self.data.batches_per_epoch]
-        return ([(index, epoch) for index in batch.tolist()] for batch in batches)
+        order = torch.cat([order, order[: -len(order) % world]])
+        batches = order[rank::world].split(self.data.batch_size)[: self.data.batches_per_epoch]
+        tokens = self.data.step_tokens(order, epoch)
+        more = [() for _ in batches] if tokens is None else [(count,) for count in tokens]
+        numbered = zip(batches, more, strict=True)
+        return ([(index, epoch, *step) for index in batch.tolist()] for batch, step in islice(numbered, start, None))
 
 
 class Share(DistributedSampler):

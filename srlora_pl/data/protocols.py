@@ -4,12 +4,45 @@ Either side may be a user's own class. Every member is optional: where an object
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 Batch = dict[str, Any]
 UNSAID: Any = object()  # of a member whose None means something
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How the answers of a split are generated and graded.
+
+    Attributes:
+        max_new_tokens: the most tokens of an answer.
+        stop: words before the first of which an answer is cut.
+        grader: its name in `srlora_pl.data.graders`; None where answers are not graded.
+        options: of the grader ``options``, its words.
+        math_grader: of the grader ``math``, how it compares.
+    """
+
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    grader: str | None = None
+    options: tuple[str, ...] = ()
+    math_grader: str = "hendrycks"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sample of a split in words.
+
+    Attributes:
+        prompt: the text that is continued.
+        reference: the text that the grader compares with, empty where there is none.
+    """
+
+    prompt: str
+    reference: str = ""
 
 
 class DataForTask(Protocol):
@@ -30,6 +63,11 @@ class DataForTask(Protocol):
         trial_batch: makes a small training batch to try before training, without moving a loader or a random state.
         sampled_batches: batches of that many random training samples, see `srlora_pl.data.base.DataModule`.
         sample_name: the name of the predicted sample with this index.
+        tokenizer: of the texts, None where there are none.
+        generation: how a split's answers are generated and graded. Splits of generation have the names in
+            ``split_names``, and ``predict``.
+        question: the sample with this index of a split, in words.
+        generation_batch: the prompts of these samples of a split as a batch to generate from.
     """
 
     num_classes: int | None = None
@@ -45,6 +83,10 @@ class DataForTask(Protocol):
     trial_batch: Callable[[], Batch] | None = None
     sampled_batches: Callable[[float], Iterator[Batch]] | None = None
     sample_name: Callable[[int], str] = str
+    tokenizer: Any = None
+    generation: Callable[[str], Generation] | None = None
+    question: Callable[[str, int], Question] | None = None
+    generation_batch: Callable[[str, Sequence[int]], Batch] | None = None
 
 
 class ModelForData(Protocol):

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from srlora_pl.data.protocols import Batch
 from srlora_pl.data.texts.tokens import load_tokenizer
-from srlora_pl.models import encoders
+from srlora_pl.models import encoders, pretrained
 from srlora_pl.models.family import Classifier, about_of, write_about
 from srlora_pl.models.heads import FoundHead
 from srlora_pl.util.errors import UserError
@@ -24,9 +24,7 @@ class Transformers(Classifier):
 
     @property
     def base(self) -> tuple[str, str | None]:
-        source = encoders.resolve(self.name)
-        source = str(Path(source).resolve()) if Path(source).is_dir() else source
-        return source, encoders.hub_options(self.kwargs).get("revision")
+        return pretrained.place_of(self.name, self.kwargs)
 
     @property
     def recipe(self) -> str:
@@ -57,12 +55,12 @@ class Transformers(Classifier):
         if class_names:
             net.config.id2label = dict(enumerate(class_names))
             net.config.label2id = {name: i for i, name in enumerate(class_names)}
-        with encoders.quiet():
+        with pretrained.quiet():
             net.save_pretrained(folder)
         # transformers leaves its usual names of 2 classes out, and of a family whose default is 3, as BART, reads 3.
         write_about(folder, {"id2label": net.config.id2label, "label2id": net.config.label2id} | about_of(folder))
         try:
-            tokenizer = load_tokenizer(self.base[0], encoders.hub_options(self.kwargs))
+            tokenizer = load_tokenizer(self.base[0], pretrained.hub_options(self.kwargs))
         except UserError as error:
             return [f"without a tokenizer: {error}"]
         tokenizer.chat_template = None  # its parts would be written under names that a file gives
@@ -70,7 +68,7 @@ class Transformers(Classifier):
         return []
 
     def load(self, folder: Path) -> nn.Module:
-        with encoders.quiet():
+        with pretrained.quiet():
             return AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
 
     def served(self, net: nn.Module) -> nn.Module:
@@ -82,7 +80,7 @@ class Transformers(Classifier):
         mask[1:, ids.shape[1] // 2 :] = 0  # all but the first are padded
         inputs = {"input_ids": ids, "attention_mask": mask}
         try:  # what the tokenizer makes can be handed on as it is
-            made = load_tokenizer(self.base[0], encoders.hub_options(self.kwargs)).model_input_names
+            made = load_tokenizer(self.base[0], pretrained.hub_options(self.kwargs)).model_input_names
         except UserError:
             made = ["token_type_ids"] if encoders.token_types(net) else []
         if "token_type_ids" in made and "token_type_ids" in inspect.signature(net.forward).parameters:
@@ -107,7 +105,7 @@ class _Served(nn.Module):
 
 def _random_texts(net: Any, samples: int, length: int, seed: int) -> Tensor:
     """Tokens (samples, length), int64."""
-    known = encoders.vocab_size(net) or int(getattr(net.config, "vocab_size", 100))
+    known = pretrained.vocab_size(net) or int(getattr(net.config, "vocab_size", 100))
     end = getattr(net.config, "eos_token_id", None)
     # Up from 5, because the first tokens are often special ones, such as padding.
     ids = torch.randint(5, known, (samples, length), generator=torch.Generator().manual_seed(seed))

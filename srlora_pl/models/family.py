@@ -94,21 +94,18 @@ def in_evaluation(module: nn.Module) -> Iterator[None]:
             setattr(each, name, buffer.copy_(value))
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """A classification network by the arguments of a task.
+class Backbone:
+    """A network by the arguments of a task.
 
     Attributes:
         name: ``model.backbone``.
-        num_classes: outputs of the head.
         kwargs: ``model.backbone_kwargs``.
         checkpoint: ``model.backbone_checkpoint``.
     """
 
     name: str
-    num_classes: int
-    kwargs: dict[str, Any] | None = None
-    checkpoint: str | None = None
+    kwargs: dict[str, Any] | None
+    checkpoint: str | None
 
     @property
     def random(self) -> bool:
@@ -118,6 +115,20 @@ class Classifier:
         options = {key: value for key, value in (self.kwargs or {}).items() if key != "pretrained"}
         arguments = "".join(f", {key}={value!r}" for key, value in options.items())
         return f"{call}{arguments})" + (f" with the weights of {self.checkpoint}" if self.checkpoint else "")
+
+
+@dataclass(frozen=True)
+class Classifier(Backbone):
+    """A classification network by the arguments of a task.
+
+    Attributes:
+        num_classes: outputs of the head.
+    """
+
+    name: str
+    num_classes: int
+    kwargs: dict[str, Any] | None = None
+    checkpoint: str | None = None
 
 
 def about_of(folder: Path) -> dict[str, Any]:

@@ -99,21 +99,30 @@ def plugins(settings: Any) -> list[Any]:
 
 
 def prediction_writer(checkpoint: Path, output: str | None, is_glue: bool) -> PredictionWriter:
-    """The writer of ``output``, by default in the folder of the run that wrote ``checkpoint``.
+    """The writer of ``output``, by default in the folder of the run that wrote ``checkpoint``."""
+    if not is_glue:
+        return PredictionWriter(prediction_file(checkpoint, output, "predictions.csv"))
+    folder = Path(output or folder_of(checkpoint) or checkpoint.parent)
+    if output and folder.suffix:
+        raise UserError(f"--output {folder} must be a folder, as GLUE gives its files their names")
+    _require_writable(folder)
+    return GLUEWriter(folder)
 
-    A place that cannot be written to is refused here, and not after an hour of predicting.
-    """
-    home = folder_of(checkpoint) or checkpoint.parent
-    place = Path(output or (home if is_glue else home / "predictions.csv"))
-    if is_glue and output and place.suffix:
-        raise UserError(f"--output {place} must be a folder, as GLUE gives its files their names")
-    if not is_glue and place.is_dir():
-        raise UserError(f"--output {place} is a folder, name a file in it, such as {place / 'predictions.csv'}")
-    folder = place if is_glue else place.parent
+
+def prediction_file(checkpoint: Path, output: str | None, name: str) -> Path:
+    """``output``, by default ``name`` in the folder of the run that wrote ``checkpoint``."""
+    file = Path(output or (folder_of(checkpoint) or checkpoint.parent) / name)
+    if file.is_dir():
+        raise UserError(f"--output {file} is a folder, name a file in it, such as {file / name}")
+    _require_writable(file.parent)
+    return file
+
+
+def _require_writable(folder: Path) -> None:
+    """Refuse a place that cannot be written to here, and not after an hour of predicting."""
     there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise UserError(f"predictions cannot be written into {folder}, name another place with --output")
-    return GLUEWriter(place) if is_glue else PredictionWriter(place)
 
 
 def has(objects: Sequence[Any], kind: type) -> bool:

@@ -17,6 +17,7 @@ from srlora_pl.data.base import DataModule
 from srlora_pl.data.texts.glue import GLUEData
 from srlora_pl.reporting import MatrixTable, ResumableCurves, Summary
 from srlora_pl.reporting.progress import closing_line
+from srlora_pl.reporting.samples import SampleAnswers
 from srlora_pl.run import config, defaults, finders, folders, loggers, settings
 from srlora_pl.run.explain import explain, missing_package, written_at
 from srlora_pl.run.help import SHOWN, own_settings
@@ -82,7 +83,9 @@ class Run(LightningCLI):
     # -- settings
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+        model = config.model_class(self.given)
+        if not model or "num_classes" in (config.arguments_of(model) or ["num_classes"]):
+            parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
         parser.add_argument("--ckpt_path", type=str | None, help="The checkpoint to go on from, or to use.")
         parser.add_argument("--name", type=str, help="Of the run; by default that of the config file.")
         if self.command == "predict":
@@ -293,7 +296,9 @@ class Run(LightningCLI):
         """The callbacks that are no choice of the user; interrupts come before anything of the next step."""
         saves = self.folder if self.config_init.trainer.enable_checkpointing is not False else None
         self.interrupts = Interrupts(saves, Path(self.ckpt_path) if self.ckpt_path else None)
-        if self.command == "predict":
+        if self.model.generates and not self.config_init.trainer.fast_dev_run:
+            self.model.answers = self._answers_file()
+        elif self.command == "predict":
             is_glue = isinstance(self.datamodule, GLUEData)
             self.writer = defaults.prediction_writer(Path(self.ckpt_path), self.output, is_glue)
             return [self.interrupts, self.writer]
@@ -301,7 +306,16 @@ class Run(LightningCLI):
             return [self.interrupts]
         self.summary = Summary(self.folder)
         writes = defaults.WriteSettings(self.folder / "config.yaml", self._settings_text(self.folder))
-        return [self.interrupts, ResumableCurves(), writes, loggers.RememberIds(self.folder), self.summary]
+        samples = [SampleAnswers(self.folder / "samples.jsonl")] if self.model.generates else []
+        return [self.interrupts, ResumableCurves(), writes, loggers.RememberIds(self.folder), self.summary, *samples]
+
+    def _answers_file(self) -> Path:
+        """Where the texts go that a model generates: to the run's folder, unless ``--output`` says otherwise."""
+        if self.command == "predict":
+            return defaults.prediction_file(Path(self.ckpt_path), self.output, "completions.jsonl")
+        home = Path(self.ckpt_path) if self.ckpt_path else None
+        folder = self.folder or (home and (folders.folder_of(home) or home.parent)) or self.root / "untrained"
+        return folder / "predictions.jsonl"
 
     # -- subcommands
 
@@ -370,7 +384,10 @@ class Run(LightningCLI):
             weights_only=True,
             return_predictions=False,
         )
-        files = " and ".join(str(relative(file)) for file in self.writer.files)
-        count, whole = self.writer.rows, sum(map(len, defaults.as_list(self.datamodule.predict_set)))
+        if self.model.generates:
+            count, files = self.model.answers.read_bytes().count(b"\n"), str(relative(self.model.answers))
+        else:
+            count, files = self.writer.rows, " and ".join(str(relative(file)) for file in self.writer.files)
+        whole = sum(map(len, defaults.as_list(self.datamodule.predict_set)))
         part = f" of {whole}" if count < whole else ""
         close({}, [f"{count}{part} predictions written to {files}"])

@@ -69,6 +69,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     Attributes:
         family: builds, saves and loads the network.
         evaluation: scores validation and test.
+        generates: whether it answers in texts, which it writes to the file ``answers`` itself.
         trained_classes: the names of the outputs, from the data of a fit or from a checkpoint; empty where neither
             tells them.
         found_head: the head that came with the pretrained weights, as long as its outputs may mean other classes than
@@ -77,6 +78,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     family: ModelFamily
     evaluation: Evaluation
+    generates = False
     trained_classes: Sequence[str] = ()
     found_head: FoundHead | None = None
 
@@ -175,6 +177,14 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         """The mean loss that training minimises."""
         return self.losses(self.logits(batch), batch["label"]).mean()
 
+    def samples_in(self, batch: Batch) -> int:
+        """How many samples ``batch`` has."""
+        return len(batch["label"])
+
+    def trial_loss(self, batch: Batch) -> Tensor:
+        """The loss of a first batch, to see whether the network takes it."""
+        return self.losses(self.logits(batch), batch["label"]).mean()
+
     def card(self) -> dict[str, Any]:
         """What an exported network's configuration says of the task."""
         return {}
@@ -195,7 +205,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
         def losses(batch: Batch) -> Tensor:
             loss = self.training_loss(on_device(self, datamodule, batch))
-            return loss.expand(len(batch["label"]))
+            return loss.expand(self.samples_in(batch))
 
         samples = self.adaptation.method.gradient_samples
         return gradients(losses, sampled_batches(samples), first * self.lr, self._progress)
@@ -270,7 +280,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.training_loss(batch)
         self._loss.add(loss)
-        self.log("train/loss", loss, batch_size=len(batch["label"]))
+        self.log("train/loss", loss, batch_size=self.samples_in(batch))
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -110,7 +110,7 @@ def require_that_a_batch_passes(task: Any, data: Any) -> None:
         batch = on_device(task, data, batch)
         try:
             with task.trainer.precision_plugin.val_step_context():
-                loss = task.losses(task.logits(batch), batch["label"])
+                loss = task.trial_loss(batch)
         except UserError:
             raise
         except Exception as error:  # a network raises what it likes
@@ -119,9 +119,9 @@ def require_that_a_batch_passes(task: Any, data: Any) -> None:
                 f"({type(error).__name__}: {one_line(error)}), which holds {content}: choose another model.backbone, "
                 "or change model.backbone_kwargs or the settings of the data."
             ) from error
-        if not loss.isfinite().all():
+        if not loss.isfinite():
             raise UserError(
-                f"The loss of a first batch is {loss.float().mean().item()} before any training: see to the weights "
+                f"The loss of a first batch is {loss.item()} before any training: see to the weights "
                 "of model.backbone, or set trainer.precision to 32-true."
             )
 

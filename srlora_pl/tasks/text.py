@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srlora_pl.data.protocols import UNSAID
 from srlora_pl.lowrank import Method
-from srlora_pl.models import encoders
+from srlora_pl.models import encoders, pretrained
 from srlora_pl.models.deberta import use_fast_attention
 from srlora_pl.models.encoder_family import Transformers
 from srlora_pl.tasks import scores
@@ -83,8 +83,8 @@ class TextClassifier(Task):
         require("model.label_smoothing", label_smoothing, "from 0 up to, but not, 1", 0 <= label_smoothing < 1)
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
         self.register_buffer("class_weights", _weights(class_weights, num_classes), persistent=False)
-        self.backbone_name = encoders.resolve(backbone)
-        self.tokenizer_options = encoders.hub_options(backbone_kwargs)
+        self.backbone_name = pretrained.resolve(backbone)
+        self.tokenizer_options = pretrained.hub_options(backbone_kwargs)
         self._settle(problem or ("single_label" if num_classes > 1 else "regression"), score_names)
         self.build(Transformers(backbone, num_classes, backbone_kwargs, self.hparams["backbone_checkpoint"]), arguments)
         if fast_attention:
@@ -95,9 +95,9 @@ class TextClassifier(Task):
 
     # For the data, see srlora_pl.data.protocols.ModelForData.
     max_tokens = property(lambda self: encoders.max_tokens(self.net, self.adaptation.method.added_tokens))
-    vocab_size = property(lambda self: encoders.vocab_size(self.net))
+    vocab_size = property(lambda self: pretrained.vocab_size(self.net))
     token_types = property(lambda self: encoders.token_types(self.net))
-    padding_token = property(lambda self: encoders.padding_token(self.net))
+    padding_token = property(lambda self: pretrained.padding_token(self.net))
     pads_left = property(lambda self: encoders.pads_left(self.net))
     sees_padding = property(lambda self: encoders.sees_padding(self.net))
 
@@ -141,7 +141,7 @@ class TextClassifier(Task):
             )
         if token != self.padding_token:
             rank_zero_info(f"The network takes token {token} for padding, as the data do: it had {self.padding_token}.")
-            encoders.set_padding_token(self.net.config, token)  # type: ignore[arg-type]
+            pretrained.set_padding_token(self.net.config, token)  # type: ignore[arg-type]
             kwargs = {**(self.hparams["backbone_kwargs"] or {}), "pad_token_id": token}
             self.hparams["backbone_kwargs"], self.family = kwargs, replace(self.family, kwargs=kwargs)
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 
-from srlora_pl import GLUEData, ImageClassifier, ImageData, LoRA, TextClassifier, TextData
+from srlora_pl import GLUEData, ImageClassifier, ImageData, InstructionData, LoRA, TextClassifier, TextData
 from srlora_pl.data.protocols import UNSAID, DataForTask, ModelForData, data_of, model_of
 from tests.helpers.encoders import BERT, folder
 from tests.helpers.images import SMALL_VIT
@@ -48,8 +48,10 @@ def test_the_packages_own_classes_have_the_members(tmp_path) -> None:
     table = tmp_path / "train.csv"
     table.write_text("text,label\na,x\nb,y\n")
     of_texts = {"problem", "score_names", "padding_token"}
-    for data in (ImageData("digits"), TextData(str(table)), GLUEData("mnli")):
+    of_language_models = {"tokenizer", "generation", "question", "generation_batch"}
+    for data in (ImageData("digits"), TextData(str(table)), GLUEData("mnli"), InstructionData(str(table))):
         expected = members(DataForTask) - (of_texts if isinstance(data, ImageData) else set())
+        expected -= {"problem", "score_names"} if isinstance(data, InstructionData) else of_language_models
         there = set(dir(data))
         assert expected <= there | set(vars(data))
     image = ImageClassifier("vit_tiny_patch16_224", 3, LoRA(rank=2), SMALL_VIT)

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.utils import logging
 
 from srlora_pl import GLUEData, LoRA, TextClassifier, export_model
-from srlora_pl.models.encoders import PACKAGED, head_names, max_tokens, resolve, token_types
+from srlora_pl.models.encoders import head_names, max_tokens, token_types
+from srlora_pl.models.pretrained import PACKAGED, resolve
 from srlora_pl.util.errors import UserError
 from tests.helpers.encoders import BERT, DEBERTA, Data, build_encoder, folder, samples
 from tests.helpers.errors import mentions

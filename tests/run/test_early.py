@@ -81,6 +81,7 @@ def test_classes_of_the_user_are_read_as_an_import_reads_them(tmp_path, monkeypa
         ("export --ckpt_path no.ckpt --format merged --output out", "--ckpt_path 'no.ckpt' does not exist"),
         ("fit --config quikstart", "(did you mean 'quickstart'?)"),
         ("figures --run no", "--run 'no' does not exist"),
+        ("grade no.jsonl", "predictions 'no.jsonl' does not exist"),
         ("compare --config quikstart --output out", "(did you mean 'quickstart'?)"),
         ("compare --config quickstart --methods lora,pisa --output out", "(did you mean 'methods/pissa'?)"),
     ],

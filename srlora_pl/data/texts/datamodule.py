@@ -21,7 +21,7 @@ from srlora_pl.util.randomness import derive, run_seed
 
 _BUCKETS = int.from_bytes(b"buckets")
 # Batches are padded to a multiple of this many tokens: few distinct shapes, and whole tiles for matrix units.
-_ROUND = 8
+ROUND = 8
 
 
 @dataclass
@@ -33,23 +33,75 @@ class Texts:
     labels: Tensor | None = field(default=None, kw_only=True)
 
 
-class TextDataModule(DataModule):
+class OfTokens(DataModule):
+    """Base of the DataModules whose samples are tokens of the model's own tokenizer.
+
+    The model names it (``backbone_name``, loaded with its ``tokenizer_options`` if any).
+
+    Args:
+        cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
+        kwargs: the arguments of `DataModule`.
+    """
+
+    def __init__(self, *, cache_dir: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.cache = cache_folder("tokens") if cache_dir is None else Path(cache_dir).expanduser()
+        self._tokenizer: tuple[str, dict[str, Any], Any] = ("", {}, None)  # its name, its options and itself
+        self._read: dict[str, Any] = {}  # the tokens of the splits
+
+    def _load_tokenizer(self) -> Any:
+        """The tokenizer of the current model; tokens of another model's tokenizer are dropped."""
+        name, options = self._model.backbone_name, dict(self._model.tokenizer_options)
+        if name is None:
+            raise UserError(
+                f"{type(self).__name__} needs a model with backbone_name, whose tokenizer it takes; set "
+                f"self.backbone_name in the model's __init__."
+            )
+        if (name, options) != self._tokenizer[:2]:
+            self._tokenizer = (name, options, load_tokenizer(name, options))
+            self._read.clear()
+        return self._tokenizer[-1]
+
+    @property
+    def _model(self) -> ModelForData:
+        return model_of(self.trainer)
+
+    @property
+    def padding_token(self) -> int | None:
+        """The number of the padding token: the tokenizer's, else the network's, else the token for the end of a text.
+
+        Tokens that the network does not know are passed over.
+        """
+        tokenizer, known = self._load_tokenizer(), self._model.vocab_size
+        tokens = (tokenizer.pad_token_id, self._model.padding_token, tokenizer.eos_token_id)
+        return next((token for token in tokens if token is not None and 0 <= token < (known or math.inf)), None)
+
+    def _require_known(self, split: str, ids: Tensor, known: int | None, name: str = "token") -> None:
+        """Refuse a token without an embedding, which would end the run with an error of the device in some batch."""
+        if known is not None and len(ids) and (largest := int(ids.max())) >= known:
+            raise UserError(
+                f"The tokenizer of model.backbone {self._tokenizer[0]!r} makes {name} {largest} of '{split}', but the "
+                f"network knows {known} of them, counted from 0; put the tokenizer of this network there."
+            )
+
+
+class TextDataModule(OfTokens):
     """Base of the DataModules of text: tokenised once, batched by length, in an exact order.
 
     Batches are dicts of ``input_ids``, ``attention_mask`` and, where the tokenizer makes them, ``token_type_ids``,
     int64 (b, L); ``label``, int64 (b,), or float32 (b,) for numbers and (b, classes) for several classes at once,
     absent where there is none; ``index``, int64 (b,), the position in the split.
 
-    The tokenizer is the model's (its ``backbone_name``, loaded with its ``tokenizer_options`` if any). A training batch
-    holds texts of similar length and is padded to its longest, rounded up to a multiple of 8; the order of the batches
-    is random. A subclass gives `splits` and `read`, and sets the four attributes below in ``__init__``.
+    The tokenizer is the model's (see `OfTokens`). A training batch holds texts of similar length and is padded to its
+    longest, rounded up to a multiple of 8; the order of the batches is random. A subclass gives `splits` and `read`,
+    and sets the four attributes below in ``__init__``.
 
     Args:
         max_length: the most tokens of a text or pair of texts; the rest is cut.
         pad_to_max_length: pad every batch to ``max_length``, and draw training batches without regard to length; done
             anyway for a network that sees its padding, such as FNet.
-        cache_dir: a folder for the tokens; by default ``srlora_pl/tokens`` in the user's cache.
-        kwargs: the arguments of `DataModule`.
+        kwargs: the arguments of `DataModule`, and ``cache_dir``, a folder for the tokens; by default
+            ``srlora_pl/tokens`` in the user's cache.
     """
 
     kind = "text"
@@ -58,15 +110,10 @@ class TextDataModule(DataModule):
     problem: Problem
     score_names: list[str]  # for the task to report, the main one first
 
-    def __init__(
-        self, *, max_length: int = 128, pad_to_max_length: bool = False, cache_dir: str | None = None, **kwargs: Any
-    ) -> None:
+    def __init__(self, *, max_length: int = 128, pad_to_max_length: bool = False, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         require("data.max_length", max_length, "1 or more", max_length >= 1)
         self.max_length, self.pad_to_max_length = max_length, pad_to_max_length
-        self.cache = cache_folder("tokens") if cache_dir is None else Path(cache_dir).expanduser()
-        self._tokenizer: tuple[str, dict[str, Any], Any] = ("", {}, None)  # its name, its options and itself
-        self._read: dict[str, tuple[Tokens, Tensor | None]] = {}
 
     def read(self, split: str) -> Texts:
         """The texts and labels of a split."""
@@ -91,21 +138,11 @@ class TextDataModule(DataModule):
                 f"padded to data.max_length {self.max_length}, as with data.pad_to_max_length."
             )
         for split in self.needed(stage):
-            self._require_known(split)
+            tokens = self._tokens(split)[0]
+            self._require_known(split, tokens.input_ids, self._model.vocab_size)
+            if tokens.token_type_ids is not None:
+                self._require_known(split, tokens.token_type_ids, self._model.token_types, "token type")
         super().load(stage)
-
-    def _require_known(self, split: str) -> None:
-        """Refuse a token without an embedding, which would end the run with an error of the device in some batch."""
-        tokens, model = self._tokens(split)[0], self._model
-        for name, ids, known in (
-            ("token", tokens.input_ids, model.vocab_size),
-            ("token type", tokens.token_type_ids, model.token_types),
-        ):
-            if known is not None and ids is not None and len(ids) and (largest := int(ids.max())) >= known:
-                raise UserError(
-                    f"The tokenizer of model.backbone {self._tokenizer[0]!r} makes {name} {largest} of '{split}', but "
-                    f"the network knows {known} of them, counted from 0; put the tokenizer of this network there."
-                )
 
     def dataset(self, split: str, rows: Tensor | None, use: str) -> "TokenSet":
         tokens, labels = self._tokens(split)
@@ -135,34 +172,7 @@ class TextDataModule(DataModule):
                 )
         return self._read[split]
 
-    def _load_tokenizer(self) -> Any:
-        """The tokenizer of the current model; tokens of another model's tokenizer are dropped."""
-        name, options = self._model.backbone_name, dict(self._model.tokenizer_options)
-        if name is None:
-            raise UserError(
-                f"{type(self).__name__} needs a model with backbone_name, whose tokenizer it takes; set "
-                f"self.backbone_name in the model's __init__."
-            )
-        if (name, options) != self._tokenizer[:2]:
-            self._tokenizer = (name, options, load_tokenizer(name, options))
-            self._read.clear()
-        return self._tokenizer[-1]
-
-    @property
-    def _model(self) -> ModelForData:
-        return model_of(self.trainer)
-
     # -- padding
-
-    @property
-    def padding_token(self) -> int | None:
-        """The number of the padding token: the tokenizer's, else the network's, else the token for the end of a text.
-
-        Tokens that the network does not know are passed over.
-        """
-        tokenizer, known = self._load_tokenizer(), self._model.vocab_size
-        tokens = (tokenizer.pad_token_id, self._model.padding_token, tokenizer.eos_token_id)
-        return next((token for token in tokens if token is not None and 0 <= token < (known or math.inf)), None)
 
     @property
     def _pads_to_max_length(self) -> bool:
@@ -218,7 +228,7 @@ class TokenSet(KeyedDataset):
 
     def __post_init__(self) -> None:
         lengths = self.tokens.lengths[self.rows]
-        rounded = (-(-lengths // _ROUND) * _ROUND).clamp(max=self.max_length)
+        rounded = (-(-lengths // ROUND) * ROUND).clamp(max=self.max_length)
         self.padded_lengths = torch.full_like(rounded, self.max_length) if self.pad_to_max_length else rounded
         longest_first = lengths.argsort(descending=True, stable=True)
         self.turns = longest_first if self.by_length else torch.arange(len(self.rows))

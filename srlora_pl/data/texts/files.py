@@ -1,5 +1,6 @@
 """Texts and labels from the user's own files."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,16 +152,16 @@ class TextData(TextDataModule):
         return Texts(*map(table.texts, self.text_columns), labels=self._labels.get(split))
 
 
-def find_files(root: Path) -> tuple[dict[str, Path], list[Path]]:
+def find_files(root: Path, suffixes: Sequence[str] = SUFFIXES) -> tuple[dict[str, Path], list[Path]]:
     """The files of ``train``, ``val`` and ``test`` under ``root`` (a file is ``train``), and all else in the folder."""
     if not root.is_dir():
         return {"train": root}, []
     there = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    tables = [path for path in there if path.suffix.lower() in SUFFIXES and path.is_file()]
+    tables = [path for path in there if path.suffix.lower() in suffixes and path.is_file()]
     files = {}
     for split in ("train", "val", "test"):
         alike = [path for path in tables if split_of(path.stem) == split]
-        found = [path for path in alike if path.stem in USUAL and path.suffix in SUFFIXES] or alike
+        found = [path for path in alike if path.stem in USUAL and path.suffix in suffixes] or alike
         if len(found) > 1:
             raise UserError(f"data.root '{root}' has both {found[0].name} and {found[1].name}; keep one of them.")
         if found:
@@ -168,6 +169,6 @@ def find_files(root: Path) -> tuple[dict[str, Path], list[Path]]:
     if "train" not in files:
         shown = listed((path.name for path in there), most=10) or "no files"
         raise UserError(
-            f"data.root '{root}' has no train{' or train'.join(SUFFIXES)}, only {shown}; name a file, or add one."
+            f"data.root '{root}' has no train{' or train'.join(suffixes)}, only {shown}; name a file, or add one."
         )
     return files, [path for path in there if path not in files.values()]

@@ -1,4 +1,4 @@
-"""Tables of texts and labels in files (CSV, TSV, JSON lines, parquet), with the place of every row for errors."""
+"""Tables of texts and labels in files (CSV, TSV, JSON lines, JSON, parquet), with the place of every row for errors."""
 
 import csv
 import io
@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from srlora_pl.util.errors import UserError, did_you_mean, is_utf8, listed, one_line
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+WITH_JSON = (*SUFFIXES, ".json")
 _SEPARATORS = (",", ";", "\t", "|")
 
 _Choose = Callable[[Sequence[str]], list[str]]
@@ -41,7 +42,7 @@ class Table:
 
     def where(self, row: int) -> str:
         """``line 7 of FILE``."""
-        kind = "row" if self.path.suffix.lower() == ".parquet" else "line"
+        kind = "row" if self.path.suffix.lower() in (".parquet", ".json") else "line"
         return f"{kind} {self.lines[row]} of {self.path}"
 
     def texts(self, column: str, may_be_empty: bool = False) -> list[str]:
@@ -75,7 +76,7 @@ def read_table(
     Fields of a CSV may be quoted (RFC 4180). In a TSV a quote is a letter, unless the whole file is quoted like a CSV.
 
     Args:
-        path: ends in one of `SUFFIXES`.
+        path: ends in one of `WITH_JSON`.
         columns: each with the reason for it, as the end of a sentence (``that data.text_column names``).
         optional: columns that the file may lack; the table then lacks them too.
         separator: between the fields of a CSV or TSV; by default the comma or the tab.
@@ -92,12 +93,12 @@ def read_table(
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("*")])
         raise UserError(f"The file '{path}' does not exist{near}; correct the path or put the file there.")
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if suffix not in WITH_JSON:
         raise UserError(f"'{path}' cannot be read as a table; give a file that ends in {listed(SUFFIXES)}.")
-    choose = partial(_choose, path, columns, optional)
+    choose = partial(choose_columns, path, columns, optional)
     if suffix == ".parquet":
         table = _read_parquet(path, choose)
-    elif suffix == ".jsonl":
+    elif suffix in (".jsonl", ".json"):
         table = _read_json(path, choose)
     else:
         text, separator = _text(path), separator or ("," if suffix == ".csv" else "\t")
@@ -113,7 +114,7 @@ def read_table(
     return table
 
 
-def _choose(path: Path, columns: dict[str, str], optional: Sequence[str], names: Sequence[str]) -> list[str]:
+def choose_columns(path: Path, columns: dict[str, str], optional: Sequence[str], names: Sequence[str]) -> list[str]:
     """The columns of a file, named ``names``, that are asked for."""
     for column, why in columns.items():
         if column not in names and column not in optional:
@@ -159,25 +160,47 @@ def _class_labels(metadata: dict[bytes, bytes], columns: dict[str, list[Any]]) -
 
 
 def _read_json(path: Path, choose: _Choose) -> Table:
-    rows: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also numbers and nests that are too long for Python
-            reason = getattr(error, "msg", error)
-            raise UserError(f"Line {number} of {path} is not JSON ({reason}); write one object per line.") from None
-        if not isinstance(row, dict):
-            raise UserError(f'Line {number} of {path} is not a JSON object; write {{"name": value, ...}}.')
-        rows[number] = row
+    text = _text(path)
+    is_array = path.suffix.lower() == ".json" and text.lstrip().startswith("[")
+    rows = _array(path, text) if is_array else _json_lines(path, text)
     if not rows:
         return Table(path, {}, [])
     chosen = choose(list(dict.fromkeys(name for row in rows.values() for name in row)))
-    for number, row in rows.items():
+    table = Table(path, {column: [row.get(column) for row in rows.values()] for column in chosen}, list(rows))
+    for number, row in enumerate(rows.values()):
         if not is_utf8(json.dumps([row.get(column) for column in chosen], ensure_ascii=False)):
-            raise UserError(f"Line {number} of {path} holds half a character (a lone surrogate); correct or remove it.")
-    return Table(path, {column: [row.get(column) for row in rows.values()] for column in chosen}, list(rows))
+            place = table.where(number)
+            raise UserError(
+                f"{place[0].upper()}{place[1:]} holds half a character (a lone surrogate); correct or remove it."
+            )
+    return table
+
+
+def _json_lines(path: Path, text: str) -> dict[int, dict[str, Any]]:
+    rows = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        row = _json(line, f"Line {number} of {path}", "one object per line")
+        if not isinstance(row, dict):
+            raise UserError(f'Line {number} of {path} is not a JSON object; write {{"name": value, ...}}.')
+        rows[number] = row
+    return rows
+
+
+def _array(path: Path, text: str) -> dict[int, dict[str, Any]]:
+    rows = dict(enumerate(_json(text, f"'{path}'", "a list of objects"), 1))
+    for number, row in rows.items():
+        if not isinstance(row, dict):
+            raise UserError(f'Row {number} of {path} is not a JSON object; write {{"name": value, ...}}.')
+    return rows
+
+
+def _json(text: str, place: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers and nests that are too long for Python
+        raise UserError(f"{place} is not JSON ({getattr(error, 'msg', error)}); write {what}.") from None
 
 
 # -- CSV and TSV

@@ -1,0 +1,1 @@
+"""Prompts and answers, for language models that learn to follow instructions."""
