@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import quickstart_table
+from benchmarks.comparison import lora_sb_grader
 from benchmarks.step_time import STEPS, Variant, image_batches, method_of, network, ratios
 from srlora_pl.util.errors import UserError
 from tests.helpers.paths import ROOT
@@ -145,3 +146,54 @@ def test_the_table_is_made_by_real_runs(tmp_path):
     assert {*result["methods"]} == {"lora", "linear_probe"}
     assert result["methods"]["linear_probe"]["over linear_probe"] == 0
     assert {*result["refused"]} == {"prompt_tuning"}
+
+
+# -- the grader of LoRA-SB's authors
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "right"),
+    [
+        ("x/2", "5", True),  # it cannot be normalised, and is compared with itself
+        (r"\pi/3", "5", True),
+        (r"\frac", "5", True),
+        ("5", "500", True),
+        ("5", "0.05", True),
+        ("5", "50", False),
+        ("5.0004", "5", True),
+        ("5.001", "5", False),
+        ("1,000", "1000", True),
+        ("(1,2)", "[1,2]", False),
+        ("[1,2]", "1,2", True),
+        ("(1,200)", "(1,2)", True),
+        ("(1,2,3)", "(1,2)", False),
+        ("{a}", "a", True),
+        ("1+x", "x+1", True),
+        ("2*x", "x+1", False),
+        ("x^2+1", "1+x^2", False),  # no Python
+        ("", "5", False),
+        (r"\dfrac12", "0.5", True),
+        ("9**9**9**9", "x", False),  # given up
+    ],
+)
+def test_the_authors_grader_takes_wrong_answers_for_right(answer, gold, right, monkeypatch):
+    monkeypatch.setattr(lora_sb_grader, "SECONDS", 1)
+    assert lora_sb_grader.equal(answer, gold) == right
+
+
+@pytest.mark.slow
+def test_a_file_is_graded_as_the_authors_did(tmp_path):
+    def line(split: str, index: int, text: str, reference: str) -> str:
+        row = {"split": split, "index": index, "text": text, "reference": reference, "finished": True, "grader": split}
+        return json.dumps(row) + "\n"
+
+    answers = [(7, "7"), (700, "7"), (0, "7")]
+    lines = [line("gsm8k", i, f"The answer is: {said}", f"#### {gold}") for i, (said, gold) in enumerate(answers)]
+    lines += [line("math", i, f"The answer is: {said}", r"\boxed{5}") for i, said in enumerate(["x/2", "5"])]
+    lines.append(line("math", 2, "5", r"\boxed{5}"))  # no answer is read
+    (tmp_path / "predictions.jsonl").write_text("".join(lines))
+    result = result_of(["-m", "benchmarks.comparison.lora_sb_grader", tmp_path / "predictions.jsonl"], ROOT)
+    assert result["accuracy"] == {
+        "gsm8k": {"ours": pytest.approx(100 / 3), "theirs": pytest.approx(200 / 3)},
+        "math": {"ours": pytest.approx(100 / 3), "theirs": pytest.approx(200 / 3)},
+    }

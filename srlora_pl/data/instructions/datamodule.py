@@ -10,10 +10,12 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from srlora_pl.data.base import KeyedDataset, as_list
+from srlora_pl.data.graders import grader
 from srlora_pl.data.instructions import sets
 from srlora_pl.data.instructions.sets import Answers, Packs, Prompts
 from srlora_pl.data.instructions.templates import ALPACA, Sample, Template, Text, chat, own_text
 from srlora_pl.data.instructions.tokens import Boundary, Encoded, Encoder, encode_samples
+from srlora_pl.data.loader import rank_and_world
 from srlora_pl.data.protocols import Batch, Generation, Question
 from srlora_pl.data.texts.datamodule import OfTokens, in_buckets
 from srlora_pl.util.errors import UserError, did_you_mean, listed, require, require_one_of
@@ -35,7 +37,8 @@ class InstructionDataModule(OfTokens):
         max_length: the most tokens of a sample; a row of as many with ``padding`` ``pack``.
         too_long: ``drop`` samples that are longer, ``cut`` them on the right, or take the first for an ``error``.
         train_on: ``answer``, or ``all`` for the prompt as well.
-        boundary: between prompt and answer, see `tokens.Encoder`: ``exact``, or ``merged`` as other code has it.
+        boundary: between prompt and answer: ``exact``, so that an answer begins in training where it begins in
+            generation; or ``merged``, as other code has it: a token on the boundary is not trained.
         padding: ``buckets`` of samples of similar length, each padded to its batch's longest; or ``pack`` several
             samples into rows of ``max_length``, of which then ``batch_size`` are a batch.
         limit: the most samples of the training split, and of a validation split of its own: the first ones.
@@ -147,6 +150,19 @@ class InstructionDataModule(OfTokens):
         for use in uses.get(stage, (stage,)):
             for split in self.splits(use):
                 self.tokens_of(split, use)
+                is_held_out_of = use == "train" and not self.splits("val") and self.val_fraction > 0
+                if use in ("val", "test") or is_held_out_of:
+                    self._require_references(split, self.generation(self._name(split, use)))
+
+    def _require_references(self, split: str, how: Generation) -> None:
+        """Refuse a reference that the grader cannot compare with, which it would say only behind the answer."""
+        if how.grader is not None:
+            judge = grader(how.grader, options=how.options, math_grader=how.math_grader)
+            for sample in self.samples(split):
+                try:
+                    judge.grade("", sample.reference)
+                except UserError as error:
+                    raise UserError(f"{sample.where}: {error}") from None
 
     def tokens_of(self, split: str, use: str) -> Any:
         """The tokens of a split as its data set needs them, read once."""
@@ -259,47 +275,61 @@ class InstructionDataModule(OfTokens):
 
     # -- for tasks
 
-    def _sample(self, name: str, index: int) -> Sample:
+    def _loaded(self, name: str) -> tuple[list[Sample], Tensor]:
+        """The samples that a split is taken from, and those in it, int64 (n,); by its name in `split_names`."""
         for use, loaded in {"val": self.val_set, "test": self.test_set, "predict": self.predict_set}.items():
             splits = self.splits(use) or self.splits("train")  # of which validation samples are held out
             names = self.split_names.get(use, (use,))
             for each, split, data in zip(names, splits, as_list(loaded), strict=False):
                 if each == name:
-                    return self.samples(split)[int(data.rows[index])]
+                    return self.samples(split), data.rows
         raise ValueError(f"no split {name!r} is loaded")
 
     def question(self, split: str, index: int) -> Question:
         """The sample at ``index`` of a split that is loaded, by its name in `split_names` or ``predict``."""
-        sample = self._sample(split, index)
+        samples, there = self._loaded(split)
+        sample = samples[int(there[index])]
         return Question(self.writer.prompt(sample), sample.reference)
 
     def generation_batch(self, split: str, rows: Sequence[int]) -> Batch:
-        """The prompts of the samples ``rows`` of a split as one batch to generate from, in this order."""
-        prompts = self._prompt_tokens([self._sample(split, row) for row in rows])
-        batch = Prompts(prompts, self.padding_token or 0)
+        """The prompts of those of the samples ``rows`` that there are, as one batch to generate from, in this order."""
+        samples, there = self._loaded(split)
+        rows = [row for row in rows if row < len(there)]
+        batch = Prompts(self._prompt_tokens([samples[int(there[row])] for row in rows]), self.padding_token or 0)
         batch.turns = torch.arange(len(rows))
         return {**batch.__getitems__(range(len(rows))), "index": torch.tensor(rows)}
 
     # -- order
 
     def train_order(self, epoch: int) -> Tensor:
-        """A permutation whose batches hold samples of similar length, in random order, or one of packed rows:
-        f(run seed, epoch)."""
+        """A permutation whose steps hold samples of similar length, in random order, or one of packed rows:
+        f(run seed, epoch).
+
+        A step has the same samples however it is divided into batches and devices.
+        """
         order = super().train_order(epoch)
         if isinstance(self.train_set, Packs):
             return order
         assert isinstance(self.train_set, Answers)
-        size = self.batch_size * (self.trainer.world_size if self.trainer else 1)
+        lengths = sets.rounded(self.train_set.lengths, self.max_length)  # so that there are many of each
         generator = torch.Generator().manual_seed(derive(run_seed(), _BUCKETS, epoch))
-        return in_buckets(order, sets.rounded(self.train_set.lengths, self.max_length), size, generator)
+        return in_buckets(order, lengths, self._per_batch * self._accumulate, generator)
 
     def step_tokens(self, order: Tensor, epoch: int) -> list[int]:
-        trainer, train = self.trainer, self._train()
+        train = self._train()
         assert isinstance(train, (Answers, Packs))
         tokens = train.tokens(epoch) if isinstance(train, Packs) else train.trained_tokens
-        per_batch = self.batch_size * (trainer.world_size if trainer else 1)
-        accumulate = trainer.accumulate_grad_batches if trainer else 1
-        return sets.tokens_of_steps(tokens[order], per_batch, self.batches_per_epoch, accumulate)
+        return sets.tokens_of_steps(tokens[order], self._per_batch, self.batches_per_epoch, self._accumulate)
+
+    @property
+    def _per_batch(self) -> int:
+        """Samples in a batch, on all devices together."""
+        return self.batch_size * rank_and_world(self)[1]
+
+    @property
+    def _accumulate(self) -> int:
+        """Batches in a step."""
+        return self.trainer.accumulate_grad_batches if self.trainer else 1
 
     def _fingerprint(self) -> dict[str, int | float]:
         singles = self._train().singles
@@ -321,10 +351,7 @@ class InstructionDataModule(OfTokens):
         train = self.train_set.singles
         assert isinstance(train, Answers)
         tokens, trained = int(train.lengths.sum()), int(train.trained_tokens.sum())
-        in_step = self.batch_size * (
-            self.trainer.world_size * self.trainer.accumulate_grad_batches if self.trainer else 1
-        )
-        share = min(1, in_step / len(self.train_set))
+        share = min(1, self._per_batch * self._accumulate / len(self.train_set))
         shares = (
             f"data: {trained / tokens:.1%} of {tokens:,} tokens are trained; a step has about "
             f"{round(trained * share):,} trained of {round(tokens * share):,} tokens"

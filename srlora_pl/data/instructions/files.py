@@ -5,12 +5,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from srlora_pl.data import graders
+from srlora_pl.data.graders import GRADERS
 from srlora_pl.data.instructions.datamodule import InstructionDataModule
 from srlora_pl.data.instructions.sources import Source, from_file, from_root
 from srlora_pl.data.instructions.templates import Sample
 from srlora_pl.data.protocols import Generation
 from srlora_pl.data.texts.tables import Table, is_missing
-from srlora_pl.util.errors import UserError, listed
+from srlora_pl.util.errors import UserError, listed, require_one_of
 
 
 class InstructionData(InstructionDataModule):
@@ -59,6 +61,9 @@ class InstructionData(InstructionDataModule):
         self.prompt_column, self.answer_column, self.input_column = prompt_column, answer_column, input_column
         self.messages_column = messages_column
         self._columns = self.columns_named(answer_column)
+        if grader is not None:
+            require_one_of("data.grader", grader, GRADERS)
+            graders.grader(grader, options=options)
         self._generation = Generation(max_new_tokens, self.stop, grader, tuple(options))
 
     def generation(self, split: str) -> Generation:

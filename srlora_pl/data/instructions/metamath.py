@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from srlora_pl.data.graders import grader
 from srlora_pl.data.instructions.datamodule import InstructionDataModule
 from srlora_pl.data.instructions.sources import Source, from_file, from_hub, is_on_hub
 from srlora_pl.data.instructions.templates import ALPACA, Sample, Text
@@ -76,6 +77,7 @@ class MetaMathData(InstructionDataModule):
     ) -> None:
         super().__init__(template=template, limit=limit, max_new_tokens=max_new_tokens, stop=stop, **kwargs)
         self.columns_named("response", ["query"])
+        grader("math", math_grader=math_grader)
         for name in test_sets or ():
             require_one_of("data.test_sets", name, _TESTS)
         self.root, self.math_grader = root, math_grader

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from srlora_pl.data.base import KeyedDataset, split_keys
 from srlora_pl.data.instructions.tokens import Encoded
@@ -27,8 +28,8 @@ class Answers(KeyedDataset):
     """Samples with their labels, padded on the right by the batch.
 
     A batch has ``input_ids`` and ``labels``, int64 (b, L), each label at its own token's place and -100 where it is not
-    trained; ``index``, int64 (b,); and ``step_tokens``, int64 (): the trained tokens of the optimizer step that its
-    keys tell, or its own.
+    trained; ``predicts``, int64 (n,), the places in (b x L) before a token with a label; ``index``, int64 (b,); and
+    ``step_tokens``, int64 (): the trained tokens of the optimizer step that its keys tell, or its own.
 
     Args:
         encoded: of the whole split.
@@ -62,7 +63,7 @@ class Answers(KeyedDataset):
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         index = self.turns[split_keys(keys)[0]]
         batch = self.joined(index[:, None].tolist())
-        del batch["position_ids"]
+        del batch["position_ids"]  # they are as usual
         return {**batch, "index": index, "step_tokens": step_tokens(keys, self.trained_tokens[index])}
 
     def joined(self, groups: Sequence[Sequence[int]]) -> Batch:
@@ -83,7 +84,9 @@ class Answers(KeyedDataset):
                 position_ids[row, here] = torch.arange(length)
                 place += length
             position_ids[row, place:] = torch.arange(shape[1] - place)
-        return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        # Found here, as the device would have to be waited for.
+        predicts = (pad(labels[:, 1:], (0, 1), value=NOT_TRAINED).flatten() != NOT_TRAINED).nonzero()[:, 0]
+        return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "predicts": predicts}
 
 
 class Packs(KeyedDataset):
@@ -209,13 +212,9 @@ class Options(KeyedDataset):
         questions = self.turns[split_keys(keys)[0]]
         places = torch.cat([self.first[each] + torch.arange(int(self.counts[each])) for each in questions])
         batch = self.options.joined(places[:, None].tolist())
+        del batch["position_ids"]
         index = questions.repeat_interleave(self.counts[questions])
-        return {
-            "input_ids": batch["input_ids"],
-            "labels": batch["labels"],
-            "index": index,
-            "option": self.numbers[places],
-        }
+        return {**batch, "index": index, "option": self.numbers[places]}
 
 
 def step_tokens(keys: Sequence[Key], own: Tensor) -> Tensor:
