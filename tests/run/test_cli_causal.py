@@ -114,14 +114,14 @@ def test_prompts_are_answered_in_json_lines(fitted):
 
 def test_the_merged_folder_answers_as_the_run_did(fitted):
     home, _ = fitted
-    code, out, err = cli(
+    code, _, err = cli(
         "export", "--ckpt_path", "last", "--format", "merged", "--output", "merged", "--model_card", home=home
     )
     assert code == 0, err
     card = (home / "merged/README.md").read_text()
     assert "pipeline_tag: text-generation" in card
     net = AutoModelForCausalLM.from_pretrained(home / "merged")
-    code, out, err = cli(
+    code, _, err = cli(
         "test", "--config", "own.yaml", "--model.backbone", "merged", "--config", ROOT / "configs/methods/lora.yaml",
         home=home,
     )  # fmt: skip
@@ -177,7 +177,7 @@ def test_a_kill_while_it_answers_loses_nothing(fitted):
     best = next(file for file in (version / "checkpoints").iterdir() if file.name.startswith("best"))
     test = ["test", "--config", "own.yaml", "--ckpt_path", str(best), "--data.eval_batch_size=1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run([sys.executable, "-c", _KILLED, *test], cwd=home, env=environment, capture_output=True)
+    killed = subprocess.run([sys.executable, "-c", _KILLED, *test], cwd=home, env=environment, timeout=300)
     assert killed.returncode == -signal.SIGKILL
     (part,) = version.glob("predictions.jsonl.*.part")
     left = rows(part)
@@ -190,5 +190,5 @@ def test_a_kill_while_it_answers_loses_nothing(fitted):
     assert sum(row["text"] == "kept" for row in after) == 1
     expected = [json.loads(line) for line in whole.splitlines()]
     assert [row for row in after if row["text"] != "kept"] == [
-        e for e, a in zip(expected, after) if a["text"] != "kept"
+        e for e, a in zip(expected, after, strict=True) if a["text"] != "kept"
     ]
