@@ -27,7 +27,14 @@ def build(
     net, _ = load(AutoModelForCausalLM, name, kwargs, checkpoint, lambda net: ())
     if net.get_output_embeddings() is None:
         raise UserError(f"model.backbone {name!r} has no head that predicts tokens: choose a causal language model.")
-    net.to(dtype=DTYPES[weights])  # type: ignore[call-arg]
+    return cast(net, weights)
+
+
+def cast(net: Any, weights: str) -> Any:
+    """``net`` with its parameters, in place, in that dtype; buffers, such as frequencies of positions, stay exact."""
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(DTYPES[weights])
+    net.config.dtype = DTYPES[weights]
     return net
 
 
@@ -56,9 +63,9 @@ def head(net: Any) -> Head:
 @torch.no_grad()
 def require_known_head(net: Any, name: str, input_ids: Tensor) -> None:
     """Refuse a network whose logits of tokens (1, L) are not those of `hidden_states` and `head`."""
-    expected = net(input_ids=input_ids, use_cache=False).logits.float()
+    expected = net(input_ids=input_ids, use_cache=False).logits
     hidden = hidden_states(net, input_ids)
-    found = head(net).cast(hidden.dtype).logits(hidden[0])[None]
+    found = head(net).cast(hidden.dtype).logits(hidden[0])[None].to(expected.dtype)
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
         raise UserError(
             f"model.backbone {name!r} ({type(net).__name__}) computes its logits in a way that is not known here: "
