@@ -16,6 +16,7 @@ from srlora_pl.training import checkpoints
 from srlora_pl.util.errors import UserError, listed
 
 # The hub's names of scores, where they differ from ours.
+_PIPELINES = {None: "image-classification", "SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
 _METRICS = {
     "matthews": "matthews_correlation",
     "pearson": "pearsonr",
@@ -140,7 +141,7 @@ def _repository(task: Task) -> str | None:
 def _metadata(task: Task, facts: Facts, title: str, format: str) -> ModelCardData:
     base = _repository(task)
     is_text = task.family.task_type is not None
-    kind = "text-classification" if is_text else "image-classification"
+    kind = _PIPELINES[task.family.task_type]
     library = {"merged": "transformers" if is_text else "timm", "peft": "peft", "onnx": "onnx", "pt2": "pytorch"}[
         format
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from srlora_pl.export import serving
 from srlora_pl.export.adapters import changed, in_peft, require_untouched
@@ -46,7 +46,7 @@ def export_model(
     """Write the trained ``task`` to ``folder``, load it from there with the library it is for, and compare outputs.
 
     Args:
-        task: an `ImageClassifier` or a `TextClassifier`; it is not changed.
+        task: an `ImageClassifier`, a `TextClassifier` or a `CausalLM`; it is not changed.
         folder: new or empty, unless ``force``.
         format: ``merged``, plain weights in timm's or transformers' own layout; ``peft``, a LoRA on the pretrained
             weights; ``onnx`` or ``pt2`` (``torch.export``), the merged network as a program for any number of samples
@@ -66,8 +66,8 @@ def export_model(
     target = require_free(folder, force)
     if not isinstance(task, Task):
         raise UserError(
-            f"{type(task).__name__} is neither an ImageClassifier nor a TextClassifier, so its files have no known "
-            "layout: take model.adaptation.merged_copy()"
+            f"{type(task).__name__} is neither an ImageClassifier nor a TextClassifier nor a CausalLM, so its files "
+            "have no known layout: take model.adaptation.merged_copy()"
         )
     class_names = class_names or task.trained_classes
     class_names = class_names if len(class_names) == task.hparams.get("num_classes") else ()
@@ -104,17 +104,31 @@ def _export(
 def _write_merged(
     task: Task, plain: nn.Module, new: Path, target: Path, class_names: Sequence[str], format: str
 ) -> Report:
-    family, size = task.family, size_of(plain)
+    family, exact = task.family, _exact(task, plain)
     notes = family.save(plain, new, class_names, task.card())
     loaded = family.load(new)
     if format in serving.FILES:
         _remove_weights(new)
         serving.write(family, loaded, new, format)
         found, trained = serving.trial_outputs(family, task.net, new, format)
+        expected = trained
     else:
-        trained = example_outputs(family, task.net, task.net)
+        trained = _trained_outputs(task, exact)
+        # In half precision the weights are rounded once as they are written, and `plain` with them.
+        expected = trained if exact is None else example_outputs(family, plain, task.net)
         found = example_outputs(family, loaded, task.net)
-    return Report(target, size, size, *compare(found, trained, trained), notes=notes)
+    return Report(target, size_of(plain), size_of(plain), *compare(found, expected, trained), notes=notes)
+
+
+def _trained_outputs(task: Task, exact: nn.Module | None) -> Tensor:
+    """Those of the trained network; of one with weights in half precision, of its merged weights in float32."""
+    return example_outputs(task.family, task.net if exact is None else exact, task.net)
+
+
+def _exact(task: Task, plain: nn.Module) -> nn.Module | None:
+    """The merged network in float32, where its weights are not; None where they are."""
+    is_half = any(weight.dtype.itemsize == 2 for weight in task.net.parameters())
+    return copy.deepcopy(plain) if is_half else None
 
 
 def _remove_weights(folder: Path) -> None:
@@ -132,7 +146,7 @@ def _write_adapter(
             "the run started from random weights (model.backbone_kwargs.pretrained is false), so there is no "
             "pretrained model that a PEFT folder could be put on: use --format merged"
         )
-    base, heads = family.build()[0].eval(), family.heads(task.net)
+    base, heads, exact = family.build()[0].float().eval(), family.heads(task.net), _exact(task, plain)
     factors = change(task.adaptation, rank, start.merged_into(task.adaptation) if start else None)
     names = [*heads, *(start.modules_beside(heads) if start else ())]
     modules = {name: plain.get_submodule(name).state_dict() for name in names}
@@ -147,7 +161,7 @@ def _write_adapter(
         notes = [f"without a model_config.json: {error}"]
     _remove_weights(new)
     size = peft_folder.write(new, factors, modules, family.base, family.task_type, class_names)
-    trained = example_outputs(family, task.net, task.net)
+    trained = _trained_outputs(task, exact)
     installed = find_spec("peft") is not None
     notes = [f"it belongs on {family.recipe}", *notes]
     if not installed:

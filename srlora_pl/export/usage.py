@@ -7,7 +7,7 @@ from srlora_pl.models.family import ModelFamily
 
 def usage(family: ModelFamily, format: str, place: str, on_hub: bool) -> str:
     """The code for a folder at ``place``, or for a repository of the hub of that name."""
-    kind = "image" if family.task_type is None else "text"
+    kind = _KINDS[family.task_type]
     recipe, path = family.recipe, family.base[0]
     if Path(path).is_dir():
         # Of a folder on another machine only the name tells anything, and of a shipped backbone its own.
@@ -40,6 +40,12 @@ left, top = round((big[0] - width) / 2), round((big[1] - height) / 2)
 pixels = np.asarray(image.crop((left, top, left + width, top + height))) / 255
 pixels = ((pixels - about["mean"]) / about["std"]).astype(np.float32).transpose(2, 0, 1)[None]
 """
+_KINDS = {None: "image", "SEQ_CLS": "text", "CAUSAL_LM": "causal"}
+_GENERATE = """\
+inputs = tokenizer("A prompt, written as in training.", return_tensors="pt")
+tokens = model.generate(**inputs, do_sample=False, max_new_tokens=256)
+print(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
 _CODE = {
     ("merged", "image"): """\
 import timm
@@ -56,6 +62,21 @@ from transformers import pipeline
 model = pipeline("text-classification", PLACE)
 print(model("A text."))
 """,
+    ("merged", "causal"): f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(PLACE)
+tokenizer = AutoTokenizer.from_pretrained(PLACE)
+{_GENERATE}""",
+    ("peft", "causal"): f"""\
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = BASE
+model = PeftModel.from_pretrained(base, PLACE).eval()
+tokenizer = AutoTokenizer.from_pretrained(PLACE)
+{_GENERATE}""",
     ("peft", "image"): """\
 import timm
 from peft import PeftModel

@@ -27,7 +27,14 @@ def build(
     net, _ = load(AutoModelForCausalLM, name, kwargs, checkpoint, lambda net: ())
     if net.get_output_embeddings() is None:
         raise UserError(f"model.backbone {name!r} has no head that predicts tokens: choose a causal language model.")
-    net.to(dtype=DTYPES[weights])  # type: ignore[call-arg]
+    return cast(net, weights)
+
+
+def cast(net: Any, weights: str) -> Any:
+    """``net`` with its parameters, in place, in that dtype; buffers, such as frequencies of positions, stay exact."""
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(DTYPES[weights])
+    net.config.dtype = DTYPES[weights]
     return net
 
 

@@ -57,7 +57,7 @@ class Causal(Backbone):
 
     def save(self, net: Any, folder: Path, class_names: Sequence[str], card: dict[str, Any]) -> list[str]:
         with pretrained.quiet():
-            net.save_pretrained(folder)  # with its generation_config.json
+            causal.cast(net, self.weights).save_pretrained(folder)  # with its generation_config.json
         try:
             tokenizer = load_tokenizer(self.base[0], pretrained.hub_options(self.kwargs))
         except UserError as error:

@@ -3,7 +3,7 @@
 import glob
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,11 @@ class Answers:
         everything = {key: row for part in parts for key, row in part.items()}
         return [everything[key] for key in sorted(everything, key=lambda key: key[1])]
 
-    def write(self, splits: Mapping[str, Sequence[Row]]) -> None:
-        """Write the answers of all splits to the file, in the first process, and remove the parts it is made of."""
+    def write(self, rows: Sequence[Row]) -> None:
+        """Write all answers to the file, in the first process, and remove the parts that they come from."""
         if self.file is None or self.rank:
             return
-        lines = (json.dumps(row, ensure_ascii=False) for rows in splits.values() for row in rows)
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
         with writing_to(str(self.file)):
             write_whole(self.file, "".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
             for part in self._parts():

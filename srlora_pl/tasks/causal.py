@@ -179,7 +179,7 @@ class CausalLM(Task):
         ]
 
     def on_test_start(self) -> None:
-        self._begin_answers()
+        self._begin_answers(self._data.split_names.get("test", ("test",)))
 
     def on_test_epoch_end(self) -> None:
         super().on_test_epoch_end()
@@ -193,27 +193,30 @@ class CausalLM(Task):
 
     def on_predict_start(self) -> None:
         super().on_predict_start()
-        self._begin_answers()
+        self._begin_answers(["predict"])
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Of each prompt its ``index``, the ``prompt``, the ``text`` and whether it is ``finished``."""
-        return [] if "spare" in batch else self.evaluation.generated(self, "predict", batch)
+        return [] if "spare" in batch else self.evaluation.generate(self, "predict", batch)
 
     def on_predict_epoch_end(self) -> None:
-        self._write_answers(["predict"])
+        self._write_answers(["predict"], ("index", "prompt", "text", "finished"))
 
     def on_predict_end(self) -> None:
         self.adaptation.unmerge()
 
-    def _begin_answers(self) -> None:
+    def _begin_answers(self, splits: Sequence[str]) -> None:
         trained: dict[str, Tensor] = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
-        model = digest(fingerprint(trained), self.hparams["backbone"], str(self.trainer.precision))
+        data = self._data
+        asked = [repr(data.generation(split)) for split in splits] if data.generation else []
+        model = digest(fingerprint(trained), self.hparams["backbone"], str(self.trainer.precision), asked)
         self.evaluation.begin(Answers(self.answers, model))
         try:
             self.adaptation.merge()  # which spares generation the products of the adapters
         except UserError:  # they are no part of a weight, and stay beside it
             self.adaptation.unmerge()
 
-    def _write_answers(self, splits: Sequence[str]) -> None:
-        answers = self.evaluation.answers
-        answers.write({split: answers.of(split) for split in splits})
+    def _write_answers(self, splits: Sequence[str], names: Sequence[str] = ()) -> None:
+        """Write the answers to ``splits``; of each what is called ``names``, or everything."""
+        rows = [row for split in splits for row in self.evaluation.answers.of(split)]
+        self.evaluation.answers.write([{name: row[name] for name in names or row} for row in rows])

@@ -65,7 +65,7 @@ class TextScores:
 
     def update(self, task: Any, split: str, batch: Batch) -> None:
         if "labels" not in batch:
-            self.answers.add(self.generated(task, split, batch))
+            self.generate(task, split, batch)
         elif "option" in batch:
             self.answers.add(_chosen(task, split, batch))
         else:
@@ -81,8 +81,8 @@ class TextScores:
     def remark(self, split: str, class_names: Sequence[str]) -> str | None:
         return None
 
-    def generated(self, task: Any, split: str, batch: Batch) -> list[Row]:
-        """A row for each prompt of ``batch``; answers that an interrupted evaluation left are not generated again."""
+    def generate(self, task: Any, split: str, batch: Batch) -> list[Row]:
+        """Answer each prompt of ``batch``, unless an interrupted evaluation has; returns the answers."""
         data, settings = task.data, task.data.generation(split)
         indices = batch["index"].tolist()
         questions = [data.question(split, index) for index in indices]
@@ -94,6 +94,7 @@ class TextScores:
             for place, completion in zip(new, completions, strict=True):
                 row = self.graded(settings, split, questions[place], completion)
                 rows[indices[place]] = {"split": split, "index": indices[place], **row}
+        self.answers.add([rows[index] for index in indices])
         return [rows[index] for index in indices]
 
     def graded(self, settings: Generation, split: str, question: Question, completion: Completion) -> Row:

@@ -1,3 +1,6 @@
+import shutil
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from srlora_pl.lowrank import Adaptation, Spectrum, SRLoRA
 from srlora_pl.lowrank.starts.spectrum import SpectrumCache, spectra
 from srlora_pl.util.cache import fingerprint
 from tests.helpers.errors import mentions
-from tests.helpers.toys import toy_net
+from tests.helpers.toys import assert_same_state, optimizer_of, toy_batches, toy_net, train
 
 
 @settings(max_examples=30, deadline=None)
@@ -96,80 +99,138 @@ def cache(tmp_path):
     return SpectrumCache(tmp_path / "spectra", "0123abcd")
 
 
-def some_spectra(directions: int = 6) -> dict[str, Spectrum]:
+def some_spectrum(directions: int = 6, rank: int = 8) -> Spectrum:
     generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.randn(12, 8, generator=generator) for name in ("a", "b[q]")}
-    return {name: Spectrum.of(weight, directions) for name, weight in weights.items()}
+    weight = torch.randn(12, rank, generator=generator) @ torch.randn(rank, 8, generator=generator)
+    return Spectrum.of(weight, directions)
 
 
-def assert_same(found, spectra, directions):
-    assert set(found) == set(directions)
-    for name, count in directions.items():
-        for part in ("U", "sigma", "Vh"):
-            assert torch.equal(getattr(found[name], part), getattr(spectra[name].first(count), part))
+def assert_same(found: Spectrum | None, expected: Spectrum) -> None:
+    assert found is not None
+    for part in ("U", "sigma", "Vh"):
+        assert torch.equal(getattr(found, part), getattr(expected, part))
 
 
 def test_the_cache_gives_back_what_it_got_and_less(cache):
-    spectra = some_spectra()
-    assert cache.read({"a": 6}) is None
-    cache.write(spectra, {"a": 6, "b[q]": 6})
-    for directions in ({"a": 6, "b[q]": 6}, {"a": 2}, {"a": 6, "b[q]": 1}):
-        assert_same(cache.read(directions), spectra, directions)
-    assert cache.read({"a": 7}) is None
-    assert cache.read({"a": 6, "c": 1}) is None
-    assert [file.name for file in cache.file.parent.iterdir()] == ["0123abcd.safetensors"]
+    spectrum = some_spectrum()
+    assert cache.read("b[q]", 6) is None
+    cache.write("b[q]", spectrum, 6)
+    assert_same(cache.read("b[q]", 6), spectrum)
+    assert_same(cache.read("b[q]", 2), spectrum.first(2))
+    assert cache.read("b[q]", 7) is None
+    assert cache.read("c", 1) is None
+    assert [file.name for file in cache.folder.iterdir()] == ["b%5Bq%5D.safetensors"]
 
 
 def test_a_spectrum_that_ended_early_is_found_again(cache):
     """Fewer directions than were asked for are all that there are."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(12, 3, generator=generator) @ torch.randn(3, 8, generator=generator)
-    spectra = {"a": Spectrum.of(weight, 6)}
-    assert len(spectra["a"]) == 3
-    cache.write(spectra, {"a": 6})
-    assert_same(cache.read({"a": 5}), spectra, {"a": 5})
+    spectrum = some_spectrum(rank=3)
+    assert len(spectrum) == 3
+    cache.write("a", spectrum, 6)
+    assert_same(cache.read("a", 5), spectrum)
 
 
-@pytest.mark.parametrize("harm", ["truncated", "damaged", "another's", "no safetensors", "a folder"])
+@pytest.mark.parametrize("harm", ["truncated", "damaged", "other weights", "another's", "no safetensors", "a folder"])
 def test_a_file_that_cannot_be_trusted_counts_as_absent(harm, cache, tmp_path):
-    cache.write(some_spectra(), {"a": 6, "b[q]": 6})
-    whole = cache.file.read_bytes()
+    cache.write("a", some_spectrum(), 6)
+    file, asked = cache.file("a"), "a"
+    assert cache.read("a", 6) is not None  # and is trusted from then on, as long as nobody touches it
+    whole = file.read_bytes()
     if harm == "truncated":
-        cache.file.write_bytes(whole[:-100])
+        file.write_bytes(whole[:-100])
     elif harm == "damaged":
-        cache.file.write_bytes(whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:])
-    elif harm == "another's":
+        file.write_bytes(whole[:-50] + bytes([whole[-50] ^ 1]) + whole[-49:])
+    elif harm == "other weights":
         cache = SpectrumCache(tmp_path, "ffff")
-        cache.file.write_bytes(whole)
+        cache.folder.mkdir()
+        cache.file("a").write_bytes(whole)
+    elif harm == "another's":
+        asked = "b"
+        cache.file("b").write_bytes(whole)
     elif harm == "no safetensors":
-        cache.file.write_bytes(b"something else")
+        file.write_bytes(b"something else")
     else:
-        cache.file.unlink()
-        cache.file.mkdir()
-    assert cache.read({"a": 6, "b[q]": 6}) is None
+        file.unlink()
+        file.mkdir()
+    assert cache.read(asked, 6) is None
 
 
-def test_a_cache_that_cannot_be_written_is_only_warned_of(tmp_path):
-    (tmp_path / "spectra").write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match=mentions("kept")):
-        SpectrumCache(tmp_path / "spectra", "0123").write(some_spectra(), {"a": 6, "b[q]": 6})
+def started(cache_folder, **options) -> Adaptation:
+    adaptation = Adaptation(toy_net(**options), SRLoRA(rank=4, alpha=8.0, target_rank=8))
+    adaptation.start(spectra(cache=cache_folder))
+    adaptation.plan(4)
+    return adaptation
 
 
-def test_a_start_takes_the_spectra_of_its_weights_from_the_cache(tmp_path, monkeypatch):
-    def start(**options):
-        net = toy_net(**options)
-        adaptation = Adaptation(net, SRLoRA(rank=4, target_rank=8))
-        adaptation.start(spectra(cache=tmp_path))
-        return net
-
-    expected = start()
-    computed = []
+@pytest.fixture
+def computed(monkeypatch):
+    """The names of what was decomposed."""
+    names: list[str] = []
     of = Spectrum.of
-    monkeypatch.setattr(Spectrum, "of", lambda *args: computed.append(args[-1]) or of(*args))
-    again = start()
-    assert computed == []
-    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), again.parameters(), strict=True))
-    start(seed=5)
-    start(dtype=torch.float64)  # the fp32 directions are no start for doubles
-    assert len(computed) == 24
+    monkeypatch.setattr(Spectrum, "of", lambda *args: names.append(args[-1]) or of(*args))
+    return names
+
+
+def test_a_start_takes_the_spectra_of_its_weights_from_the_cache(tmp_path, computed):
+    expected = started(tmp_path)
+    assert len(computed) == 12
+    again = started(tmp_path)
+    assert len(computed) == 12
+    assert_same_state(expected.net, again.net)
+    started(tmp_path, seed=5)
+    started(tmp_path, dtype=torch.float64)  # the fp32 directions are no start for doubles
+    assert len(computed) == 36
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_of_a_network_only_what_is_damaged_is_made_anew(tmp_path, computed):
+    expected = started(tmp_path)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    files[3].write_bytes(files[3].read_bytes()[:-9])
+    files[5].unlink()
+    computed.clear()
+    again = started(tmp_path)
+    assert len(computed) == 2
+    assert_same_state(expected.net, again.net)
+
+
+def trained(adaptation: Adaptation) -> Adaptation:
+    train(adaptation.net, adaptation, optimizer_of(adaptation.net), toy_batches(4))
+    assert adaptation.controller.progress().done == 1
+    return adaptation
+
+
+def test_one_spectrum_at_a_time_is_in_memory_at_a_start_and_at_a_switch(tmp_path, monkeypatch):
+    expected, counts = trained(started(None)), []
+    alive = weakref.WeakSet()  # type: ignore[var-annotated]
+
+    def tracked(make, *args):
+        counts.append(len(alive))
+        if (spectrum := make(*args)) is not None:
+            alive.add(spectrum)
+        return spectrum
+
+    of, read = Spectrum.of, SpectrumCache.read
+    monkeypatch.setattr(Spectrum, "of", lambda *args: tracked(of, *args))
+    monkeypatch.setattr(SpectrumCache, "read", lambda *args: tracked(read, *args))
+    for _ in ("computed", "read"):
+        adaptation = trained(started(tmp_path))
+        assert_same_state(adaptation.net, expected.net)
+        assert not alive
+    assert len(counts) > 5 * 12
+    assert max(counts) == 1  # what has just come from the first process, while its file is made
+
+
+def test_a_folder_that_takes_no_file_is_only_warned_of_and_all_stays_in_memory(tmp_path):
+    (tmp_path / "spectra").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match=mentions("kept")) as warned:
+        adaptation = trained(started(tmp_path / "spectra"))
+    assert sum("cannot be kept" in str(each.message) for each in warned) == 1
+    assert_same_state(adaptation.net, trained(started(None)).net)
+
+
+def test_a_file_that_is_gone_at_a_switch_is_named(tmp_path):
+    adaptation = started(tmp_path)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(UserError, match=mentions("safetensors", "gone", "last checkpoint")):
+        trained(adaptation)

@@ -2,9 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from srlora_pl.models.token_loss import Head, summed_loss, token_losses
+from tests.helpers.causal import Largest
 
 ROWS, HIDDEN, VOCABULARY = 7, 5, 11
 HEADS = [(1.0, None), (0.3, None), (1.0, 3.0), (0.3, 3.0)]
@@ -77,19 +77,6 @@ def test_products_are_in_autocasts_type_and_sums_in_float32():
     assert found.dtype == torch.float32
     (right,) = torch.autograd.grad(whole(hidden, W, b, target, 1.0, None).sum(), hidden)
     torch.testing.assert_close(found, right, rtol=2e-2, atol=2e-2)
-
-
-class Largest(TorchDispatchMode):
-    """Records the most numbers that an operation has put out."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for each in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(each, Tensor):
-                self.numel = max(self.numel, each.numel())
-        return out
 
 
 def test_no_tensor_holds_more_than_a_chunk_of_logits():

@@ -142,7 +142,7 @@ def test_one_process_decides_and_says_so_once_a_switch(ranks):
     assert [each["spectra"] for each in ranks] == [12, 0]  # two blocks of q, k, v, proj, fc1, fc2
     for each in ranks:
         start, *steps = each["images"]["shared"]
-        assert start == 2  # the seed and the directions
+        assert start == 13  # the seed, and the directions of one matrix after the other
         assert Counter(steps) == {0: ddp_program.STEPS - 4, 1: 3}
 
 

@@ -14,7 +14,7 @@ from srlora_pl.lowrank.linear import LowRankLinear, Matrix
 from srlora_pl.lowrank.method import AdaptedNetwork, Controller, Progress
 from srlora_pl.lowrank.optimizer_state import growth_of, recycle, require_recyclable
 from srlora_pl.lowrank.schedule import Pace, Schedule
-from srlora_pl.lowrank.starts.spectrum import Spectrum
+from srlora_pl.lowrank.starts.spectrum import Spectrum, lengths_of
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision
 
@@ -38,7 +38,7 @@ class Switching(Controller):
     """The scores and the history of all pairs of one network.
 
     Attributes:
-        spectra: by matrix; empty until the start.
+        spectra: by matrix, perhaps each in a file of its own; empty until the start.
         active: by matrix, the singular direction that each pair was last drawn from, (r,).
         intervals: by matrix, the steps after which each direction was drawn and fused (-1: it is active), (n, 2),
             int64; counted from the first step of all runs.
@@ -53,7 +53,8 @@ class Switching(Controller):
         self.method = method
         layers = [layer for layer in adaptation.layers.values() if isinstance(layer, LowRankLinear)]
         self.importance = Importance(layers, method.beta1, method.beta2)
-        self.spectra: dict[str, Spectrum] = {}
+        self.spectra: Mapping[str, Spectrum] = {}
+        self._lengths: dict[str, int] = {}
         self.active = {matrix.name: torch.arange(matrix.rank) for matrix in adaptation.matrices}
         self.intervals = {m.name: torch.tensor([[0, -1]]).repeat(m.rank, 1) for m in adaptation.matrices}
         self.paces: dict[int, Pace] = {}
@@ -66,11 +67,10 @@ class Switching(Controller):
         return not self.spectra
 
     def take(self, sources: Mapping[str, Spectrum]) -> None:
-        self.spectra = dict(sources)
+        self.spectra, self._lengths = sources, lengths_of(sources)
 
     def directions(self, matrix: Matrix) -> int:
-        spectrum = self.spectra.get(matrix.name)
-        return super().directions(matrix) if spectrum is None else len(spectrum)
+        return self._lengths.get(matrix.name, super().directions(matrix))
 
     @property
     def _reach(self) -> int:

@@ -1,16 +1,19 @@
 """The exact, truncated singular value decomposition of a pretrained weight (Eq. 1)."""
 
-import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from srlora_pl.lowrank.method import AdaptedNetwork, ShowProgress, Sources
+from srlora_pl.lowrank.linear import Matrix
+from srlora_pl.lowrank.method import AdaptedNetwork, ShowProgress, Sources, generator_for
+from srlora_pl.lowrank.starts import subspace
 from srlora_pl.util.cache import fingerprint, keep
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import float64_device, full_precision, trained_dtype
@@ -48,9 +51,8 @@ class Spectrum:
         if not W.any():
             raise UserError(f"{name} is zero and has no singular directions, leave it out with exclude_modules")
         k = min(directions, *W.shape)
-        U, sigma, Vh = _gram_svd(W, k)
-        if sigma[-1] < _GRAM_LIMIT * sigma[0]:
-            U, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
+        found = subspace.leading(W, k, generator_for(name, 0)) if subspace.pays(min(W.shape), k) else None
+        U, sigma, Vh = found or _exact_svd(W, k)
         k = int((sigma[:k] >= _RANK_TOLERANCE * sigma[0]).sum())
         U, sigma, Vh = U[:, :k], sigma[:k], Vh[:k]
         # A pair of vectors is defined up to a common sign: take the one where the largest entry of u is positive, so
@@ -86,6 +88,12 @@ class Spectrum:
         return B.to(like.device, like.dtype), A.to(like.device, like.dtype)
 
 
+def _exact_svd(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first k singular triplets of W, at least."""
+    U, sigma, Vh = _gram_svd(W, k)
+    return (U, sigma, Vh) if sigma[-1] >= _GRAM_LIMIT * sigma[0] else torch.linalg.svd(W, full_matrices=False)
+
+
 def _gram_svd(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The first k singular triplets of W by the eigenvectors of its smaller Gram matrix, much faster than svd."""
     if W.shape[0] < W.shape[1]:
@@ -101,70 +109,126 @@ def spectra(progress: ShowProgress = iter, cache: Path | None = None) -> Sources
 
     Args:
         progress: wraps the list of matrices to show how far the computation is.
-        cache: a folder that keeps the spectra for the next start on these weights.
+        cache: a folder that keeps the spectra, for the next start on these weights and for this run: in memory is then
+            that of one matrix at a time.
     """
 
-    def find(adaptation: AdaptedNetwork) -> dict[str, Spectrum]:
-        return adaptation.run_on_rank_zero(lambda: find_here(adaptation))
+    def find(adaptation: AdaptedNetwork) -> "KeptSpectra":
+        dtype = str(trained_dtype(adaptation.matrices[0].weight.dtype)).removeprefix("torch.")
+        folder = None if cache is None else SpectrumCache(cache, f"{adaptation.weights.fingerprint}-{dtype}")
+        found = KeptSpectra(folder)
+        for matrix in progress(adaptation.matrices):
+            once = partial(find_one, adaptation, matrix, folder)
+            found.take(matrix.name, adaptation.run_on_rank_zero(once), adaptation.method.directions(matrix))
+        return found
 
-    def find_here(adaptation: AdaptedNetwork) -> dict[str, Spectrum]:
-        matrices = adaptation.matrices
-        directions = {matrix.name: adaptation.method.directions(matrix) for matrix in matrices}
-        dtype = str(trained_dtype(matrices[0].weight.dtype)).removeprefix("torch.")
-        file = None if cache is None else SpectrumCache(cache, f"{adaptation.weights.fingerprint}-{dtype}")
-        if file is not None and (found := file.read(directions)) is not None:
+    def find_one(adaptation: AdaptedNetwork, matrix: Matrix, folder: "SpectrumCache | None") -> Spectrum:
+        count = adaptation.method.directions(matrix)
+        if folder is not None and (found := folder.read(matrix.name, count)) is not None:
             return found
         with full_precision():
-            found = {}
-            for matrix in progress(matrices):
-                W0 = adaptation.weights.pretrained_weight(matrix)
-                found[matrix.name] = Spectrum.of(W0, directions[matrix.name], f"the weight of {matrix.name}")
-        if file is not None:
-            file.write(found, directions)
+            W0 = adaptation.weights.pretrained_weight(matrix)
+            found = Spectrum.of(W0, count, f"the weight of {matrix.name}")
+        if folder is not None:
+            folder.write(matrix.name, found, count)
         return found
 
     return find
 
 
 class SpectrumCache:
-    """The spectra of one network's weights, as a safetensors file.
+    """The spectra of one network's weights, each in a safetensors file of its own.
 
-    A file is taken only if it says that it was made of these very weights and its content has the digest that it
-    names: one that is truncated, damaged or another network's counts as absent.
+    A file is taken only if it says that it was made of these very weights and this matrix, and its content has the
+    digest that it names: one that is truncated, damaged or another's counts as absent.
 
     Args:
         folder: made when it is needed.
-        weights: a digest of the weights, their names and their dtype; it names the file.
+        weights: a digest of the weights, their names and their dtype; it names a folder in this one.
     """
 
     def __init__(self, folder: Path, weights: str) -> None:
-        self.file, self.weights = folder / f"{weights}.safetensors", weights
+        self.folder, self.weights = folder / weights, weights
+        self._read: dict[str, tuple[int, int]] = {}  # sizes and times of files whose digest was right
+        self._takes_files = True
 
-    def read(self, directions: Mapping[str, int]) -> dict[str, Spectrum] | None:
-        """The spectra of the named matrices, each of that many directions; None if the file cannot give them."""
+    def file(self, name: str) -> Path:
+        """Where the spectrum of the matrix ``name`` is kept."""
+        return self.folder / f"{quote(name, safe='')}.safetensors"
+
+    def read(self, name: str, directions: int) -> Spectrum | None:
+        """The spectrum of the matrix ``name``, of that many directions; None if its file cannot give it."""
+        file = self.file(name)
         try:
-            with safe_open(self.file, "pt") as content:
+            status = file.stat()
+            with safe_open(file, "pt") as content:
                 header = content.metadata() or {}
-                tensors = {name: content.get_tensor(name) for name in sorted(content.keys())}
+                tensors = {part: content.get_tensor(part) for part in _PARTS}
         except (OSError, SafetensorError):
             return None
-        if (header.get("weights"), header.get("content")) != (self.weights, fingerprint(tensors)):
+        seen = status.st_size, status.st_mtime_ns
+        if self._read.get(name) != seen and header.get("content") != fingerprint(tensors):
             return None
-        asked = json.loads(header["asked"])
-        if any(asked.get(name, 0) < count for name, count in directions.items()):
+        if (header.get("weights"), header.get("matrix")) != (self.weights, name) or int(header["asked"]) < directions:
             return None
-        found = {name: Spectrum(*(tensors[f"{name}/{part}"] for part in _PARTS)) for name in directions}
-        return {name: spectrum.first(directions[name]) for name, spectrum in found.items()}
+        self._read[name] = seen
+        return Spectrum(**tensors).first(directions)
 
-    def write(self, spectra: Mapping[str, Spectrum], directions: Mapping[str, int]) -> None:
-        """Keep ``spectra``, of which ``directions`` were asked for; a folder that takes no file is only warned of."""
-        parts = {f"{name}/{part}": getattr(spectrum, part) for name, spectrum in spectra.items() for part in _PARTS}
-        tensors = dict(sorted(parts.items()))
-        header = {"weights": self.weights, "content": fingerprint(tensors), "asked": json.dumps(dict(directions))}
+    def write(self, name: str, spectrum: Spectrum, directions: int) -> None:
+        """Keep ``spectrum``, of which ``directions`` were asked for; a folder that takes no file is only warned of."""
+        tensors = {part: getattr(spectrum, part) for part in _PARTS}
+        header = {"weights": self.weights, "matrix": name, "content": fingerprint(tensors), "asked": str(directions)}
         try:
-            keep(tensors, self.file, header)
+            if self._takes_files:
+                keep(tensors, self.file(name), header)
         except OSError as error:
-            warnings.warn(f"the singular directions cannot be kept in {self.file.parent}: {error}", stacklevel=2)
+            self._takes_files = False
+            warnings.warn(f"the singular directions cannot be kept in {self.folder}: {error}", stacklevel=2)
+
+
+class KeptSpectra(Mapping[str, Spectrum]):
+    """Spectra by matrix: read from their files whenever they are asked for, or in memory where no file keeps them.
+
+    Attributes:
+        lengths: how many triplets each has.
+    """
+
+    def __init__(self, cache: SpectrumCache | None) -> None:
+        self.lengths: dict[str, int] = {}
+        self._cache = cache
+        self._asked: dict[str, int] = {}
+        self._in_memory: dict[str, Spectrum] = {}
+
+    def take(self, name: str, spectrum: Spectrum, directions: int) -> None:
+        """Add ``spectrum``, of which ``directions`` were asked for; in each process, whose folder may be its own."""
+        self.lengths[name], self._asked[name] = len(spectrum), directions
+        held = None
+        if self._cache is not None and (held := self._cache.read(name, directions)) is None:
+            self._cache.write(name, spectrum, directions)
+            held = self._cache.read(name, directions)
+        if held is None or not all(torch.equal(getattr(held, part), getattr(spectrum, part)) for part in _PARTS):
+            self._in_memory[name] = spectrum
+
+    def __getitem__(self, name: str) -> Spectrum:
+        if self._cache is None or name in self._in_memory:
+            return self._in_memory[name]
+        if (spectrum := self._cache.read(name, self._asked[name])) is not None:
+            return spectrum
+        raise UserError(
+            f"{self._cache.file(name)} held singular directions for this run and is gone or damaged: start the run "
+            "again, or go on from its last checkpoint"
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+def lengths_of(spectra: Mapping[str, Spectrum]) -> dict[str, int]:
+    """How many triplets each of ``spectra`` has, by matrix."""
+    return spectra.lengths if isinstance(spectra, KeptSpectra) else {name: len(each) for name, each in spectra.items()}
 
 
 _PARTS = ("U", "sigma", "Vh")
