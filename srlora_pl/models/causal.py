@@ -63,9 +63,9 @@ def head(net: Any) -> Head:
 @torch.no_grad()
 def require_known_head(net: Any, name: str, input_ids: Tensor) -> None:
     """Refuse a network whose logits of tokens (1, L) are not those of `hidden_states` and `head`."""
-    expected = net(input_ids=input_ids, use_cache=False).logits.float()
+    expected = net(input_ids=input_ids, use_cache=False).logits
     hidden = hidden_states(net, input_ids)
-    found = head(net).cast(hidden.dtype).logits(hidden[0])[None]
+    found = head(net).cast(hidden.dtype).logits(hidden[0])[None].to(expected.dtype)
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
         raise UserError(
             f"model.backbone {name!r} ({type(net).__name__}) computes its logits in a way that is not known here: "

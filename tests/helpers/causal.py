@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from tests.helpers.instructions import save_tokenizer
 
 
 def tiny_llama(seed: int = 0, **kwargs) -> LlamaForCausalLM:
@@ -25,6 +29,14 @@ def tiny_llama(seed: int = 0, **kwargs) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(**settings | kwargs)).train()
+
+
+def save_llama(folder: Path) -> str:
+    """That network and a tokenizer of its size, in a folder."""
+    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(folder))
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    tiny_llama(vocab_size=len(tokenizer), **ends).save_pretrained(folder)
+    return str(folder)
 
 
 class Largest(TorchDispatchMode):

@@ -18,14 +18,25 @@ from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from torch import Tensor
 
-from srlora_pl import ImageClassifier, ImageData, SRLoRA, TextClassifier, TextData, UserError
+from srlora_pl import (
+    CausalLM,
+    ImageClassifier,
+    ImageData,
+    InstructionData,
+    SRLoRA,
+    TextClassifier,
+    TextData,
+    UserError,
+)
 from srlora_pl.cli import main
 from srlora_pl.data.images.sources import Digits
 from srlora_pl.data.texts import tokens
 from srlora_pl.lowrank.importance import all_finite
 from srlora_pl.lowrank.starts.spectrum import Spectrum
 from srlora_pl.run.run import Run
+from tests.helpers.causal import save_llama
 from tests.helpers.encoders import BERT, folder
+from tests.helpers.instructions import write
 from tests.helpers.texts import WORDS, save_tokenizer, sentence
 
 SHAPE = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -44,6 +55,10 @@ def prepare(home: Path) -> None:
         rows = (f"{sentence(1 + 7 * i % 40, i)},{i % 5 / 2}\n" for i in range(count))
         (home / "texts").mkdir(exist_ok=True)
         (home / "texts" / f"{name}.csv").write_text("text,label\n" + "".join(rows))
+    save_llama(home / "llama")
+    for name, count in {"train": 50, "val": 1, "test": HELD_OUT}.items():
+        rows = [{"prompt": "how " * (1 + i % 5), "answer": "yes " * (1 + 7 * i % 13)} for i in range(count)]
+        write(home / "questions" / f"{name}.jsonl", rows)
     (home / "pictures").mkdir()
     for i, picture in enumerate(Digits().load("test").images[:5]):
         Image.fromarray(picture.squeeze(0).numpy()).save(home / "pictures" / f"{i}.png")
@@ -168,6 +183,28 @@ def texts(home: Path, processes: int) -> dict[str, Any]:
     return found | {"test": scores}
 
 
+def answers(home: Path, processes: int) -> dict[str, Any]:
+    """Answers of many lengths, in micro-batches, and 17 questions to generate answers to."""
+    L.seed_everything(3, verbose=False)
+    module = CausalLM(str(home / "llama"), SRLoRA(rank=2, alpha=2.0, target_rank=6), lr=0.01, samples=0)
+    data = InstructionData(
+        str(home / "questions"),
+        template="{prompt}",
+        batch_size=BATCH // processes // 2,
+        max_length=64,
+        grader="exact",
+        max_new_tokens=4,
+        cache_dir=str(home / "tokens"),
+    )
+    watch = Watch()
+    run = trainer(home, processes, watch, precision="64-true", accumulate_grad_batches=2)
+    run.fit(module, data)
+    found = result(module, watch)
+    module.answers = home / f"answers{processes}.jsonl"
+    (scores,) = run.test(module, data, verbose=False)
+    return found | {"test": scores}
+
+
 # -- what only two processes do
 
 
@@ -257,6 +294,7 @@ def both(home: Path) -> None:
     tokens._tokenize = lambda *args: read.append(len(args[1])) or tokenise(*args)  # type: ignore[assignment, func-returns-value]
     found["texts"] = texts(home, 2)
     found["tokenised"] = read
+    found["answers"] = answers(home, 2)
     found["dropout"] = with_dropout(home, rank)
     found["resumed"] = {p: with_dropout(home, rank, home / f"{p}.ckpt") for p in (5, 10)}
     found["nan"] = with_nan(home, rank)

@@ -17,23 +17,18 @@ from srlora_pl import CausalLM, InstructionData, LoRA, SRLoRA, UserError, export
 from srlora_pl.models import causal
 from srlora_pl.models.generation import generate
 from srlora_pl.util.signatures import arguments_of_class, class_at
-from tests.helpers.causal import Largest, tiny_llama
-from tests.helpers.instructions import save_tokenizer, write
+from tests.helpers.causal import Largest, save_llama
+from tests.helpers.instructions import write
 from tests.helpers.paths import ROOT
 
 OVERLAYS = {file.stem: file for file in sorted((ROOT / "configs/methods").glob("*.yaml"))}
 pytestmark = pytest.mark.filterwarnings("ignore")
-VOCABULARY = 600
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> str:
     """A folder with the network and its tokenizer."""
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(folder))
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    tiny_llama(vocab_size=max(VOCABULARY, len(tokenizer)), **ends).save_pretrained(folder)
-    return str(folder)
+    return save_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

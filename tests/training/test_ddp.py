@@ -120,6 +120,18 @@ def test_texts_in_double_precision_equal_one_process(ranks, alone):
     assert two[0]["test"] == two[1]["test"] == pytest.approx(one["test"], rel=1e-12)
 
 
+def test_answers_in_double_precision_equal_one_process(ranks, alone):
+    """Micro-batches hold unequal numbers of answer tokens, and each question is answered once."""
+    two = [each["answers"] for each in ranks]
+    one = ddp_program.answers(alone, 1)
+    assert_same_run(one, two[0], 1e-9)
+    assert two[0]["test"] == two[1]["test"] == pytest.approx(one["test"], rel=1e-12)
+    together, apart = ((alone / f"answers{processes}.jsonl").read_text() for processes in (2, 1))
+    assert together == apart
+    assert together.count("\n") == ddp_program.HELD_OUT
+    assert not [*alone.glob("*.part")]
+
+
 @pytest.mark.parametrize("run", ["images", "images32", "texts", "dropout"])
 def test_processes_stay_equal_to_the_bit(ranks, run):
     one, other = (each[run] for each in ranks)
