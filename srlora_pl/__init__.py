@@ -25,6 +25,7 @@ _METHODS = (
     "LoRAXS",
     "Peft",
     "PiSSA",
+    "PrefixTuning",
     "PromptTuning",
     "ReLoRA",
     "SRLoRA",
@@ -51,7 +52,7 @@ HOMES = {
 _EXTRAS = {
     **dict.fromkeys(("TextClassifier", "TextData", "GLUEData"), ("text", "transformers")),
     **dict.fromkeys(("CausalLM", "InstructionData", "MetaMathData", "CommonsenseData"), ("text", "transformers")),
-    **dict.fromkeys(("Peft", "PromptTuning"), ("peft", "peft")),
+    **dict.fromkeys(("Peft", "PrefixTuning", "PromptTuning"), ("peft", "peft")),
 }
 __all__ = list(HOMES)
 __version__ = "0.1.0"

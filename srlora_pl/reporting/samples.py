@@ -27,10 +27,11 @@ class SampleAnswers(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        step, rows = internals.logged_step(trainer), pl_module.sample_answers()
+        rows = pl_module.sample_answers()
         for logger in trainer.loggers if rows else ():
-            log_text(logger, "samples", "\n\n---\n\n".join(map(_in_markdown, rows)), step)
-        lines = "".join(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+            text = "\n\n---\n\n".join(map(_in_markdown, rows))
+            log_text(logger, "samples", text, internals.logged_step(trainer))
+        lines = "".join(json.dumps({"step": trainer.global_step, **row}, ensure_ascii=False) + "\n" for row in rows)
         with writing_to(str(self.file)), self.file.open("ab") as file:
             file.write(lines.encode(errors="backslashreplace"))
 

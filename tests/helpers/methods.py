@@ -108,9 +108,9 @@ class OFT(Tuner):
     settings: ClassVar[dict[str, Any]] = {"peft_type": "OFT", "r": 0, "oft_block_size": 4}
 
 
-# PEFT's tuners stand for Peft; a prompt needs the embeddings of words.
+# PEFT's tuners stand for Peft; prompts and prefixes need a network of texts.
 METHODS: list[type[Method]] = [
-    *(kind for kind in methods.REGISTRY if kind not in (methods.Peft, methods.PromptTuning)),
+    *(kind for kind in methods.REGISTRY if kind not in (methods.Peft, methods.PromptTuning, methods.PrefixTuning)),
     PeftLoRA,
     IA3,
     OFT,

@@ -36,6 +36,7 @@ OVERLAYS = {
     "lora_xs": "LoRAXS",
     "peft_ia3": "Peft",
     "pissa": "PiSSA",
+    "prefix_tuning": "PrefixTuning",
     "prompt_tuning": "PromptTuning",
     "relora": "ReLoRA",
     "rslora": "LoRA",

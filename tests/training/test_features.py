@@ -11,17 +11,20 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import nn
+from transformers import AutoTokenizer
 
-from srlora_pl import Peft, PromptTuning, UserError, export_model
+from srlora_pl import CausalLM, InstructionData, Peft, PrefixTuning, PromptTuning, UserError, export_model
 from srlora_pl.lowrank import Method
 from srlora_pl.lowrank.methods import REGISTRY
 from srlora_pl.tasks.base import Task
 from srlora_pl.training import checkpoints
 from srlora_pl.util.signatures import arguments_of_class
 from srlora_pl.util.tables import markdown
+from tests.helpers.causal import tiny_llama
 from tests.helpers.digits import SmallDigits, model
 from tests.helpers.digits import trainer as digits_trainer
 from tests.helpers.encoders import BERT, ShuffledData, samples
+from tests.helpers.instructions import save_tokenizer, write
 from tests.helpers.models import encoder_folder, text_task
 from tests.helpers.paths import ROOT
 from tests.helpers.texts import WORDS
@@ -32,12 +35,24 @@ STEPS = 6
 PAGE = ROOT / "docs/features.md"
 
 
+def causal_folder(folder: Path) -> str:
+    """A network with its tokenizer, and texts for it."""
+    folder.mkdir()
+    vocabulary = len(AutoTokenizer.from_pretrained(save_tokenizer(folder)))
+    tiny_llama(vocab_size=vocabulary).save_pretrained(folder)
+    rows = [{"prompt": "how " * (1 + i % 5), "answer": "yes " * (1 + i % 3)} for i in range(40)]
+    for split in ("train", "val"):
+        write(folder / f"{split}.jsonl", rows)
+    return str(folder)
+
+
 class Trial:
     """Short runs of one method in a folder."""
 
     def __init__(self, kind: type[Method], home: Path) -> None:
         self.kind, self.home = kind, home
         self.text = encoder_folder(home / "text", BERT) if kind is PromptTuning else None
+        self.causal = causal_folder(home / "causal") if kind is PrefixTuning else None
 
     def settings(self, **more: Any) -> dict[str, Any]:
         ours: dict[str, Any] = {"rank": 2, "alpha": 4.0, "target_rank": 6, "gradient_samples": 40, "size": 4, **more}
@@ -51,12 +66,17 @@ class Trial:
         made = self.kind(**self.settings(**(method or {})))
         if self.text is not None:
             return text_task(self.text, made, **options)
+        if self.causal is not None:
+            return CausalLM(self.causal, made, **options)
         return model(method=made, mixup=0.0, cutmix=0.0, **options)
 
     def fit(self, task: Task, name: str, *callbacks: Any, ckpt_path: Path | None = None, **options: Any) -> Task:
         rows = [{**each, "input_ids": each["input_ids"] % len(WORDS)} for each in samples(40, torch.arange(40) % 2)]
-        data = SmallDigits() if self.text is None else ShuffledData(rows)
-        validation = {} if self.text is None else {"val_check_interval": None, "limit_val_batches": 0}
+        data: Any = SmallDigits() if self.text is None else ShuffledData(rows)
+        if self.causal is not None:
+            data = InstructionData(self.causal, template="{prompt}", max_length=16, batch_size=4)
+        images = self.text is None and self.causal is None
+        validation = {} if images else {"val_check_interval": None, "limit_val_batches": 0}
         run = digits_trainer(self.home / name, *callbacks, max_steps=STEPS, **validation, **options)
         run.fit(task, datamodule=data, ckpt_path=ckpt_path)
         return task
@@ -136,8 +156,8 @@ HEAD = """# What goes with which method
 
 Made and kept true by `tests/training/test_features.py`, which tries every cell on a small network. "-" is refused by
 name, before training. All methods train in `ddp` and equal one process (`tests/lowrank/test_contract.py`). `Peft` is
-tried with IA3, `PromptTuning` on BERT, all others on a ViT. A compact file holds the changes since the pretrained
-weights; where all of a network trains that is all of it.
+tried with IA3, `PromptTuning` on BERT, `PrefixTuning` on a Llama, all others on a ViT. A compact file holds the changes
+since the pretrained weights; where all of a network trains that is all of it.
 
 """
 
@@ -149,7 +169,7 @@ def outcome(trial: Trial, name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     try:
         FEATURES[name](trial)
     except (UserError, TypeError) as error:  # the second for settings that a method lacks
-        named = rf"{trial.kind.__name__}|IA3|Hydra|Prompt"
+        named = rf"{trial.kind.__name__}|IA3|Hydra|Prompt|Prefix"
         pattern = named if isinstance(error, UserError) else r"unexpected keyword argument"
         return "-" if re.search(pattern, str(error), re.IGNORECASE) else f"{type(error).__name__}: {error}"
     return "yes"

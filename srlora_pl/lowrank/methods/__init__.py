@@ -17,6 +17,7 @@ from srlora_pl.lowrank.methods.lora_sb import LoRASB
 from srlora_pl.lowrank.methods.lora_xs import LoRAXS
 from srlora_pl.lowrank.methods.peft_tuner import Peft
 from srlora_pl.lowrank.methods.pissa import PiSSA
+from srlora_pl.lowrank.methods.prefix_tuning import PrefixTuning
 from srlora_pl.lowrank.methods.prompt_tuning import PromptTuning
 from srlora_pl.lowrank.methods.relora import ReLoRA
 from srlora_pl.lowrank.methods.srlora import SRLoRA
@@ -41,6 +42,7 @@ __all__ = [
     "LoRAXS",
     "Peft",
     "PiSSA",
+    "PrefixTuning",
     "PromptTuning",
     "ReLoRA",
     "SRLoRA",
@@ -64,6 +66,7 @@ REGISTRY: list[type[Method]] = [
     HydraLoRA,
     Bottleneck,
     PromptTuning,
+    PrefixTuning,
     Peft,
     Full,
     LinearProbe,

@@ -72,7 +72,7 @@ class Peft(Method):
         tuner = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(name)
         why = _REFUSED.get(name, "")
         if issubclass(known[name], peft.config.PromptLearningConfig):
-            why = "is a prompt and no part of a layer: take srlora_pl.PromptTuning"
+            why = "is a prompt and no part of a layer: take srlora_pl.PromptTuning or PrefixTuning"
         elif getattr(tuner, "uses_shared_state", False):
             why = "keeps a state that its layers share: take another one"
         if why:

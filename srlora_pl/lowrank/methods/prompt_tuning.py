@@ -1,4 +1,4 @@
-"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691) of encoders, with PEFT's own prompts."""
+"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691), with PEFT's own prompts."""
 
 import inspect
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from srlora_pl.lowrank.linear import Adapter
 from srlora_pl.lowrank.method import Method, generator_for
 from srlora_pl.lowrank.methods.peft_tuner import library
+from srlora_pl.lowrank.methods.virtual_tokens import arguments, decoder, make_room, without_first
 from srlora_pl.util.errors import UserError, require_one_of
 from srlora_pl.util.precision import trained_dtype
 
@@ -24,6 +25,7 @@ class Prompt(Adapter):
     """
 
     adapter_names = ("default.embedding.weight",)
+    in_this_call = False  # of a decoder
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
@@ -32,9 +34,14 @@ class Prompt(Adapter):
     def adapter_parameters(self) -> list[nn.Parameter]:
         return [self.get_parameter(name) for name in self.adapter_names]
 
+    @property
+    def count(self) -> int:
+        """Of the vectors."""
+        return self.adapter_parameters()[0].shape[0]
+
     def before(self, embedded: Tensor) -> Tensor:
         """(B, L, hidden) -> (B, tokens + L, hidden)."""
-        indices = torch.arange(self.adapter_parameters()[0].shape[0], device=embedded.device)
+        indices = torch.arange(self.count, device=embedded.device)
         vectors = self.default(indices).to(embedded.dtype)
         return torch.cat([vectors.expand(len(embedded), -1, -1), embedded], 1)
 
@@ -47,14 +54,10 @@ def _with_prompt(net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     prompt: Prompt = getattr(net, _NAME)
     if prompt.disabled:
         return args, kwargs
-    given = inspect.signature(net.forward).bind(*args, **kwargs).arguments
-    given |= given.pop("kwargs", {})
-    tokens = given.pop("input_ids", None)
-    embedded = given.get("inputs_embeds")
-    if embedded is None:
-        embedded = net.get_input_embeddings()(tokens)
+    given = arguments(net, args, kwargs)
+    embedded = _embed(net, given)
     given["inputs_embeds"] = prompt.before(embedded)
-    longer = given["inputs_embeds"].shape[1] - embedded.shape[1]
+    longer = prompt.count
     mask, kinds = given.get("attention_mask"), given.get("token_type_ids")
     mask = embedded.new_ones(embedded.shape[:2], dtype=torch.long) if mask is None else mask
     given["attention_mask"] = torch.cat([mask.new_ones(len(mask), longer), mask], 1)
@@ -63,11 +66,37 @@ def _with_prompt(net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     return (), given
 
 
+def _embed(net: Any, given: dict[str, Any]) -> Tensor:
+    """The embeddings (B, L, hidden) of a call's input, whose tokens are taken out of ``given``."""
+    tokens, embedded = given.pop("input_ids", None), given.get("inputs_embeds")
+    return net.get_input_embeddings()(tokens) if embedded is None else embedded
+
+
+def _before_text(net: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`_with_prompt` of a decoder, whose cache holds the prompt from the first call of a generation on."""
+    prompt: Prompt = getattr(net, _NAME)
+    prompt.in_this_call = False
+    if prompt.disabled:
+        return args, kwargs
+    given = arguments(net, args, kwargs)
+    prompt.in_this_call = make_room("PromptTuning", net, given, prompt.count, places=True)
+    if prompt.in_this_call:
+        given["inputs_embeds"] = prompt.before(_embed(net, given))
+    return (), given
+
+
+def _only_text(net: Any, args: Any, output: Any) -> Any:
+    """A hook after it: the hidden states of the text alone, one for each of its tokens."""
+    prompt: Prompt = getattr(net, _NAME)
+    return without_first(output, prompt.count) if prompt.in_this_call else output
+
+
 class PromptTuning(Method):
-    """Trained vectors before every text of an encoder; its own weights stay.
+    """Trained vectors before every text of an encoder or of a causal language model; its own weights stay.
 
     As in PEFT they stand before the first token, so that a head which reads the first position reads theirs. They take
-    up positions: texts may be shorter by as many tokens where the network has learned its positions.
+    up positions: texts may be shorter by as many tokens where the network has learned its positions. A causal language
+    model's hidden states and logits are those of the text alone.
 
     Args:
         tokens: how many vectors.
@@ -89,8 +118,9 @@ class PromptTuning(Method):
         self.added_tokens = tokens
 
     def inject(self, net: nn.Module, taken: Sequence[str]) -> dict[str, Adapter]:
-        words = _word_embeddings(net)
-        if hasattr(net, _NAME):
+        base = decoder(net)
+        words = _word_embeddings(net, base)
+        if any(isinstance(module, Prompt) for module in net.modules()):
             raise UserError("the network has a prompt already, adapt a new one")
         peft = library(type(self).__name__)
         config = peft.PromptTuningConfig(
@@ -104,31 +134,41 @@ class PromptTuning(Method):
             prompt = Prompt(
                 peft.PromptEmbedding(config, words).to(words.weight.device, trained_dtype(words.weight.dtype))
             )
-        net.add_module(_NAME, prompt)
-        net.register_forward_pre_hook(_with_prompt, with_kwargs=True)
-        return {_NAME: prompt}
+        if base is None:
+            net.add_module(_NAME, prompt)
+            net.register_forward_pre_hook(_with_prompt, with_kwargs=True)
+        else:
+            base.add_module(_NAME, prompt)
+            base.register_forward_pre_hook(_before_text, with_kwargs=True)
+            base.register_forward_hook(_only_text)
+        return {next(name for name, module in net.named_modules() if module is prompt): prompt}
 
 
-def _word_embeddings(net: Any) -> nn.Embedding:
-    """Those of an encoder.
+def _word_embeddings(net: Any, base: nn.Module | None) -> nn.Embedding:
+    """Those of an encoder, or of a causal language model, whose decoder is ``base``.
 
     Raises:
-        UserError: there are none, or they are a decoder's, or the network cannot be given embeddings of its input.
+        UserError: there are none, or the network is another kind of decoder, or cannot be given embeddings.
     """
     find = getattr(net, "get_input_embeddings", None)
     try:
         words = find() if find else None
     except NotImplementedError:
         words = None
-    name = type(net).__name__
-    if not isinstance(words, nn.Embedding) or "inputs_embeds" not in inspect.signature(net.forward).parameters:
+    name, called = type(net).__name__, net if base is None else base
+    if not isinstance(words, nn.Embedding) or "inputs_embeds" not in inspect.signature(called.forward).parameters:
         raise UserError(
-            f"PromptTuning puts vectors before the embeddings of words, and {name} takes none: use a text encoder of "
-            "transformers, or another method"
+            f"PromptTuning puts vectors before the embeddings of words, and {name} takes none: use a text encoder or a "
+            "causal language model of transformers, or another method"
         )
+    if base is not None:
+        return words
     # The older decoders say so only by looking for the last token of a text.
     finds_end = "pad_token_id" in inspect.unwrap(type(net).forward).__code__.co_names
     both = getattr(getattr(net, "config", None), "is_encoder_decoder", False)
     if finds_end or both or any(getattr(module, "is_causal", False) for module in net.modules()):
-        raise UserError(f"PromptTuning serves encoders, and {name} is a decoder: use an encoder, or another method")
+        raise UserError(
+            f"PromptTuning serves encoders and causal language models, and {name} is another kind of decoder: use one "
+            "of those, or another method"
+        )
     return words
