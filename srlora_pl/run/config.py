@@ -89,7 +89,7 @@ def overview() -> list[str]:
     lines = []
     for file in sorted(CONFIGS.rglob("*.yaml")):
         first = file.read_text("utf-8").partition("\n")[0].lstrip("# ")
-        lines.append(f"{file.relative_to(CONFIGS).with_suffix('')!s:26}{re.split(r'[.:;](?= |$)', first)[0]}")
+        lines.append(f"{file.relative_to(CONFIGS).with_suffix('')!s:33}{re.split(r'[.:;](?= |$)', first)[0]}")
     return lines
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaForSequenceClassification
 
 import srlora_pl
 from srlora_pl import Adaptation, GLUEData, LoRA, LoRASB, SRLoRA
@@ -107,8 +107,9 @@ def test_config_parses_and_names_its_method(name: str) -> None:
     assert {key: method.init_args[key] for key in given} == given
 
 
-# Every overlay on an image and a text task, and one of them on every task.
-OVERLAID = [(name, overlay) for name in ("quickstart.yaml", "roberta_cola_lora_sb.yaml") for overlay in OVERLAYS]
+# Every overlay on an image task, a text task and a language model, and one of them on every task.
+EVERY_KIND = ("quickstart.yaml", "roberta_cola_lora_sb.yaml", "smollm2_gsm8k_srlora.yaml")
+OVERLAID = [(name, overlay) for name in EVERY_KIND for overlay in OVERLAYS]
 OVERLAID += [(name, "lora") for name in TASKS if (name, "lora") not in OVERLAID]
 
 
@@ -217,6 +218,107 @@ def test_the_roberta_configs_train_as_many_numbers_as_the_paper_lists() -> None:
         adaptation = Adaptation(net, method, ["classifier"])
         adapters = [p for layer in adaptation.layers.values() for p in layer.adapter_parameters() if p.requires_grad]
         assert sum(p.numel() for p in adapters) == numbers
+
+
+class Language(NamedTuple):
+    """What LoRA-SB's paper and its authors' code give for a language model; counts in millions of numbers."""
+
+    backbone: str
+    shapes: dict[str, int]
+    lr: float
+    schedule: str
+    dropout: float
+    rows: int
+    batch: int
+    length: int
+    epochs: int
+    warmup: int
+    lora: float
+    lora_sb: float
+
+
+_MATH: dict[str, Any] = {"lr": 1e-4, "schedule": "cosine", "dropout": 0.0, "rows": 50_000, "batch": 1, "length": 512}
+_MATH |= {"epochs": 1, "warmup": 32}
+LANGUAGE = {
+    "llama3.2_3b_commonsense": Language(
+        "meta-llama/Llama-3.2-3B",
+        {"layers": 28, "hidden": 3072, "inner": 8192, "heads": 24, "kv": 8, "head": 128},
+        *(2e-3, "linear", 0.05, 170_420, 6, 256, 2, 36),
+        *(48.63, 1.81),
+    ),
+    "mistral_7b_math": Language(
+        "mistralai/Mistral-7B-v0.1",
+        {"layers": 32, "hidden": 4096, "inner": 14336, "heads": 32, "kv": 8, "head": 128},
+        **_MATH,
+        lora=83.89,
+        lora_sb=2.06,
+    ),
+    "gemma2_9b_math": Language(
+        "google/gemma-2-9b",
+        {"layers": 42, "hidden": 3584, "inner": 14336, "heads": 16, "kv": 8, "head": 256},
+        **_MATH,
+        lora=108.04,
+        lora_sb=2.71,
+    ),
+}
+
+
+@pytest.mark.parametrize("method", ["lora_sb", "srlora"])
+@pytest.mark.parametrize("task", LANGUAGE)
+def test_language_configs_hold_the_papers_settings(task: str, method: str) -> None:
+    settings, paper = parse(f"{task}_{method}.yaml"), LANGUAGE[task]
+    model, data, trainer = settings.model.init_args, settings.data.init_args, settings.trainer
+    assert (model.backbone, model.optimizer, model.weight_decay) == (paper.backbone, "adamw", 0.01)
+    assert (model.schedule, model.warmup_steps) == (paper.schedule, paper.warmup)
+    own = model.method.init_args
+    assert own.target_modules == "all-linear"
+    if method == "lora_sb":
+        assert (model.lr, own.dropout, model.weights) == (paper.lr, paper.dropout, "bfloat16")
+        assert (own.rank, own.alpha, own.first_step, own.gradient_samples) == (96, None, "adamw", 0.001)
+    else:
+        assert model.weights == "float32"  # a switch changes them
+        assert (own.rank, own.alpha, own.fusion_ratio, own.beta1, own.beta2) == (32, 32.0, 0.5, 0.85, 0.85)
+    assert (data.template, data.boundary, data.too_long, data.val_fraction) == ("lora_sb", "merged", "cut", 0.0)
+    assert (data.batch_size, data.max_length) == (paper.batch, paper.length)
+    assert (trainer.precision, trainer.max_epochs, trainer.gradient_clip_val) == ("bf16-mixed", paper.epochs, 1.0)
+    steps = -(-paper.rows // (data.batch_size * trainer.accumulate_grad_batches)) * paper.epochs
+    assert trainer.accumulate_grad_batches == 32
+    assert model.warmup_steps == -(-steps // 50)  # 2 %, rounded up
+    if "math" in task:
+        assert data.limit == paper.rows
+
+
+@pytest.mark.parametrize("method", ["lora_sb", "srlora"])
+@pytest.mark.parametrize("task", LANGUAGE)
+def test_each_line_of_a_language_config_says_where_it_is_from(task: str, method: str) -> None:
+    lines = (ROOT / f"configs/{task}_{method}.yaml").read_text().splitlines()
+    values = [line for line in lines if re.match(r"\s*\w+: *\S", line) and "class_path" not in line]
+    assert len(values) > 20
+    for line in values:
+        assert re.search(r"  # (the paper|the authors' code|SRLoRA's paper|ours)(\W.*)?$", line), line
+
+
+@pytest.mark.parametrize("task", LANGUAGE)
+def test_the_language_configs_train_as_many_numbers_as_the_paper_lists(task: str) -> None:
+    """LoRA of rank 32, and LoRA-SB of rank 96; of one block, times their number."""
+    paper, target = LANGUAGE[task], parse(f"{task}_lora_sb.yaml").model.init_args.method.init_args.target_modules
+    shapes = paper.shapes
+    config = LlamaConfig(
+        hidden_size=shapes["hidden"],
+        intermediate_size=shapes["inner"],
+        num_attention_heads=shapes["heads"],
+        num_key_value_heads=shapes["kv"],
+        head_dim=shapes["head"],
+        num_hidden_layers=2,
+        vocab_size=8,
+    )
+    for method, numbers in ((LoRA(32, target_modules=target), paper.lora), (LoRASB(96), paper.lora_sb)):
+        with torch.device("meta"):
+            net = LlamaForCausalLM(config)
+        adaptation = Adaptation(net, method, [])
+        assert len(adaptation.layers) == 2 * 7
+        adapters = [p for layer in adaptation.layers.values() for p in layer.adapter_parameters() if p.requires_grad]
+        assert sum(p.numel() for p in adapters) / 2 * shapes["layers"] / 1e6 == pytest.approx(numbers, abs=0.006)
 
 
 class Rows:

@@ -44,8 +44,8 @@ class MetaMathData(InstructionDataModule):
 
     Args:
         root: ``meta-math/MetaMathQA`` on the hub, or a folder with ``MetaMathQA-395K.json`` or ``train.jsonl`` (columns
-            ``query`` and ``response``), ``gsm8k/test.jsonl`` and ``math/test.jsonl``. Where it has only
-            ``gsm8k/train.jsonl`` to train on, that is rewritten to MetaMathQA's form.
+            ``query`` and ``response``), ``gsm8k/test.jsonl`` and ``math/test.jsonl``. What has only GSM8K to train on,
+            a folder with ``gsm8k/train.jsonl`` or ``openai/gsm8k``, is rewritten to MetaMathQA's form.
         test_root: a folder with the test files; by default ``root``, and the hub if that is there.
         test_sets: some of ``gsm8k`` and ``math``; by default those that are there.
         template: ``lora_sb``, which ends prompts to answer in ``Let's think step by step.`` (Ponkshe et al. 2024,
@@ -120,22 +120,28 @@ class MetaMathData(InstructionDataModule):
         ]
 
     def _read_train(self) -> list[Sample]:
+        part = "train" if self.limit is None else f"train[:{self.limit}]"
+        if self.root == _TESTS["gsm8k"][3]:
+            return _rewritten(from_hub(self.root, part, "main"))
         if self.folder is None:
-            part = "train" if self.limit is None else f"train[:{self.limit}]"
             return _samples(from_hub(self.root, part), "query", "response", "of MetaMathQA")
         found = next((file for name in _TRAIN if (file := self.folder / name).is_file()), None)
         if found is not None:
             return _samples(from_file(found), "query", "response", "of MetaMathQA")
         if not (self.folder / _GSM8K_TRAIN).is_file():
             raise UserError(f"data.root '{self.root}' has none of {listed([*_TRAIN, _GSM8K_TRAIN])}; put one there.")
-        rows = _samples(from_file(self.folder / _GSM8K_TRAIN), "question", "answer", "of GSM8K")
-        return [_sample(row.columns["query"], as_metamath(row.answer or ""), row.where) for row in rows]
+        return _rewritten(from_file(self.folder / _GSM8K_TRAIN))
 
 
 def as_metamath(answer: str) -> str:
     """An answer of GSM8K in the form of MetaMathQA's: without marks ``<<1+1=2>>``, and with its end said once more."""
     answer = re.sub(r"<<.*?>>", "", answer)
     return f"{answer}\nThe answer is: {answer.rpartition('#### ')[2].strip()}"
+
+
+def _rewritten(source: Source) -> list[Sample]:
+    rows = _samples(source, "question", "answer", "of GSM8K")
+    return [_sample(row.columns["query"], as_metamath(row.answer or ""), row.where) for row in rows]
 
 
 def _samples(source: Source, question: str, answer: str, whose: str, is_asked: bool = False) -> list[Sample]:

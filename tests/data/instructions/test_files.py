@@ -178,7 +178,8 @@ def test_tokens_are_kept_by_tokenizer_and_template(tmp_path: Path) -> None:
     assert kept(max_length=32, padding="pack", train_on="all", too_long="cut") == 1
     assert first.stat().st_mtime_ns == before
     assert kept(template="{prompt}") == 2
-    assert kept(template="{prompt}", boundary="merged") == 3
+    assert kept(template="{prompt}?") == 3
+    assert kept(template="{prompt}", boundary="merged") == 4
     first.write_bytes(first.read_bytes()[:-10])
     assert len(loaded(file, tmp_path).train_set) == 9
     assert first.stat().st_mtime_ns > before

@@ -101,6 +101,10 @@ def test_metamathqa_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert asked[:2] == [("meta-math/MetaMathQA", None, "train[:50000]"), ("openai/gsm8k", "main", "test")]
     assert len(asked) == 2 + 7
     assert len(data.samples("math")) == 7
+    asked.clear()
+    alone = MetaMathData("openai/gsm8k", test_sets=["gsm8k"], limit=None)
+    assert [sample.answer for sample in alone.samples("train")] == [as_metamath(row["answer"]) for row in GSM8K]
+    assert asked == [("openai/gsm8k", "main", "train")]
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_a_template_that_writes_earlier_turns_in_another_way_is_refused(tmp_path
     forgets = CHAT.replace("{% for message in messages %}", "{% for message in messages[-3:] %}")
     assert "blue" in marked(conversation(tmp_path, chat("Nina?", "blue"), forgets))
     with pytest.raises(UserError, match=mentions("chat template", "message 4", "line 1", "train.jsonl")):
-        conversation(tmp_path, chat("Nina?", "blue", "and?", "12"), forgets)
+        conversation(tmp_path, chat("Nina?", "blue", "and?", "12 " * 40), forgets)
 
 
 def test_a_row_that_the_template_refuses(tmp_path: Path) -> None:
