@@ -6,7 +6,12 @@ On random matrices, whose flat spectra are the slowest, and on ones whose singul
 """
 
 import argparse
+import sys
 import time
+from pathlib import Path
+
+if not __package__:  # run as a file, whose folder holds a kernels.py that transformers would take for a package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor
