@@ -14,6 +14,8 @@ from benchmarks import quickstart_table
 from benchmarks.comparison import lora_sb_grader
 from benchmarks.step_time import STEPS, Variant, image_batches, method_of, network, ratios
 from srlora_pl.util.errors import UserError
+from tests.helpers import instructions
+from tests.helpers.causal import tiny_llama
 from tests.helpers.paths import ROOT
 from tests.helpers.waiting import run
 
@@ -197,3 +199,34 @@ def test_a_file_is_graded_as_the_authors_did(tmp_path):
         "gsm8k": {"ours": pytest.approx(100 / 3), "theirs": pytest.approx(200 / 3)},
         "math": {"ours": pytest.approx(100 / 3), "theirs": pytest.approx(200 / 3)},
     }
+
+
+# -- causal language models
+
+
+@pytest.fixture
+def small_llama(tmp_path: Path) -> Path:
+    """A folder with a random Llama, and one with a file of GSM8K's form."""
+    tiny_llama(vocab_size=2048, max_position_embeddings=1024).save_pretrained(tmp_path / "llama")
+    instructions.save_tokenizer(tmp_path / "llama")
+    rows = [{"question": "What is it? " * (1 + i % 7), "answer": f"It is {i}.\n#### {i}"} for i in range(40)]
+    instructions.write(tmp_path / "gsm8k/train.jsonl", rows)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["memory", "time"])
+def test_causal_compares_methods_with_peft(what, small_llama):
+    words = ["-m", "benchmarks.causal", what, "--backbone", small_llama / "llama", "--batch", 2, "--rounds", 2]
+    result = result_of([*words, "--length", 16, "--precision", "bf16"], ROOT)
+    assert {*result["ratios"]} == {"lora_vs_peft", "srlora_vs_peft"}
+    assert all(value > 0 for value in result["ratios"].values())
+
+
+@pytest.mark.slow
+def test_causal_pads_pefts_random_batches_and_ours_by_length(small_llama):
+    words = ["-m", "benchmarks.causal", "time", "--backbone", small_llama / "llama", "--variants", "lora"]
+    words += ["--length", "gsm8k", "--root", small_llama, "--batch", 5, "--rounds", 8]
+    result = result_of(words, ROOT)
+    filled = {name: sum(result["tokens"][name]) / sum(result["places"][name]) for name in ("lora", "peft")}
+    assert 1 >= filled["lora"] > filled["peft"] > 0.3

@@ -1,6 +1,6 @@
 """LoRA-SB's own grading (arXiv:2411.19557), to hold numbers against that paper's; not for results of one's own.
 
-    python -m benchmarks.comparison.lora_sb_grader runs/mistral_7b_math-lora_sb/version_0/predictions.jsonl
+    python -m benchmarks.comparison.lora_sb_grader runs/mistral_7b_math_lora_sb-lorasb/version_0/predictions.jsonl
 
 It prints each split's accuracy as ``srlora grade`` counts it, and as the authors' code does. That code counts as right,
 besides normalised strings that are equal:

@@ -30,7 +30,7 @@ FEW += ["--trainer.enable_progress_bar=false", "--data.batch_size=8"]
 FEW += ["--model.warmup_steps=0"]
 SHORT = {"fit": FEW, "compare": FEW}
 OTHERS = ("tensorboard", "wandb", "hf", "git", "cd", "export", "source", "ruff", "mypy", "pre-commit")
-OTHERS += ("sphinx-build", "run")
+OTHERS += ("sphinx-build", "run", "lm_eval")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
@@ -84,6 +84,7 @@ def inputs(home: Path) -> None:
     rows = [f"It is w{i}.,{('no', 'yes')[i % 2]}" for i in range(32)]
     write(home / "my_texts/train.csv", "text,label", *rows)
     write(home / "new.csv", "text", "Is it?", "It is.")
+    write(home / "questions.jsonl", '{"prompt": "Is it?"}')
     write(home / "pairs.tsv", "question\tanswer\tscore", "Is it?\tIt is.\t0.5")
     write(home / "FILE", "in place of a checkpoint")
     cola(home / "glue")

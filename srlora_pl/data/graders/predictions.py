@@ -11,6 +11,7 @@ from srlora_pl.util.errors import UserError
 from srlora_pl.util.tables import markdown
 
 _KINDS = {"split": str, "index": int, "text": str, "reference": str, "finished": bool}
+_LIKELY = {"split": str, "index": int, "correct": bool, "answer": str}  # of lines with scores, chosen by likelihood
 Line = dict[str, Any]
 
 
@@ -29,7 +30,8 @@ def read(path: Path) -> list[Line]:
         if not text:
             continue
         line = _line(text)
-        wrong = [key for key, kind in _KINDS.items() if not isinstance(line.get(key), kind)]
+        kinds = _LIKELY if line.get("scores") else _KINDS
+        wrong = [key for key, kind in kinds.items() if not isinstance(line.get(key), kind)]
         if wrong:
             raise UserError(f"{path} line {number} has no {wrong[0]}: give a predictions.jsonl of a run")
         lines[line["split"], line["index"]] = line
@@ -42,8 +44,8 @@ def graded(lines: list[Line], name: str | None, math_grader: str) -> dict[str, l
     """Each line with its new grade, by split.
 
     Args:
-        name: of the grader; by default each line's own. Without it lines with ``scores``, which were answered by
-            likelihood, keep the grade that they have.
+        name: of the grader; by default each line's own. Lines with ``scores``, whose answer was the most likely
+            option, keep the grade that they have.
 
     Raises:
         UserError: a line names no grader, or its grader cannot grade it.
@@ -54,8 +56,8 @@ def graded(lines: list[Line], name: str | None, math_grader: str) -> dict[str, l
         return grader(name, options=options, math_grader=math_grader)
 
     def grade(line: Line) -> Grade:
-        if line.get("scores") and not name:
-            return Grade(bool(line.get("correct")), line.get("answer"))
+        if line.get("scores"):
+            return Grade(line["correct"], line["answer"])
         if not (chosen := name or line.get("grader")):
             place = f"sample {line['index']} of {line['split']}"
             raise UserError(f"{place} was predicted without a grader: name one with --grader, such as exact")
@@ -74,7 +76,7 @@ def report(path: Path, name: str | None = None, math_grader: str = "hendrycks") 
         counts = [
             len(pairs),
             sum(grade.correct for _, grade in pairs),
-            sum(not line["finished"] for line, _ in pairs),
+            sum(not line.get("finished", True) for line, _ in pairs),
             sum(grade.answer is None for _, grade in pairs),
         ]
         accuracies.append(100 * counts[1] / counts[0])

@@ -21,7 +21,16 @@ LINES = [
     line("gsm8k", 3, "The answer is: 7", "#### 7", "gsm8k"),
     line("math", 0, "The answer is: 1+x", r"\boxed{x+1}", "math"),
     line("boolq", 0, "the correct answer is\u2028true", "true", "options", options=["true", "false"]),
-    line("boolq", 1, "", "true", "options", correct=True, answer="true", options=["true", "false"], scores=[1.0, 0.5]),
+    {
+        "split": "boolq",
+        "index": 1,
+        "prompt": "?",
+        "reference": "true",
+        "correct": True,
+        "answer": "true",
+        "grader": "likelihood",
+        "scores": {"true": -0.5, "false": -1.0},
+    },
 ]
 
 
@@ -57,7 +66,8 @@ def test_another_grader_may_be_named(tmp_path: Path) -> None:
     pytest.importorskip("math_verify")
     file = file_of(tmp_path, LINES)
     assert table(tmp_path, file, "--math_grader", "math_verify")["math"][0] == "100.00"
-    assert table(tmp_path, file, "--grader", "exact")["mean"][0] == "0.00"
+    exact = table(tmp_path, file, "--grader", "exact")
+    assert [exact[split][0] for split in ("gsm8k", "math", "boolq")] == ["0.00", "0.00", "50.00"]
     assert (
         table(tmp_path, file_of(tmp_path, [line("own", 0, "a", "a", None)]), "--grader", "exact")["own"][0] == "100.00"
     )
@@ -72,6 +82,7 @@ def test_another_grader_may_be_named(tmp_path: Path) -> None:
         (b"[1]\n", (), "line 1 has no split"),
         (b"\xff\xfe", (), "cannot be read as text"),
         ([*LINES[:1], {"split": "gsm8k", "index": 1}], (), "line 2 has no text"),
+        ([{"split": "boolq", "index": 1, "scores": {"a": 1}}], (), "line 1 has no correct"),
         ([line("own", 4, "a", "a", None)], (), "sample 4 of own was predicted without a grader"),
         ([line("own", 4, "a", "a", "gms8k")], (), "did you mean 'gsm8k'?"),
         (LINES, ("--grader", "gsm8k"), "no whole number in the reference"),
