@@ -9,10 +9,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from srlora_pl import UserError
-from srlora_pl.lowrank import Adaptation, LoRASB, gradients
+from srlora_pl.lowrank import Adaptation, LoRAGA, LoRASB, gradients
 from srlora_pl.lowrank.linear import Matrix
+from srlora_pl.lowrank.starts import gradient
 from tests.helpers.errors import mentions
-from tests.helpers.toys import toy_batches, toy_net
+from tests.helpers.toys import assert_same_state, full_rank_losses, toy_batches, toy_net
 
 LOSS = partial(nn.functional.cross_entropy, reduction="none")
 
@@ -122,6 +123,57 @@ def test_they_are_those_of_training_mode_and_depend_on_the_seed_alone() -> None:
 
     assert torch.equal(total(1), total(1, drawn=5))
     assert not torch.equal(total(1), total(2))  # other elements are dropped
+
+
+class Deep(Drops):
+    """Four blocks with weights of 1,056 numbers in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = toy_net(dtype=torch.float64, depth=4)
+
+
+@pytest.mark.parametrize("kind", [LoRASB, LoRAGA])
+@pytest.mark.parametrize(
+    ("memory", "passes"),
+    [
+        (10**6, [[0, 1, 2, 3]]),
+        (2 * 8 * 1056, [[0, 1], [2, 3]]),
+        (2 * 8 * 1056 - 1, [[0], [1], [2], [3]]),
+        (1, [[0], [1], [2], [3]]),
+    ],
+)
+def test_several_passes_give_the_same_to_the_bit(kind, memory, passes, monkeypatch) -> None:
+    def started(batches) -> tuple[Adaptation, list]:
+        net, seen = Deep(), []
+        torch.manual_seed(7)
+        adaptation = Adaptation(net, kind(rank=2, alpha=4.0))
+
+        def losses(batch):
+            seen.append(batch)
+            return full_rank_losses(net.net, (net.dropout(net.norm(batch[0])), batch[1]))
+
+        adaptation.start(gradients(losses, batches, lr=0.1))
+        return adaptation, seen
+
+    batches = toy_batches(3, dtype=torch.float64)
+    expected, seen = started(batches)
+    assert len(seen) == 3
+    of, sums, groups = gradient._sums, [], []
+
+    def watched(adaptation, layers, *args):
+        groups.append(sorted({int(name.split(".")[2]) for name in layers}))
+        found = of(adaptation, layers, *args)
+        sums.append(sum(total.nbytes for total in found[0].values()))
+        return found
+
+    monkeypatch.setattr(gradient, "_MEMORY", memory)
+    monkeypatch.setattr(gradient, "_sums", watched)
+    other, seen = started(iter(batches))
+    assert groups == passes
+    assert len(seen) == 3 * len(passes)
+    assert max(sums) <= max(memory, 8 * 1056)
+    assert_same_state(other.net, expected.net)
 
 
 def test_a_second_start_estimates_nothing() -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,8 +13,12 @@ from torch import Tensor, nn
 from srlora_pl.lowrank.linear import AdaptedLinear
 from srlora_pl.lowrank.method import AdaptedNetwork, Gradient, ShowProgress, Sources, generator_for
 from srlora_pl.lowrank.starts.spectrum import Spectrum
+from srlora_pl.lowrank.target_settings import is_below
+from srlora_pl.lowrank.targets import repeated_blocks
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision, trained_dtype
+
+_MEMORY = 2 * 2**30  # bytes of sums on the host in one pass over the batches, unless a block of layers needs more
 
 
 def gradients(
@@ -24,36 +30,52 @@ def gradients(
     gradients, buffers and modes, and torch's random state stay as they are. In a process group each process gives its
     own batches, and their sums are added up.
 
+    The sums lie in the host's memory. Where all of them need more than 2 GiB, several passes over the same batches
+    each take some of the network's blocks, with the same result to the bit.
+
     Args:
         losses: the loss of each sample of a batch, (B,).
-        batches: of training samples, on the device of the network.
+        batches: of training samples, on the device of the network; kept where there are several passes.
         lr: the learning rate with which full fine-tuning would take its first step; LoRA-SB needs it.
-        progress: wraps the list of matrices to show how far the decomposition is.
+        progress: wraps the list of matrices to show how far the decomposition is; in each pass.
     """
 
     def find(adaptation: AdaptedNetwork) -> dict[str, Spectrum]:
-        device = adaptation.matrices[0].weight.device
-        own, seen = _sums(adaptation, losses, batches)
-        samples = int(_over_processes(torch.tensor(seen), device))
-        if not samples:
-            raise UserError("there are no samples to estimate gradients from, give gradients() some batches")
-        totals = {name: _over_processes(total, device) for name, total in own.items()}
+        groups, found = _groups(adaptation), dict[str, Spectrum]()
+        given = batches if len(groups) == 1 else [*batches]
+        for layers in groups:
+            totals, samples = _sums(adaptation, layers, losses, given)
+            found |= adaptation.run_on_rank_zero(partial(decompose, adaptation, totals, samples))
+        return found
 
-        def decompose() -> dict[str, Spectrum]:
-            found = {}
-            with full_precision():
-                for matrix in progress(adaptation.matrices):
-                    total = matrix.of_weight(totals[matrix.layer_name]).to(matrix.weight.device)
-                    name = f"the gradient of {matrix.name}"
-                    if not total.isfinite().all():
-                        raise UserError(f"{name} holds NaN or infinity, see to the samples and the pretrained weights")
-                    step = adaptation.method.step_of(Gradient(total, samples, lr))
-                    found[matrix.name] = Spectrum.of(step, adaptation.method.directions(matrix), name)
-            return found
-
-        return adaptation.run_on_rank_zero(decompose)
+    def decompose(adaptation: AdaptedNetwork, totals: dict[str, Tensor], samples: int) -> dict[str, Spectrum]:
+        found = {}
+        with full_precision():
+            for matrix in progress([matrix for matrix in adaptation.matrices if matrix.layer_name in totals]):
+                total = matrix.of_weight(totals[matrix.layer_name]).to(matrix.weight.device)
+                name = f"the gradient of {matrix.name}"
+                if not total.isfinite().all():
+                    raise UserError(f"{name} holds NaN or infinity, see to the samples and the pretrained weights")
+                step = adaptation.method.step_of(Gradient(total, samples, lr))
+                found[matrix.name] = Spectrum.of(step, adaptation.method.directions(matrix), name)
+        return found
 
     return find
+
+
+def _groups(adaptation: AdaptedNetwork) -> list[dict[str, AdaptedLinear]]:
+    """The adapted layers by name, in the groups of each pass: neighbouring blocks whose sums fit into the memory."""
+    layers = {matrix.layer_name: matrix.layer for matrix in adaptation.matrices}
+    blocks, groups, room = repeated_blocks(adaptation.net), list[dict[str, AdaptedLinear]](), 0
+    for _, names in groupby(layers, lambda name: next((block for block in blocks if is_below(name, [block])), name)):
+        block = {name: layers[name] for name in names}
+        need = sum(layer.weight.numel() * trained_dtype(layer.weight.dtype).itemsize for layer in block.values())
+        if need > room:
+            groups.append({})
+            room = _MEMORY
+        groups[-1] |= block
+        room -= need
+    return groups
 
 
 def _over_processes(values: Tensor, device: torch.device) -> Tensor:
@@ -66,22 +88,29 @@ def _over_processes(values: Tensor, device: torch.device) -> Tensor:
 
 
 def _sums(
-    adaptation: AdaptedNetwork, losses: Callable[[Any], Tensor], batches: Iterable[Any]
+    adaptation: AdaptedNetwork,
+    layers: dict[str, AdaptedLinear],
+    losses: Callable[[Any], Tensor],
+    batches: Iterable[Any],
 ) -> tuple[dict[str, Tensor], int]:
-    """The gradients (out, in) of this process's samples by layer, summed on the CPU, and the number of samples."""
-    layers = {matrix.layer_name: matrix.layer for matrix in adaptation.matrices}
+    """The gradients (out, in) of ``layers`` summed over all samples, on the CPU, and the number of samples."""
     totals = {
         name: torch.zeros(layer.weight.shape, dtype=trained_dtype(layer.weight.dtype)) for name, layer in layers.items()
     }
     trained = [p for layer in layers.values() for p in layer.adapter_parameters() if p.requires_grad]
-    samples = 0
+    seen, device = 0, adaptation.matrices[0].weight.device
     with _as_it_was(adaptation.net, adaptation.seed), _gathered(layers, totals):
         for batch in batches:
             with torch.enable_grad():
                 loss = losses(batch)
                 # The adapters' own gradients are by the way: every path to a layer's output leads to one of them.
                 torch.autograd.grad(loss.sum(), trained, allow_unused=True)
-            samples += len(loss)
+            seen += len(loss)
+    samples = int(_over_processes(torch.tensor(seen), device))
+    if not samples:
+        raise UserError("there are no samples to estimate gradients from, give gradients() some batches")
+    for name in totals:
+        totals[name] = _over_processes(totals[name], device)
     return totals, samples
 
 
