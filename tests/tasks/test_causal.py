@@ -222,7 +222,7 @@ def test_a_training_step_never_holds_all_logits(llama, texts, tmp_path):
     rows = int((batch["labels"] != -100).sum())
     with Largest() as seen:
         task.training_loss(batch).backward()
-    assert 8 * task.vocab_size <= seen.numel < rows * task.vocab_size / 3
+    assert 8 * task.vocab_size <= seen.numel < rows * task.vocab_size / 2
 
 
 # -- validation
