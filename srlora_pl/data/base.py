@@ -339,7 +339,7 @@ class DataModule(L.LightningDataModule):
 
     # -- checkpoint
 
-    def _fingerprint(self) -> dict[str, int | float]:
+    def _fingerprint(self) -> dict[str, int | float | str]:
         """Everything that the order depends on, besides the count."""
         return {
             "seed_everything": run_seed(),

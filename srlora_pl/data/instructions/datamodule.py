@@ -331,13 +331,13 @@ class InstructionDataModule(OfTokens):
         """Batches in a step."""
         return self.trainer.accumulate_grad_batches if self.trainer else 1
 
-    def _fingerprint(self) -> dict[str, int | float]:
+    def _fingerprint(self) -> dict[str, int | float | str]:
         singles = self._train().singles
         assert isinstance(singles, Answers)
         return {
             **super()._fingerprint(),
             "data.max_length": self.max_length,
-            "data.padding pack": self.padding == "pack",
+            "data.padding": self.padding,
             "tokens to train on": int(singles.trained_tokens.sum()),
         }
 

@@ -130,7 +130,9 @@ class Packs(KeyedDataset):
 
     def tokens(self, epoch: int) -> Tensor:
         """The trained tokens of each row in an epoch, int64 (n,)."""
-        return torch.stack([self.samples.trained_tokens[each].sum() for each in self.members(epoch)])
+        rows = torch.arange(len(self)).repeat_interleave(torch.tensor(self._sizes))
+        tokens = self.samples.trained_tokens[torch.cat(list(self.members(epoch)))]
+        return torch.zeros(len(self), dtype=torch.int64).index_add(0, rows, tokens)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         index, epochs = split_keys(keys)

@@ -191,7 +191,7 @@ class TextDataModule(OfTokens):
         generator = torch.Generator().manual_seed(derive(run_seed(), _BUCKETS, epoch))
         return in_buckets(order, self.train_set.padded_lengths, size, generator)
 
-    def _fingerprint(self) -> dict[str, int | float]:
+    def _fingerprint(self) -> dict[str, int | float | str]:
         lengths = {"data.max_length": self.max_length, "data.pad_to_max_length": self._pads_to_max_length}
         return {**super()._fingerprint(), **lengths}
 

