@@ -191,7 +191,7 @@ def test_a_batch_that_no_sampler_asks_for_counts_its_own_tokens(make: Any) -> No
     for padding in PADDINGS:
         data = make(padding=padding)
         (batch,) = list(data.sampled_batches(3))
-        assert len(batch["index"]) == 3  # samples, not rows of several
+        assert [tokens.count(EOS) for tokens in trained(batch)] == [1, 1, 1]  # samples, not rows of several
         for each in (batch, data.trial_batch()):
             assert each["step_tokens"] == (each["labels"] >= 0).sum()
 
