@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 from torch import nn
-from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from srlora_pl import lowrank
 from srlora_pl.lowrank import Adaptation, Method
@@ -85,6 +85,17 @@ def test_a_tuner_of_peft_trains_what_peft_counts() -> None:
     assert trained_beside_the_head("vit", lowrank.Peft(config)) == 12 * (3 * 768 + 3072)
 
 
+def test_prefix_tuning_trains_a_key_and_a_value_for_each_token_layer_and_head() -> None:
+    """In the shape of Llama-3.2-3B: 28 layers with 8 heads of keys and values, each 128 wide."""
+    config = LlamaConfig(
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8
+    )
+    with torch.device("meta"):
+        net = LlamaForCausalLM(config)
+    Adaptation(net, lowrank.PrefixTuning(20))
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 20 * 28 * 2 * 8 * 128
+
+
 def test_every_method_is_counted() -> None:
-    counted = {*EXPECTED, "Full", "GaLore", "PromptTuning", "Bottleneck", "Peft"}
+    counted = {*EXPECTED, "Full", "GaLore", "PromptTuning", "PrefixTuning", "Bottleneck", "Peft"}
     assert {kind.__name__ for kind in REGISTRY} == counted
