@@ -39,6 +39,11 @@ def hold_out(strata: Tensor, fraction: float, seed: int, kind: str) -> tuple[Ten
     """
     kept, held = stratified_split(strata, fraction, seed)
     counts = strata.bincount()
+    if fraction > 0 and len(strata) == 1:
+        raise UserError(
+            f"There is one training {kind} only, so that data.val_fraction {fraction} holds none out; train on more, "
+            f"or set it to 0 and use a validation split of your own."
+        )
     if fraction > 0 and not len(held):
         why = f"is not one {kind}" if counts.max() > 1 else f"holds none out, as no class has two {kind}s"
         raise UserError(

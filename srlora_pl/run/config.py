@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from srlora_pl.run import source
-from srlora_pl.util.errors import UserError, did_you_mean, listed
+from srlora_pl.util.errors import UserError, did_you_mean, listed, shortened
 from srlora_pl.util.files import relative, writing_to
 from srlora_pl.util.program import CONFIGS
 from srlora_pl.util.signatures import arguments_of_class, class_at
@@ -66,9 +66,9 @@ def read(path: str) -> Node:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a YAML text file") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold settings as 'key: value' lines, not {_shortened(content)}")
+        raise UserError(f"{path} must hold settings as 'key: value' lines, not {shortened(content)}")
     if not isinstance(content.get("trainer", {}), dict):
-        raise UserError(f"trainer in {path} must hold settings of its own, not {_shortened(content['trainer'])}")
+        raise UserError(f"trainer in {path} must hold settings of its own, not {shortened(content['trainer'])}")
     return content
 
 
@@ -178,14 +178,14 @@ def changes(before: Node, after: Node) -> list[str]:
         elif key in _JOINED and isinstance(old or [], list) and isinstance(new or [], list):
             found += _changed_objects(key, old or [], new or [])
         else:
-            found.append(f"{key} {_shortened(new)} (was {_shortened(old)})")
+            found.append(f"{key} {shortened(new)} (was {shortened(old)})")
     return found
 
 
 def _changed_objects(key: str, old: list[Any], new: list[Any]) -> list[str]:
     before, after = ({class_name(each): _as_object(each) for each in every} for every in (old, new))
     if len(before) < len(old) or len(after) < len(new):  # several of one class
-        return [f"{key} {_shortened(new)} (was {_shortened(old)})"]
+        return [f"{key} {shortened(new)} (was {shortened(old)})"]
     both = [name for name in after if name in before]
     found = [f"{key} {name}.{change}" for name in both for change in changes(before[name], after[name])]
     found += [f"{key} with {name}" for name in after if name not in before]
@@ -282,8 +282,3 @@ def _is_same_object(one: Any, other: Any) -> bool:
 
 def _as_object(node: Any) -> Node:
     return node if isinstance(node, dict) else {"class_path": node}
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -11,6 +11,7 @@ from srlora_pl.data.graders import Grader, grader
 from srlora_pl.data.protocols import Batch, Generation, Question
 from srlora_pl.models.generation import Completion
 from srlora_pl.tasks.answers import Answers, Row, counts
+from srlora_pl.util.errors import UserError
 
 
 class TokenScores(Metric):
@@ -98,12 +99,17 @@ class TextScores:
         return [rows[index] for index in indices]
 
     def graded(self, settings: Generation, split: str, question: Question, completion: Completion) -> Row:
-        """A completion in words, with its grade if its split has a grader."""
+        """A completion in words, with its grade if its split has a grader that can read the reference."""
         if split not in self._graders:
             name, options, math_grader = settings.grader, settings.options, settings.math_grader
             self._graders[split] = grader(name, options=options, math_grader=math_grader) if name else None
         judge = self._graders[split]
-        grade = judge.grade(completion.text, question.reference) if judge else None
+        try:
+            grade = judge.grade(completion.text, question.reference) if judge else None
+        except UserError:  # a reference that is none for this grader, which only a test must have
+            if split not in ("val", "predict"):
+                raise
+            grade = None
         return {
             "prompt": question.prompt,
             "reference": question.reference,

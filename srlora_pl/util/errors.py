@@ -67,6 +67,12 @@ def listed(names: Iterable[Any], most: int | None = None) -> str:
     return " ".join(", ".join(every[:most]).split()) + more
 
 
+def shortened(value: Any) -> str:
+    """A value as Python writes it, its first 40 letters at most."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
 def one_line(error: BaseException) -> str:
     """What the first line of a library's error says, as a part of a sentence."""
     first = " ".join(str(error).strip().partition("\n")[0].split())

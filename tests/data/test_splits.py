@@ -25,6 +25,9 @@ def test_nothing_to_hold_out_has_one_of_two_reasons(kind: str) -> None:
         hold_out(torch.arange(50), 0.9, 0, kind)
     with pytest.raises(UserError, match=mentions("val_fraction", "0.01", "20", f"{kind}s")):
         hold_out(torch.arange(2).repeat(10), 0.01, 0, kind)
+    with pytest.raises(UserError, match=mentions(f"one training {kind}", "val_fraction", "0.1")) as raised:
+        hold_out(torch.zeros(1, dtype=torch.int64), 0.1, 0, kind)
+    assert "class" not in str(raised.value)
     assert [len(rows) for rows in hold_out(torch.arange(50), 0.0, 0, kind)] == [50, 0]
 
 

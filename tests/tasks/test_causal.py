@@ -18,6 +18,7 @@ from srlora_pl.models import causal
 from srlora_pl.models.generation import generate
 from srlora_pl.util.signatures import arguments_of_class, class_at
 from tests.helpers.causal import Largest, save_llama
+from tests.helpers.errors import mentions
 from tests.helpers.instructions import write
 from tests.helpers.paths import ROOT
 
@@ -339,6 +340,17 @@ def test_answers_of_other_weights_are_not_taken(llama, texts, tmp_path):
     (tmp_path / "predictions.jsonl.0.part").write_text(part)
     trainer(tmp_path).test(task, source, verbose=False)
     assert rows(task.answers) == before
+
+
+def test_samples_are_graded_only_if_their_references_can_be(llama, texts, tmp_path):
+    """None of the references is a number."""
+    source = data(texts, grader="gsm8k", max_new_tokens=5)
+    task = CausalLM(llama, LoRA(4), samples=2)
+    trainer(tmp_path, limit_val_batches=1).validate(task, source, verbose=False)
+    assert [(row["reference"][:3], row["correct"]) for row in task.sample_answers()] == [("yes", None)] * 2
+    assert len([row for batch in trainer(tmp_path).predict(task, source) for row in batch]) == 5
+    with pytest.raises(UserError, match=mentions("line 1 of", "test.jsonl", "gsm8k")):
+        trainer(tmp_path).test(task, source, verbose=False)
 
 
 # -- resume

@@ -4,7 +4,7 @@ import math
 import re
 
 from srlora_pl.data.graders.base import Grade, behind_phrase
-from srlora_pl.util.errors import UserError
+from srlora_pl.util.errors import UserError, shortened
 
 _NUMBER = re.compile(r"[-+]?\d*[.,/]?\d+")
 
@@ -28,8 +28,8 @@ def _gold(reference: str) -> int:
         return int(number.replace(",", ""))
     except ValueError:
         raise UserError(
-            f"the grader gsm8k finds no whole number in the reference {reference!r}: write one behind '#### ', or name "
-            "another grader"
+            f"the grader gsm8k finds no whole number in the reference {shortened(reference)}: write one behind "
+            "'#### ', or name another grader"
         ) from None
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from srlora_pl.data.graders.base import Grade
-from srlora_pl.util.errors import UserError, listed
+from srlora_pl.util.errors import UserError, listed, shortened
 
 
 class Options:
@@ -23,7 +23,9 @@ class Options:
     def grade(self, text: str, reference: str) -> Grade:
         gold, found = reference.strip().lower(), self._pattern.search(text.lower())
         if gold not in self._options:
-            raise UserError(f"the reference {reference!r} is none of the grader's options {listed(self._options)}")
+            raise UserError(
+                f"the reference {shortened(reference)} is none of the grader's options {listed(self._options)}"
+            )
         return Grade(found is not None and found[0] == gold, found and found[0])
 
 

@@ -150,16 +150,17 @@ class CommonsenseData(InstructionDataModule):
     def _options(self, split: str) -> tuple[Encoded, Tensor, Tensor]:
         """The tokens of all questions' options, the number of each, and how many each question has."""
         words, writer = SETS[split][1], self.writer
-        pieces, numbers, counts = [], [], []
+        pieces, numbers, counts, places = [], [], [], []
         for sample in self.samples(split):
             listed_there = re.findall(r"Answer format: (\S+)", sample.columns["instruction"])[-1:]
             own = [n for n, word in enumerate(words) if not listed_there or word in listed_there[0].split("/")]
             prompt = f"{writer.prompt(sample)}{ANSWER}"
             pieces += [[(prompt, False), (f" {words[n]}", True)] for n in own]
             numbers += own
+            places += [sample.where] * len(own)
             counts.append(len(own))
         encoded = self.encoder.encode(pieces, writer.adds_start, adds_end=False)
-        self.require_room(split, encoded.ids, int(encoded.lengths.max()), 0)
+        self.require_room(split, encoded.ids, encoded.lengths.tolist(), places, 0)
         return encoded, torch.tensor(numbers), torch.tensor(counts)
 
 

@@ -86,6 +86,7 @@ class InstructionDataModule(OfTokens):
         self.boundary, self.padding = boundary, padding
         self.limit, self.test_limit, self.eval_batch_size = limit, test_limit, eval_batch_size
         self.max_new_tokens, self.stop = max_new_tokens, tuple([stop] if isinstance(stop, str) else stop)
+        require("data.stop", list(self.stop), "words, none of them empty", all(self.stop))
         self._samples: dict[str, list[Sample]] = {}
 
     # -- for and by subclasses
@@ -150,8 +151,7 @@ class InstructionDataModule(OfTokens):
         for use in uses.get(stage, (stage,)):
             for split in self.splits(use):
                 self.tokens_of(split, use)
-                is_held_out_of = use == "train" and not self.splits("val") and self.val_fraction > 0
-                if use in ("val", "test") or is_held_out_of:
+                if use == "test":
                     self._require_references(split, self.generation(self._name(split, use)))
 
     def _require_references(self, split: str, how: Generation) -> None:
@@ -250,21 +250,23 @@ class InstructionDataModule(OfTokens):
         if (key := f"prompts of {split}") not in self._read:
             prompts = self._prompt_tokens(self.samples(split))
             ids = torch.tensor([i for prompt in prompts for i in prompt])
-            self.require_room(
-                split, ids, max(map(len, prompts)), self.generation(self._name(split, use)).max_new_tokens
-            )
+            places = [sample.where for sample in self.samples(split)]
+            more = self.generation(self._name(split, use)).max_new_tokens
+            self.require_room(split, ids, list(map(len, prompts)), places, more)
             self._read[key] = prompts
         return self._read[key]
 
-    def require_room(self, split: str, ids: Tensor, longest: int, more: int) -> None:
+    def require_room(self, split: str, ids: Tensor, lengths: list[int], places: list[str], more: int) -> None:
         """Refuse tokens that the network does not know, and texts that with ``more`` tokens are too long for it."""
         self._require_known(split, ids, self._model.vocab_size)
         most = self._model.max_tokens
-        if most is not None and longest + more > most:
-            raise UserError(
-                f"The longest prompt of '{split}' has {longest} tokens, and with {more} of an answer more than the "
-                f"{most} that this model has positions for; shorten it, or lower data.max_new_tokens."
-            )
+        for length, place in zip(lengths, places, strict=True):
+            if most is not None and length + more > most:
+                raise UserError(
+                    f"The prompt of {place} has {length} tokens, and with {more} of an answer more than the {most} "
+                    f"that this model has positions for; the longest prompt of '{split}' has {max(lengths)}: shorten "
+                    f"such prompts, or lower data.max_new_tokens."
+                )
 
     def _prompt_tokens(self, samples: Sequence[Sample]) -> list[list[int]]:
         writer = self.writer

@@ -12,7 +12,7 @@ from srlora_pl.data.instructions.sources import Source, from_file, from_root
 from srlora_pl.data.instructions.templates import Sample
 from srlora_pl.data.protocols import Generation
 from srlora_pl.data.texts.tables import Table, is_missing
-from srlora_pl.util.errors import UserError, listed, require_one_of
+from srlora_pl.util.errors import UserError, listed, require_one_of, shortened
 
 
 class InstructionData(InstructionDataModule):
@@ -90,10 +90,11 @@ class InstructionData(InstructionDataModule):
 
     @cached_property
     def _has_answers(self) -> bool:
-        """Whether the test file is labelled."""
+        """Whether the test file is labelled, if only in part."""
         table = self._table("test")
         if self.messages_column in table.columns:
-            return all(each and each[-1]["role"] == "assistant" for each in _conversations(table, self.messages_column))
+            conversations = _conversations(table, self.messages_column, is_asked=True)
+            return any(each[-1]["role"] == "assistant" and each[-1]["content"] for each in conversations)
         return not all(is_missing(text) or text == "" for text in table.columns.get(self.answer_column, [None]))
 
     def _table(self, split: str) -> Table:
@@ -114,7 +115,7 @@ class InstructionData(InstructionDataModule):
         table = self._table(split)
         is_asked = split == "predict" or (split == "test" and not self._has_answers)
         if self.template == "chat" and self.messages_column in table.columns:
-            return list(self._from_messages(table, is_asked))
+            return list(self._from_messages(table, split, is_asked))
         answers = [None] * len(table) if is_asked else table.texts(self.answer_column)
         if self._columns:
             fields = {name: table.texts(name, may_be_empty=True) for name in self._columns}
@@ -128,11 +129,12 @@ class InstructionData(InstructionDataModule):
             for row, (columns, answer) in enumerate(zip(rows, answers, strict=True))
         ]
 
-    def _from_messages(self, table: Table, is_asked: bool) -> Iterator[Sample]:
-        for row, messages in enumerate(_conversations(table, self.messages_column)):
-            if not is_asked and not any(message["role"] == "assistant" for message in messages):
+    def _from_messages(self, table: Table, split: str, is_asked: bool) -> Iterator[Sample]:
+        verb, first = ("ends in", -1) if split == "test" else ("holds", 0)
+        for row, messages in enumerate(_conversations(table, self.messages_column, is_asked)):
+            if not is_asked and not any(message["role"] == "assistant" for message in messages[first:]):
                 raise UserError(
-                    f"Column {self.messages_column!r} holds no message of the role assistant in {table.where(row)}; "
+                    f"Column {self.messages_column!r} {verb} no message of the role assistant in {table.where(row)}; "
                     f"add an answer, or remove the row."
                 )
             last = messages[-1]
@@ -140,17 +142,35 @@ class InstructionData(InstructionDataModule):
             yield Sample({"messages": messages}, None, reference, table.where(row))
 
 
-def _conversations(table: Table, column: str) -> Iterator[list[Mapping[str, Any]]]:
-    """The messages of each row, as they must be."""
+def _conversations(table: Table, column: str, is_asked: bool) -> Iterator[list[Mapping[str, Any]]]:
+    """The messages of each row, as they must be; where ``is_asked``, an answer at their end may be empty."""
     for row, messages in enumerate(table.columns[column]):
-        sound = isinstance(messages, list) and messages and all(map(_is_message, messages))
-        if not sound:
+        if fault := _fault(messages, is_asked):
             raise UserError(
-                f"Column {column!r} holds no conversation in {table.where(row)}; write a list of "
+                f"Column {column!r} holds no usable conversation in {table.where(row)}: {fault}; write a list of "
                 f'{{"role": "user", "content": "..."}}, or remove the row.'
             )
         yield messages
 
 
-def _is_message(message: Any) -> bool:
-    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+def _fault(messages: Any, is_asked: bool) -> str | None:
+    """What is wrong with a conversation."""
+    if not isinstance(messages, list) or not messages:
+        return f"{_shown(messages)} is no list of messages"
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            return f"message {number} is {_shown(message)}, without role and content"
+        for key in ("role", "content"):
+            if key not in message:
+                return f"message {number} has no {key!r} among its keys ({listed(message)})"
+            if not isinstance(message[key], str):
+                return f"the {key} of message {number} is {_shown(message[key])}, not text"
+        role, is_last = message["role"], number == len(messages)
+        is_needed = role == "user" or (role == "assistant" and not (is_asked and is_last))
+        if is_needed and not message["content"].strip():
+            return f"message {number}, of the role {role}, is empty"
+    return "it begins with the assistant" if messages[0]["role"] == "assistant" else None
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else shortened(value)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from srlora_pl.data.texts.tables import Table, is_missing
-from srlora_pl.util.errors import UserError, did_you_mean, listed
+from srlora_pl.util.errors import UserError, did_you_mean, listed, shortened
 
 Problem = Literal["single_label", "multi_label", "regression"]
 
@@ -99,7 +99,7 @@ def encode_sets(table: Table, column: str, classes: Sequence[str], separator: st
 def _position(table: Table, column: str, row: int, label: str, known: Mapping[str, int]) -> int:
     if label not in known:
         near, classes = did_you_mean(label, known), listed(known, most=10)
-        raise _bad(table, column, row, f"is {label!r}{near}, none of the {len(known)} classes ({classes})")
+        raise _bad(table, column, row, f"is {shortened(label)}{near}, none of the {len(known)} classes ({classes})")
     return known[label]
 
 
@@ -114,8 +114,7 @@ def _number(table: Table, column: str, row: int, value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= torch.finfo(torch.float32).max:
-        shown = f"{str(value)[:37]}..." if len(str(value)) > 40 else repr(value)
-        raise _bad(table, column, row, f"is {shown}, not a finite number of 32 bits")
+        raise _bad(table, column, row, f"is {shortened(value)}, not a finite number of 32 bits")
     return number
 
 
@@ -132,7 +131,7 @@ def present(table: Table, column: str) -> list[Any]:
             if len(value) > 1 and all(_is_share(str(part)) for part in value):
                 raise _vector(table, column, row, value)
             mend = "set data.problem to multi_label, or write one label"
-            raise _bad(table, column, row, f"is the list {value!r}", mend)
+            raise _bad(table, column, row, f"is the list {shortened(value)}", mend)
         _require_name(table, column, row, value)
     return values
 
@@ -145,7 +144,7 @@ def label_sets(table: Table, column: str, separator: str) -> list[list[str]]:
             raise _missing(table, column, row)
         if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
             mend = f"write its classes with {separator!r} between, or a JSON-lines file with lists"
-            raise _bad(table, column, row, f"is {value!r}, a list written as text", mend)
+            raise _bad(table, column, row, f"is {shortened(value)}, a list written as text", mend)
         parts = value if isinstance(value, list) else value.split(separator) if isinstance(value, str) else [value]
         for part in parts:
             _require_name(table, column, row, part)
@@ -187,7 +186,7 @@ def _is_share(text: str) -> bool:
 
 def _require_name(table: Table, column: str, row: int, value: Any) -> None:
     if is_missing(value) or isinstance(value, list | dict | bytes):
-        raise _bad(table, column, row, f"holds {value!r}, which names no class")
+        raise _bad(table, column, row, f"holds {shortened(value)}, which names no class")
 
 
 def _missing(table: Table, column: str, row: int) -> UserError:

@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from srlora_pl.util.errors import UserError, did_you_mean, is_utf8, listed, one_line
+from srlora_pl.util.errors import UserError, did_you_mean, is_utf8, listed, one_line, shortened
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 WITH_JSON = (*SUFFIXES, ".json")
@@ -52,7 +52,7 @@ class Table:
                 raise UserError(f"The text in column {column!r} is empty in {self.where(row)}; fill or remove the row.")
             if not isinstance(text, str):
                 raise UserError(
-                    f"Column {column!r} holds {text!r}, not text, in {self.where(row)}; name another column."
+                    f"Column {column!r} holds {shortened(text)}, not text, in {self.where(row)}; name another column."
                 )
         return self.columns[column]
 
@@ -94,7 +94,7 @@ def read_table(
         raise UserError(f"The file '{path}' does not exist{near}; correct the path or put the file there.")
     suffix = path.suffix.lower()
     if suffix not in WITH_JSON:
-        raise UserError(f"'{path}' cannot be read as a table; give a file that ends in {listed(SUFFIXES)}.")
+        raise UserError(f"'{path}' cannot be read as a table; give a file that ends in {listed(WITH_JSON)}.")
     choose = partial(choose_columns, path, columns, optional)
     if suffix == ".parquet":
         table = _read_parquet(path, choose)

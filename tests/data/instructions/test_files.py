@@ -162,6 +162,30 @@ def test_conversations_are_asked_for_their_last_answer(tmp_path: Path) -> None:
     assert data.question("predict", 0).prompt.endswith("and?<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_conversations_of_a_test_all_have_an_answer_or_none(tmp_path: Path) -> None:
+    options = {"chat": CHAT, "template": "chat", "grader": "exact", "val_fraction": 0}
+    write(tmp_path / "data" / "train.jsonl", [{"messages": chat("Nina?", "blue")}] * 2)
+    asked = [{"messages": chat("Nina?", "blue", "and?")}, {"messages": chat("Anna?", "")}]
+    write(tmp_path / "data" / "test.jsonl", asked)
+    data = loaded(tmp_path / "data", tmp_path, "predict", **options)
+    assert (data.has_test_labels, [data.question("predict", i).reference for i in (0, 1)]) == (False, ["", ""])
+    for row in asked:
+        write(tmp_path / "data" / "test.jsonl", [{"messages": chat("Nina?", "blue")}, row])
+        with pytest.raises(UserError, match=mentions("'messages'", "assistant", "line 2 of", "test.jsonl")):
+            loaded(tmp_path / "data", tmp_path, **options)
+
+
+def test_only_the_references_of_a_test_must_suit_the_grader(tmp_path: Path) -> None:
+    file_of(tmp_path / "data" / "train.jsonl")
+    file_of(tmp_path / "data" / "test.jsonl", [{"prompt": "Nina?", "answer": "12, so\n#### 12"}])
+    loaded(tmp_path / "data", tmp_path, val_fraction=0.2, grader="gsm8k")
+    file_of(tmp_path / "data" / "val.jsonl")
+    loaded(tmp_path / "data", tmp_path, grader="gsm8k")
+    file_of(tmp_path / "data" / "test.jsonl", [{"prompt": "Nina?", "answer": "b" * 50}])
+    with pytest.raises(UserError, match=mentions("line 1 of", "test.jsonl", "gsm8k", f"'{'b' * 36}...:")):
+        loaded(tmp_path / "data", tmp_path, grader="gsm8k")
+
+
 # -- the cache
 
 
@@ -188,6 +212,7 @@ def test_tokens_are_kept_by_tokenizer_and_template(tmp_path: Path) -> None:
 # -- what is wrong
 
 
+EMPTY = ("'messages'", "line 2 of", "message 2", "role assistant", "empty")
 BAD: list[tuple[Any, dict[str, Any], tuple[Any, ...]]] = [
     ([{"question": "a", "answer": "b"}], {}, ("a.jsonl", "'prompt'", "data.prompt_column", "question, answer")),
     ([{"prompt": "a", "anwser": "b"}], {}, ("a.jsonl", "'answer'", "did you mean 'anwser'", "data.answer_column")),
@@ -197,14 +222,32 @@ BAD: list[tuple[Any, dict[str, Any], tuple[Any, ...]]] = [
     ([{"prompt": "a", "answer": 3}], {}, ("'answer'", "3", "not text", "line 1 of")),
     ([{"prompt": "a", "answer": "b"}], {"template": "{promt}"}, ("'promt'", "did you mean 'prompt'", "data.template")),
     ([{"prompt": "a", "answer": "b"}], {"input_column": "x"}, ("'x'", "data.input_column")),
-    ([{"messages": "a"}], {"template": "chat"}, ("'messages'", "no conversation", "line 1 of", '"role"')),
-    ([{"messages": [{"role": "user"}]}], {"template": "chat"}, ("'messages'", "no conversation", "line 1 of")),
-    ([{"messages": []}], {"template": "chat"}, ("'messages'", "no conversation", "line 1 of")),
+    ([{"messages": "a"}], {"template": "chat"}, ("'messages'", "'a' is no list", "line 1 of", '"role"')),
+    ([{"messages": []}], {"template": "chat"}, ("'messages'", "no list", "line 1 of")),
+    ([{"messages": None}], {"template": "chat"}, ("'messages'", "null is no list", "line 1 of")),
+    ([{"messages": json.dumps(chat("a", "b"))}], {"template": "chat"}, ('[{"role":', "{... is no list")),
+    ([{"messages": ["a"]}], {"template": "chat"}, ("line 1 of", "message 1 is 'a'", "role and content")),
+    (
+        [{"messages": [{"role": "user"}]}],
+        {"template": "chat"},
+        ("line 1 of", "message 1 has no 'content' among its keys (role)"),
+    ),
+    (
+        [{"messages": [{"from": "human", "value": "a"}]}],
+        {"template": "chat"},
+        ("message 1", "'role' among its keys (from, value)"),
+    ),
+    ([{"messages": chat("a", None)}], {"template": "chat"}, ("line 1 of", "content of message 2 is null, not text")),
+    ([{"messages": chat([{"type": "text", "text": "a" * 50}])}], {"template": "chat"}, ("message 1 is [{", "...,")),
+    ([{"messages": chat("a", "b", system="")}, {"messages": chat("a", "")}], {"template": "chat"}, EMPTY),
+    ([{"messages": chat("a", "b")}, {"messages": chat("a", " \n", "c", "d")}], {"template": "chat"}, EMPTY),
+    ([{"messages": chat(" ", "b")}], {"template": "chat"}, ("line 1 of", "message 1", "role user", "empty")),
+    ([{"messages": chat("a", "b")[1:]}], {"template": "chat"}, ("line 1 of", "begins with the assistant")),
     ([{"messages": chat("a")}], {"template": "chat"}, ("'messages'", "assistant", "line 1 of")),
     ([{"x": "a"}], {"template": "chat"}, ("'prompt'", "data.prompt_column")),
     ([{"prompt": "a", "answer": "b"}], {"grader": "gsm9k"}, ("data.grader", "'gsm9k'", "did you mean 'gsm8k'")),
     ([{"prompt": "a", "answer": "b"}], {"grader": "options"}, ("options", "words")),
-    ([{"prompt": "a", "answer": "b"}], {"grader": "gsm8k", "val_fraction": 0.5}, ("line 1 of", "gsm8k", "'b'")),
+    ([{"prompt": "a", "answer": "b"}], {"stop": ["Q:", ""]}, ("data.stop", "'Q:', ''", "empty")),
     ([{"prompt": "a", "answer": "b"}], {"max_length": 1}, ("data.max_length", 1)),
     ([{"prompt": "a", "answer": "b"}], {"padding": "packs"}, ("data.padding", "did you mean 'pack'")),
     ([{"prompt": "a", "answer": "b"}], {"limit": 0}, ("data.limit", 0)),
@@ -226,7 +269,7 @@ def test_what_is_longer_than_the_model_takes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=mentions("data.max_length", 128, 64, "positions")):
         loaded(tmp_path / "data", tmp_path, trainer=trainer)
     options = {"max_length": 64, "grader": "exact"}
-    with pytest.raises(UserError, match=mentions("longest prompt", "'test'", 60, 64, "data.max_new_tokens")):
+    with pytest.raises(UserError, match=mentions("line 2 of", "longest", "'test'", 6, 22, 64, "data.max_new_tokens")):
         loaded(tmp_path / "data", tmp_path, trainer=trainer, max_new_tokens=60, template="{prompt}", **options)
 
 

@@ -126,7 +126,7 @@ def test_broken_rows_are_left_out_where_that_is_asked_for(tmp_path: Path) -> Non
     ("name", "content", "words"),
     [
         ("tain.csv", None, ["tain.csv'", "'train.csv'"]),
-        ("notes.txt", "text,label\n", [".csv", ".tsv", ".jsonl", ".parquet"]),
+        ("notes.txt", "text,label\n", [".csv", ".tsv", ".jsonl", ".json", ".parquet"]),
         (
             "a.csv",
             "text,lable\na,1\n",
@@ -178,3 +178,10 @@ def test_a_text_must_be_text(line: str, words: list[str], tmp_path: Path) -> Non
 def test_half_a_character_of_another_column_is_nobodys_business(tmp_path: Path) -> None:
     line = '{"text": "\\ud83d\\ude00", "label": 0, "other": "\\ud83d"}'
     assert read(tmp_path / "a.jsonl", line).texts("text") == ["\U0001f600"]
+
+
+def test_what_is_no_text_is_shown_in_short(tmp_path: Path) -> None:
+    table = read(tmp_path / "a.jsonl", json.dumps({"text": ["long"] * 1000, "label": 0}))
+    with pytest.raises(UserError, match=mentions("'text'", "['long', 'long'", "not text", "line 1 of")) as raised:
+        table.texts("text")
+    assert len(str(raised.value)) < 150 + len(str(tmp_path))
