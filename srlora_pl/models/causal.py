@@ -38,18 +38,25 @@ def cast(net: Any, weights: str) -> Any:
     return net
 
 
-def hidden_states(net: Any, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def hidden_states(
+    net: Any, input_ids: Tensor, position_ids: Tensor | None = None, attention_mask: Tensor | None = None
+) -> Tensor:
     """The last hidden states (B, L, hidden) of tokens (B, L), right-padded or packed.
 
-    There is no attention mask: causal attention never looks at the padding behind a token, and without one PyTorch
+    An attention mask is not needed: causal attention never looks at the padding behind a token, and without one PyTorch
     takes its fast kernels. Positions that begin anew at each sample keep packed samples apart, as transformers makes
     the mask block-diagonal for them where neither a mask nor a cache is given.
 
     Args:
         position_ids: (B, L), of packed samples.
+        attention_mask: (B, L), for texts padded on the left.
     """
-    positions = {} if position_ids is None else {"position_ids": position_ids}
-    return net.base_model(input_ids=input_ids, use_cache=False, **positions).last_hidden_state
+    given: dict[str, Tensor] = {}
+    if attention_mask is not None:
+        given = {"attention_mask": attention_mask, "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0)}
+    elif position_ids is not None:
+        given = {"position_ids": position_ids}
+    return net.base_model(input_ids=input_ids, use_cache=False, **given).last_hidden_state
 
 
 def head(net: Any) -> Head:

@@ -231,6 +231,15 @@ def _with_method(content: Node, method: Node | None) -> Node:
     return {**content, "model": {**content["model"], "init_args": arguments}}
 
 
+def data_setting(run: Path | None, name: str) -> Any:
+    """What the ``config.yaml`` in the folder of a run says of its data; None where there is no such thing."""
+    try:
+        settings = read(str(run / "config.yaml")) if run else {}
+    except UserError:  # it is gone or broken
+        return None
+    return ((settings.get("data") or {}).get("init_args") or {}).get(name)
+
+
 def arguments_of(class_path: Any) -> set[str]:
     """The arguments of a class and of those that it passes arguments on to; none where there is no such class."""
     known = source.arguments(str(class_path))

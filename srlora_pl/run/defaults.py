@@ -1,7 +1,7 @@
 """The callbacks and plugins that a run has unless the user's do the same."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,15 @@ def prediction_file(checkpoint: Path, output: str | None, name: str) -> Path:
         raise UserError(f"--output {file} is a folder, name a file in it, such as {file / name}")
     _require_writable(file.parent)
     return file
+
+
+def require_not_read(output: Path, data: Mapping[str, Any]) -> None:
+    """Refuse to write predictions over a file that the settings ``data`` name, or that lies in a folder of theirs."""
+    output = output.expanduser().resolve()
+    for key in ("root", "test_root", "predict_root"):
+        place = Path(str(data.get(key))).expanduser().resolve()
+        if data.get(key) and output.exists() and (output == place or (place.is_dir() and place in output.parents)):
+            raise UserError(f"--output {output} is a file of data.{key}, which would be gone: name another one")
 
 
 def _require_writable(folder: Path) -> None:

@@ -105,4 +105,6 @@ def _reason(message: str) -> str:
     inner = dict.fromkeys(line.strip(" -") for line in lines if len(line) - len(line.lstrip()) == depth)
     reason = re.sub(r"an? <class '(?:\w+\.)*(\w+)'>", r"\1", " or ".join(inner)).replace(" or Expected ", " or ")
     given = f", given {values[0]!r}" if values and "Namespace(" not in values[0] else ""
+    if reason.endswith(" str") and given:  # YAML reads yes, no and 1 as something else
+        given += ": put text in quotes of its own, such as ['yes', '1']"
     return f"{reason[0].lower()}{reason[1:]}{given}"

@@ -120,6 +120,8 @@ class Run(LightningCLI):
         self._choose_checkpoint()
         if self.ckpt_path:
             self._read_checkpoint(Path(self.ckpt_path))
+            if self.output:
+                defaults.require_not_read(Path(self.output), self.config.data.init_args)
         elif self.command == "predict":
             raise UserError("predict needs --ckpt_path, the checkpoint of a finished run")
         elif self.command != "fit":
@@ -176,6 +178,9 @@ class Run(LightningCLI):
                 "another file, such as last.ckpt"
             )
         data = self.config.data.init_args
+        trained = config.data_setting(folders.folder_of(path), "template")
+        if self.command != "fit" and trained not in (None, data.get("template")):
+            note(f"data.template is {data.get('template')!r}, but the run was trained with {trained!r}")
         # To predict the user's own samples the data of the training are not needed.
         if self.command == "predict" and data.get("predict_root") and "class_names" in data:
             data.class_names = data.class_names or checkpoints.class_names(content)

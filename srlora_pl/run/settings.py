@@ -60,21 +60,26 @@ def _without_marks(settings: Namespace) -> None:
 
 
 def split_options(options: list[str]) -> tuple[config.Node, list[str]]:
-    """The method and a commit on the command line as a config file's content, and the other options.
+    """The method, a commit and a template on the command line as a config file's content, and the other options.
 
     The method follows the rule of overlays, see `config.combine`; jsonargparse reads a commit such as 25921e05 as a
-    number.
+    number, and a template such as ``Q: {question}`` as a mapping. In a template ``\\n`` is a line break, as shells
+    hand it on.
     """
     method = {f"--model.{form}method{end}": "method" for form in ("", "init_args.") for end in ("", ".class_path")}
     revision = {f"--model.{form}backbone_kwargs.revision": "revision" for form in ("", "init_args.")}
-    given, rest = _taken(options, method | revision)
+    template = {f"--data.{form}template": "template" for form in ("", "init_args.")}
+    given, rest = _taken(options, method | revision | template)
     arguments: config.Node = {}
     if "method" in given:
         value = yaml_text.value(given["method"])
         arguments["method"] = value if isinstance(value, dict) else {"class_path": given["method"]}
     if "revision" in given:
         arguments["backbone_kwargs"] = {"revision": yaml_text.Text(given["revision"])}
-    return ({"model": {"init_args": arguments}} if arguments else {}), rest
+    content: config.Node = {"model": {"init_args": arguments}} if arguments else {}
+    if "template" in given:
+        content["data"] = {"init_args": {"template": yaml_text.Text(given["template"].replace("\\n", "\n"))}}
+    return content, rest
 
 
 def drop_arguments(names: Iterable[str], options: list[str]) -> tuple[list[str], list[str]]:

@@ -26,9 +26,10 @@ class CausalLM(Task):
     """A causal language model of transformers, adapted by ``method``: adapters train, all else is frozen.
 
     Takes batches with ``input_ids`` and ``labels``, int64 (B, L), padded on the right: a label stands at the place of
-    its own token, and is -100 where nothing is learned. Packed samples have ``position_ids`` (B, L) that begin anew
-    with each. Training minimises the mean loss over all answer tokens of an optimizer step, whatever its micro-batches
-    and devices: ``step_tokens``, int64 (), of a batch is their number; without it a micro-batch counts as a whole.
+    its own token, and is -100 where nothing is learned. Texts padded on the left need an ``attention_mask`` (B, L).
+    Packed samples have ``position_ids`` (B, L) that begin anew with each. Training minimises the mean loss over all
+    answer tokens of an optimizer step, whatever its micro-batches and devices: ``step_tokens``, int64 (), of a batch is
+    their number; without it a micro-batch counts as a whole.
 
     Logs ``train/loss`` and, for ``val``, ``loss``, ``perplexity``, ``token_accuracy`` and ``score`` (the accuracy
     again). Tests that generate log ``accuracy``, ``score``, and the shares that are ``unfinished`` (no end within the
@@ -112,10 +113,13 @@ class CausalLM(Task):
         A batch may bring ``predicts``, the places of the n tokens before answer tokens in (B x L), int64: finding them
         here makes the host wait for the device.
         """
+        if "labels" not in batch:
+            raise UserError("a batch has no labels (B, L), which say what to learn: -100 where nothing is learned")
         labels = batch["labels"]
         following = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
         places = batch["predicts"] if "predicts" in batch else (following != -100).nonzero()[:, 0]
-        hidden = causal.hidden_states(self.net, batch["input_ids"], batch.get("position_ids"))
+        given = batch.get("position_ids"), batch.get("attention_mask")
+        hidden = causal.hidden_states(self.net, batch["input_ids"], *given)
         return hidden.flatten(0, 1)[places], following[places], places // labels.shape[1]
 
     # Training

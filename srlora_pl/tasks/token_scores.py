@@ -53,6 +53,7 @@ class TextScores:
         self.answers = Answers(None, "")
         self.main: dict[str, Tensor] = {}
         self._tokens: dict[str, TokenScores] = {}
+        self._empty: set[str] = set()
         self._graders: dict[str, Grader | None] = {}
 
     def begin(self, answers: Answers) -> None:
@@ -62,6 +63,7 @@ class TextScores:
 
     def reset(self, split: str) -> None:
         self._tokens[split] = TokenScores()
+        self._empty.discard(split)
         self._graders.clear()
 
     def update(self, task: Any, split: str, batch: Batch) -> None:
@@ -76,15 +78,26 @@ class TextScores:
     def compute(self, split: str) -> dict[str, Tensor]:
         rows = self.answers.of(split)
         values = counts(rows) if rows else self._tokens.pop(split).compute()
+        if not rows and values["loss"].isnan():
+            self._empty.add(split)
         self.main[split] = values["score"]
         return values
 
     def remark(self, split: str, class_names: Sequence[str]) -> str | None:
+        """Says that there was nothing to score."""
+        if split in self._empty:
+            return f"No token of {split} has a label other than -100, so that its loss is no number: see to the labels."
         return None
 
     def generate(self, task: Any, split: str, batch: Batch) -> list[Row]:
         """Answer each prompt of ``batch``, unless an interrupted evaluation has; returns the answers."""
-        data, settings = task.data, task.data.generation(split)
+        data = task.data
+        if data.tokenizer is None or data.generation is None or data.question is None:
+            raise UserError(
+                "prompts are answered with the tokenizer, generation(split) and question(split, index) of a "
+                "DataModule, and the run's data have none: take srlora_pl.InstructionData"
+            )
+        settings = data.generation(split)
         indices = batch["index"].tolist()
         questions = [data.question(split, index) for index in indices]
         earlier = [self.answers.earlier(split, i, q.prompt) for i, q in zip(indices, questions, strict=True)]

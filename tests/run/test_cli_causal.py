@@ -131,6 +131,26 @@ def test_the_merged_folder_answers_as_the_run_did(fitted):
     assert untrained == rows(home / "runs/own-srlora/version_0/predictions.jsonl")
 
 
+def test_predictions_replace_nothing_that_is_read(fitted):
+    home, _ = fitted
+    before = (home / "asked.jsonl").read_bytes(), (home / "texts/train.jsonl").read_bytes()
+    for output in ("asked.jsonl", "texts/train.jsonl"):
+        asked = ("predict", "--config", "own.yaml", "--ckpt_path", "last", "--data.predict_root", "asked.jsonl")
+        code, _, err = cli(*asked, "--output", output, home=home)
+        assert code == 2
+        assert "which would be gone" in complaint(err)
+    assert before == ((home / "asked.jsonl").read_bytes(), (home / "texts/train.jsonl").read_bytes())
+
+
+def test_a_template_on_the_command_line_is_text_and_another_one_than_the_runs_is_told(fitted):
+    home, _ = fitted
+    asked = ("predict", "--config", "own.yaml", "--ckpt_path", "last", "--data.predict_root", "asked.jsonl")
+    code, _, err = cli(*asked, "--data.template", r"Q: {prompt}\nA: ", "--output", "other.jsonl", home=home)
+    assert code == 0, err
+    assert [row["prompt"] for row in rows(home / "other.jsonl")] == ["Q: what now\nA: ", "Q: how\nA: "]
+    assert "data.template is 'Q: {prompt}\\nA: ', but the run was trained with 'Question" in err
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [
@@ -142,6 +162,7 @@ def test_the_merged_folder_answers_as_the_run_did(fitted):
         ("--model.backbone=no/such-model", "no/such-model"),
         ("--data.grader=gsm9k", "gsm8k"),
         ("--data.max_length=4096", "data.max_length"),
+        ("--data.options=[yes, no]", "put text in quotes"),
     ],
 )
 def test_bad_input_is_one_sentence_and_leaves_nothing(option, said, fitted):

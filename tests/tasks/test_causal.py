@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import yaml
 from lightning.pytorch import Callback
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
 from srlora_pl import CausalLM, InstructionData, LoRA, SRLoRA, UserError, export_model
@@ -139,6 +140,37 @@ def test_padding_on_the_right_needs_no_mask(llama):
     padded = F.pad(ids, (0, 7), value=0)
     hidden, alone = (causal.hidden_states(task.net, each) for each in (padded, ids))
     torch.testing.assert_close(hidden[:, :9], alone, rtol=0, atol=1e-6)
+
+
+def test_padding_on_the_left_is_known_by_its_mask(llama):
+    task, ids = CausalLM(llama, LoRA(4)).eval(), torch.randint(5, 90, (1, 9))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    alone = task.training_loss({"input_ids": ids, "labels": labels})
+    padded = {"input_ids": F.pad(ids, (7, 0), value=0), "labels": F.pad(labels, (7, 0), value=-100)}
+    mask = F.pad(torch.ones_like(ids), (7, 0))
+    torch.testing.assert_close(task.training_loss({**padded, "attention_mask": mask}), alone, rtol=1e-6, atol=0)
+    assert abs(task.training_loss(padded) - alone) > 1e-3
+
+
+def test_what_the_users_own_data_lack_is_told(llama, tmp_path):
+    task = CausalLM(llama, LoRA(4))
+    ids = torch.arange(5, 15).view(2, 5)
+    with pytest.raises(UserError, match="a batch has no labels"):
+        task.training_loss({"input_ids": ids})
+    asked = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": torch.arange(2)}]
+    with pytest.raises(UserError, match=r"srlora_pl\.InstructionData"):
+        trainer(tmp_path).predict(task, DataLoader(asked, batch_size=None))
+
+
+def test_a_split_without_labels_is_told(llama, tmp_path, caplog):
+    ids = torch.arange(5, 15).view(2, 5)
+    batch = {"input_ids": ids, "labels": torch.full_like(ids, -100), "index": torch.arange(2)}
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, limit_val_batches=1).validate(
+            CausalLM(llama, LoRA(4)), DataLoader([batch], batch_size=None), verbose=False
+        )
+    assert "No token of val has a label" in caplog.text
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
