@@ -17,6 +17,7 @@ from srlora_pl.models.heads import FoundHead
 from srlora_pl.util.errors import UserError
 
 _EXAMPLE = (2, 16)  # texts, tokens
+_NOT_SERVED = "a causal language model has no program for a server here: use --format merged, or peft"
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ class Causal(Backbone):
             return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, about_of(folder)["dtype"]))
 
     def served(self, net: nn.Module) -> nn.Module:
-        raise UserError("a causal language model has no program for a server here: use --format merged, or peft")
+        raise UserError(_NOT_SERVED)
 
     def served_inputs(self, net: nn.Module, samples: int, length: int, seed: int) -> dict[str, Tensor]:
-        raise UserError("a causal language model has no program for a server here: use --format merged, or peft")
+        raise UserError(_NOT_SERVED)
 
     def hub_name(self, net: nn.Module) -> str | None:
         return None if Path(self.base[0]).is_dir() else self.base[0]

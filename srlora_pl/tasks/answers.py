@@ -52,10 +52,11 @@ class Answers:
         return row if row and row["prompt"] == prompt else None
 
     def add(self, rows: Sequence[Row]) -> None:
-        """Keep answers; each has a ``split`` and an ``index``."""
+        """Keep answers; each has a ``split`` and an ``index``. Those that were left on disk are there already."""
         self.rows |= {(row["split"], row["index"]): row for row in rows}
-        if self.file is not None and rows:
-            lines = "".join(json.dumps({**row, "model": self.model}, ensure_ascii=False) + "\n" for row in rows)
+        new = [row for row in rows if self._earlier.get((row["split"], row["index"])) is not row]
+        if self.file is not None and new:
+            lines = "".join(json.dumps({**row, "model": self.model}, ensure_ascii=False) + "\n" for row in new)
             with writing_to(str(self.file)):
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 with self.file.with_name(f"{self.file.name}.{self.rank}.part").open("ab") as part:
