@@ -30,7 +30,14 @@ class Answers:
         self.file, self.model = file, model
         self.rank = distributed.get_rank() if _several() else 0
         self.rows: dict[tuple[str, int], Row] = {}
+        own = self.file and self._part
+        self._is_torn = bool(own and own.is_file() and not own.read_bytes().endswith(b"\n"))  # by a kill in a line
         self._earlier = {(row["split"], row["index"]): row for row in self._left()}
+
+    @property
+    def _part(self) -> Path:
+        assert self.file is not None
+        return self.file.with_name(f"{self.file.name}.{self.rank}.part")
 
     def _parts(self) -> list[Path]:
         return sorted(self.file.parent.glob(f"{glob.escape(self.file.name)}.*.part")) if self.file else []
@@ -57,9 +64,10 @@ class Answers:
         new = [row for row in rows if self._earlier.get((row["split"], row["index"])) is not row]
         if self.file is not None and new:
             lines = "".join(json.dumps({**row, "model": self.model}, ensure_ascii=False) + "\n" for row in new)
+            lines, self._is_torn = "\n" * self._is_torn + lines, False
             with writing_to(str(self.file)):
                 self.file.parent.mkdir(parents=True, exist_ok=True)
-                with self.file.with_name(f"{self.file.name}.{self.rank}.part").open("ab") as part:
+                with self._part.open("ab") as part:
                     part.write(lines.encode(errors="backslashreplace"))
 
     def of(self, split: str) -> list[Row]:
