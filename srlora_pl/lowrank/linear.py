@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from srlora_pl.lowrank.kernels import linear, low_rank_linear, merged, two_branches
+from srlora_pl.lowrank.shards import whole
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision, trained_dtype
 
@@ -170,7 +171,7 @@ class AdaptedLinear(Adapter):
             return self.weight.detach().clone()
         with full_precision():
             B, A = self.factors()
-            return merged(self.weight.detach(), A, B, self.scaling, self._some_parts)
+            return merged(whole(self.weight.detach()), A, B, self.scaling, self._some_parts)
 
     @property
     def _some_parts(self) -> tuple[int, ...] | None:
@@ -287,7 +288,7 @@ class Matrix:
 
     @property
     def weight(self) -> Tensor:
-        return self.of_weight(self.layer.weight.detach())
+        return self.of_weight(whole(self.layer.weight.detach()))
 
     @property
     def A(self) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from srlora_pl.lowrank import checks
 from srlora_pl.lowrank.ledger import Ledger, Update
 from srlora_pl.lowrank.linear import Adapter, Matrix
+from srlora_pl.lowrank.shards import own_rows
 from srlora_pl.lowrank.target_settings import is_below
 from srlora_pl.util.cache import fingerprint
 from srlora_pl.util.errors import UserError
@@ -122,13 +123,15 @@ class FrozenWeights:
     def add(self, matrix: Matrix, B: Tensor, A: Tensor, alpha: float) -> None:
         """W += alpha B A, with B (out, k) and A (k, in), and enter it into the ledger."""
         checks.require_unmerged([matrix.layer], before="a change of its weight")
-        update, W = Update(B, A, alpha), matrix.weight
-        if self.device in (None, W.device):
-            update.add_to(W)
-        else:  # rounded as a compact state will be replayed there
-            moved = W.to(self.device)
-            update.add_to(moved)
-            W.copy_(moved)
+        update = Update(B, A, alpha)
+        with own_rows(matrix.layer.weight.detach()) as weight:
+            W = matrix.of_weight(weight)
+            if self.device in (None, W.device):
+                update.add_to(W)
+            else:  # rounded as a compact state will be replayed there
+                moved = W.to(self.device)
+                update.add_to(moved)
+                W.copy_(moved)
         self.ledgers[matrix].enter(update, may_forget=self.reload is not None)
 
     # --- W0

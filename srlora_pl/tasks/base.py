@@ -204,7 +204,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         first = schedule_factor(self.schedule, min(self.warmup_steps, 1), math.inf, self.warmup_steps)
 
         def losses(batch: Batch) -> Tensor:
-            loss = self.training_loss(on_device(self, datamodule, batch))
+            loss = self.call_as_step("training_loss", on_device(self, datamodule, batch))
             return loss.expand(self.samples_in(batch))
 
         samples = self.adaptation.method.gradient_samples
@@ -319,7 +319,10 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
             self.evaluation.reset(split)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if "spare" not in batch:  # which another process scores
+        if "spare" in batch:  # which another process scores
+            if self.is_sharded:  # and which needs this one's part of the weights
+                self.training_loss(batch)
+        else:
             split = self._splits[dataloader_idx]
             self.evaluation.update(self, split, batch)
             self._scored.add(split)

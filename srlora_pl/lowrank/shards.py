@@ -1,0 +1,36 @@
+"""Weights that are split by rows over the processes of a run: FSDP2's ``DTensor``, which costs half a second to import."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_split(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """``tensor``, gathered if it is split: then all processes must call this, in the same order."""
+    return tensor.full_tensor() if is_split(tensor) else tensor
+
+
+@contextmanager
+def own_rows(tensor: Any) -> Iterator[Tensor]:
+    """A tensor of the whole shape that holds this process's rows of ``tensor``, which take its values afterwards.
+
+    The other rows are 0. So a sum over whole matrices gives each row the bits that it has where nothing is split. A
+    tensor that is not split is given as it is.
+    """
+    if not is_split(tensor):
+        yield tensor
+        return
+    own, mesh = tensor.to_local(), tensor.device_mesh
+    size = -(-len(tensor) // mesh.size())  # of torch's chunks; the last ones may be smaller, or empty
+    rows = torch.zeros(tensor.shape, dtype=tensor.dtype, device=own.device)
+    mine = rows[mesh.get_local_rank() * size :][: len(own)]
+    mine.copy_(own)
+    yield rows
+    own.copy_(mine)
