@@ -147,7 +147,7 @@ class AdaptedLinear(Adapter):
     @property
     def unmerged_weight(self) -> Tensor:
         """W, (out, in), also while the update is part of ``weight``."""
-        return self.weight.detach() if self._unmerged is None else self._unmerged.to(self.weight.device)
+        return whole(self.weight.detach()) if self._unmerged is None else self._unmerged.to(self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""

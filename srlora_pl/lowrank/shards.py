@@ -1,4 +1,4 @@
-"""Weights that are split by rows over the processes of a run: FSDP2's ``DTensor``, which costs half a second to import."""
+"""Weights that are split by rows over the processes of a run: FSDP2's ``DTensor``, which is slow to import."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,21 @@ def is_split(tensor: Tensor) -> bool:
 def whole(tensor: Any) -> Tensor:
     """``tensor``, gathered if it is split: then all processes must call this, in the same order."""
     return tensor.full_tensor() if is_split(tensor) else tensor
+
+
+def own_part(tensor: Any) -> Tensor:
+    """The part of ``tensor`` in this process: all of it, where it is not split."""
+    return tensor.to_local() if is_split(tensor) else tensor
+
+
+def placed(value: Tensor, like: Any) -> Tensor:
+    """A copy of a whole ``value`` on the device and in the type of ``like``, and split as that is; nothing is sent."""
+    value = value.to(like.device, like.dtype, copy=True)
+    if not is_split(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from srlora_pl.lowrank import checks
 from srlora_pl.lowrank.ledger import Ledger, Update
 from srlora_pl.lowrank.linear import Adapter, Matrix
-from srlora_pl.lowrank.shards import own_rows
+from srlora_pl.lowrank.shards import is_split, own_rows
 from srlora_pl.lowrank.target_settings import is_below
 from srlora_pl.util.cache import fingerprint
 from srlora_pl.util.errors import UserError
@@ -91,6 +91,11 @@ class FrozenWeights:
         """Whether a weight is no longer W0, merged adapters aside."""
         return any(ledger.rank for ledger in self.ledgers.values())
 
+    @property
+    def are_split(self) -> bool:
+        """Whether each process has a part of them only."""
+        return any(map(is_split, self._parameters().values()))
+
     # --- identity
 
     def identify(self) -> None:
@@ -138,6 +143,8 @@ class FrozenWeights:
 
     def keep_pretrained(self) -> None:
         """Keep W0, which the weights are now."""
+        if self.are_split:  # then a load in between reads them from their file again
+            return
         kept = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in self.layers.items()}
         self._kept = kept, self.fingerprint or fingerprint(self._parameters())
 
@@ -231,5 +238,6 @@ class FrozenWeights:
                 W0 = matrix.of_weight(source.get(matrix.layer_name, matrix.layer.weight.detach()))
                 with full_precision():
                     W = saved["weight"] if ledger.updates is None else ledger.replay(W0, self.device or W0.device)
-                    matrix.weight.copy_(W)
+                    with own_rows(matrix.layer.weight.detach()) as weight:
+                        matrix.of_weight(weight).copy_(W)
         self.fingerprint, self.changed = state["base_fingerprint"], set(state["changed"])

@@ -141,7 +141,10 @@ class SRLoRAMixin(_Module):
         self._refuse_what_cannot_be_right()
         if not internals.module_loads_training_data(self.trainer):  # whose own setup may not be over
             self._require_room()
-        if self.adaptation.method.starts_from != "gradient":
+        if self.adaptation.method.starts_from == "gradient":
+            if not self.adaptation.started:
+                self.adaptation.weights.identify()
+        else:
             self._start(self.adaptation.method.sources(self._progress, cache_folder("spectra")))
 
     def _start(self, sources: Sources | None) -> None:

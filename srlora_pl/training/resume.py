@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
+from srlora_pl.lowrank.shards import is_split, placed
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.randomness import reseed, run_seed
@@ -57,11 +58,18 @@ class ExactResume(_Module):
         if self._half_done is not None:
             for name, parameter in self.named_parameters():
                 if name in self._half_done:
-                    parameter.grad = self._half_done[name].to(parameter, copy=True)
+                    parameter.grad = placed(self._own(self._half_done[name], parameter), like=parameter)
             self._half_done = None
         if self._to_take_up:
             self._take_up(**self._to_take_up)
             self._to_take_up = None
+
+    def _own(self, gradient: Tensor, parameter: Tensor) -> Tensor:
+        """What this process goes on with of a saved ``gradient``, (...) or (processes, ...)."""
+        if gradient.dim() == parameter.dim():
+            return gradient
+        same = len(gradient) == self.trainer.world_size and not is_split(parameter)
+        return gradient[self.global_rank] if same else gradient.mean(0)
 
     def _take_up(self, owes_validation: bool, scores: dict[str, Tensor], should_stop: bool) -> None:
         """Do what is left of the step and the epoch that the checkpoint was written in, besides training."""
@@ -125,7 +133,7 @@ class ExactResume(_Module):
         if trainer.state.fn == "fit" and internals.accumulates(trainer):
             gradients = {n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None}
         if trainer.world_size > 1:  # until the accumulation is over each process has gradients of its own
-            gradients = self.all_gather(gradients)  # (processes, ...)
+            gradients = {n: g if is_split(g) else self.all_gather(g) for n, g in gradients.items()}  # (processes, ...)
         checkpoint[_KEY] = {
             "processed": internals.batches_in_run(trainer).processed,
             "processes": trainer.world_size,
@@ -156,8 +164,6 @@ class ExactResume(_Module):
         if state is None:
             return
         self._half_done, self._has_scores = state["gradients"] or None, state.get("has_scores", False)
-        if self._half_done and trainer.world_size > 1:
-            self._half_done = {name: each[self.global_rank] for name, each in self._half_done.items()}
         # Without the callback, or with more patience, a run that it has stopped goes on.
         counted = checkpoint.get("callbacks", {})
         stopping = [each for each in trainer.callbacks if isinstance(each, EarlyStopping) and each.state_key in counted]

@@ -9,13 +9,13 @@ from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed import all_reduce
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from srlora_pl.lowrank import Adaptation
 from srlora_pl.lowrank.optimizer_state import parameters_of
-from srlora_pl.lowrank.shards import whole
+from srlora_pl.lowrank.shards import is_split, placed, whole
 from srlora_pl.lowrank.targets import repeated_blocks
 from srlora_pl.training import lightning_internals as internals
 
@@ -87,7 +87,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        super(ModelParallelStrategy, self).load_model_state_dict(checkpoint, strict)
+        module = self.lightning_module
+        split = {name: value for name, value in module.state_dict(keep_vars=True).items() if is_split(value)}
+        state = {
+            name: placed(value, split[name]) if name in split and not is_split(value) else value
+            for name, value in checkpoint["state_dict"].items()
+        }
+        module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -138,18 +144,13 @@ def average(parameters: list[Tensor]) -> None:
                 parameter.grad = part.view_as(parameter)
 
 
-def part_of(value: Tensor, like: DTensor) -> Tensor:
-    """A whole ``value``, the same in all processes, split as ``like`` is; nothing is sent."""
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
 def split_state(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """``state`` of an optimizer of whole parameters, with the part of this process of each that is split."""
     states, parameters = dict(state["state"]), parameters_of(optimizer)
     for number, parameter in enumerate(parameters):
         if isinstance(parameter, DTensor) and number in states:
             states[number] = {
-                name: part_of(value, parameter) if isinstance(value, Tensor) and value.dim() else value
+                name: placed(value, parameter) if isinstance(value, Tensor) and value.dim() else value
                 for name, value in states[number].items()
             }
     return {**state, "state": states}
