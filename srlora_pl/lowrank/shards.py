@@ -14,7 +14,13 @@ def is_split(tensor: Tensor) -> bool:
 
 def whole(tensor: Any) -> Tensor:
     """``tensor``, gathered if it is split: then all processes must call this, in the same order."""
-    return tensor.full_tensor() if is_split(tensor) else tensor
+    if not is_split(tensor) or tensor.dtype != torch.int16:
+        return tensor.full_tensor() if is_split(tensor) else tensor
+    from torch.distributed.tensor import DTensor  # NCCL sends no int16
+
+    own, layout = tensor.to_local().view(torch.float16), (tensor.device_mesh, tensor.placements)
+    sent = DTensor.from_local(own, *layout, shape=tensor.shape, stride=tensor.stride())
+    return sent.full_tensor().view(torch.int16)
 
 
 def own_part(tensor: Any) -> Tensor:
@@ -23,8 +29,8 @@ def own_part(tensor: Any) -> Tensor:
 
 
 def placed(value: Tensor, like: Any) -> Tensor:
-    """A copy of a whole ``value`` on the device and in the type of ``like``, and split as that is; nothing is sent."""
-    value = value.to(like.device, like.dtype, copy=True)
+    """A copy of a whole ``value`` on the device of ``like``, and split as that is; nothing is sent."""
+    value = value.to(like.device, copy=True)
     if not is_split(like):
         return value
     from torch.distributed.tensor import distribute_tensor

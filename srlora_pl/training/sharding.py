@@ -55,9 +55,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         module.to(self.root_device)
         self.model = self._sharded
 
-    def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
-    ) -> Any:
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         def averaged() -> Any:
             result = closure()
             average([parameter for parameter in parameters_of(optimizer) if not isinstance(parameter, DTensor)])
@@ -87,13 +85,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        module = self.lightning_module
-        split = {name: value for name, value in module.state_dict(keep_vars=True).items() if is_split(value)}
+        own = self.lightning_module.state_dict()
         state = {
-            name: placed(value, split[name]) if name in split and not is_split(value) else value
+            name: placed(value, own[name]) if name in own and not is_split(value) else value
             for name, value in checkpoint["state_dict"].items()
         }
-        module.load_state_dict(state, strict=strict)
+        self.lightning_module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -123,6 +120,9 @@ def shard(root: nn.Module, adaptation: Adaptation, mesh: Any) -> None:
     for block in repeated_blocks(adaptation.net):
         fully_shard(adaptation.net.get_submodule(block), **options)
     fully_shard(root, **options)
+    for layer in adaptation.weights.layers.values():
+        if layer.rest is not None:
+            layer.rest = placed(layer.rest, like=layer.weight)
 
 
 def average(parameters: list[Tensor]) -> None:

@@ -45,7 +45,7 @@ class DoRALinear(LowRankLinear):
         return torch.cat([adapted.get(part, ones) for part in range(self.parts)])
 
     def magnitudes(self) -> Tensor:
-        norms = torch.linalg.vector_norm(self.unmerged_weight.to(self.lora_A.dtype), dim=1).view(self.parts, -1)
+        norms = torch.linalg.vector_norm(self.frozen.dense(), dim=1).view(self.parts, -1)
         norms[list(self.adapted)] = self.lora_magnitude.detach().view(len(self.adapted), -1)
         return norms.flatten()
 
