@@ -164,14 +164,25 @@ class CausalLM(Task):
         return -losses.new_zeros(len(batch["labels"])).index_add(0, row, losses)
 
     def complete(self, batch: Batch, settings: Generation) -> list[Completion]:
-        """The answers to the prompts of ``batch``."""
+        """The answers to the prompts of ``batch``.
+
+        Raises:
+            UserError: the weights are split over processes, which would have to wait for each other at every token.
+        """
+        if self.is_sharded:
+            raise UserError(
+                "trainer.strategy fsdp2 generates no answers: let `srlora test` or `srlora predict` do it from the "
+                "checkpoint, on one device or with ddp"
+            )
         ids, mask = batch["input_ids"], batch["attention_mask"]
         return generate(self.net, self._data.tokenizer, ids, mask, settings.max_new_tokens, settings.stop)
 
     def sample_answers(self) -> list[Row]:
         """Answers to the first ``samples`` prompts of the validation split, graded if it has a grader."""
         data = self._data
-        if not self.samples or data.generation_batch is None or data.generation is None or data.question is None:
+        if not self.samples or self.is_sharded:
+            return []
+        if data.generation_batch is None or data.generation is None or data.question is None:
             return []
         split = data.split_names.get("val", ("val",))[0]
         settings, question = data.generation(split), data.question

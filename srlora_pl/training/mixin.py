@@ -23,7 +23,7 @@ from srlora_pl.lowrank.method import Sources
 from srlora_pl.lowrank.methods import imported
 from srlora_pl.lowrank.optimizer_state import gradients_of, parameters_of
 from srlora_pl.training import lightning_internals as internals
-from srlora_pl.training.sharding import FSDP2Strategy
+from srlora_pl.training.sharding import FSDP2Strategy, require_splittable
 from srlora_pl.util.cache import cache_folder
 from srlora_pl.util.errors import UserError
 
@@ -219,6 +219,8 @@ class SRLoRAMixin(_Module):
             raise UserError(
                 f"trainer.strategy {strategy} shards the weights that a start or a switch changes, use ddp or fsdp2"
             )
+        if self.is_sharded:
+            require_splittable(trainer, self.adaptation.method)
         averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
         if averaging and not self.adaptation.method.averages:
             raise UserError(

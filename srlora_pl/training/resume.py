@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from srlora_pl.lowrank.shards import is_split, placed
@@ -137,6 +138,7 @@ class ExactResume(_Module):
         checkpoint[_KEY] = {
             "processed": internals.batches_in_run(trainer).processed,
             "processes": trainer.world_size,
+            "samples_per_batch": self._samples_per_batch,
             "batches_per_epoch": trainer.num_training_batches,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "seed": run_seed(),
@@ -184,11 +186,24 @@ class ExactResume(_Module):
             epoch, batch = epoch - 1, per_epoch
         internals.set_position(checkpoint, state["processed"], epoch, batch, per_epoch)
 
+    @property
+    def _samples_per_batch(self) -> int | None:
+        """Of all processes together; None where the data do not say."""
+        batch_size = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+        return None if batch_size is None else batch_size * self.trainer.world_size
+
     def _require_same(self, state: dict[str, Any]) -> None:
+        here, there = self.trainer.world_size, state["processes"]
+        if here != there and self._samples_per_batch == state.get("samples_per_batch", 0):
+            rank_zero_info(
+                f"The checkpoint was written by {there} processes, and this run has {here}: it sees the same samples "
+                "in each step, and is equal to rounding but for dropout and all else that a process draws for itself."
+            )
+            there = here
         for value, saved, place in (
             (run_seed(), state["seed"], "seed_everything"),
             (self.trainer.accumulate_grad_batches, state["accumulate_grad_batches"], "trainer.accumulate_grad_batches"),
-            (self.trainer.world_size, state["processes"], "the number of processes (trainer.devices x num_nodes)"),
+            (here, there, "the number of processes (trainer.devices x num_nodes)"),
         ):
             if value != saved:
                 raise UserError(f"{place} is {value} and the checkpoint was made with {saved}, resume with {saved}")

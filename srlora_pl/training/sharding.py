@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed import all_reduce
@@ -13,11 +14,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from srlora_pl.lowrank import Adaptation
+from srlora_pl.lowrank import Adaptation, Method
 from srlora_pl.lowrank.optimizer_state import parameters_of
 from srlora_pl.lowrank.shards import is_split, placed, whole
 from srlora_pl.lowrank.targets import repeated_blocks
-from srlora_pl.training import lightning_internals as internals
+from srlora_pl.util.errors import UserError
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -39,6 +40,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     restore_checkpoint_after_setup = False
     lightning_restore_optimizer = True
 
+    @property
+    def _module(self) -> Any:
+        return self.lightning_module
+
     def setup_environment(self) -> None:
         self._data_parallel_size = self.world_size
         super().setup_environment()
@@ -48,8 +53,10 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def model_to_device(self) -> None:
         """Split the module, once, and move the rest of it to the device."""
-        module: Any = self.lightning_module
+        module = self._module
         if self._sharded is None or self._sharded.module is not module:
+            if any(map(is_split, module.parameters())):
+                raise UserError("this module was split by another Trainer: go on with that one, or make it anew")
             self._sharded = _Sharded(module)
             shard(self._sharded, module.adaptation, self.device_mesh["data_parallel"])
         module.to(self.root_device)
@@ -66,7 +73,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     # --- checkpoints
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self.lightning_module.state_dict()
+        return self._module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return super(ModelParallelStrategy, self).optimizer_state(optimizer)
@@ -85,12 +92,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         return super(ModelParallelStrategy, self).load_checkpoint(checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        own = self.lightning_module.state_dict()
+        own = self._module.state_dict()
         state = {
             name: placed(value, own[name]) if name in own and not is_split(value) else value
             for name, value in checkpoint["state_dict"].items()
         }
-        self.lightning_module.load_state_dict(state, strict=strict)
+        self._module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -110,6 +117,25 @@ class _Sharded(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+
+def require_splittable(trainer: Any, method: Method) -> None:
+    """Refuse what needs whole weights in a run of `FSDP2Strategy`."""
+    if trainer.precision_plugin.precision == "16-mixed":
+        raise UserError(
+            "trainer.precision 16-mixed scales each process's gradients, which trainer.strategy fsdp2 does not: use "
+            "bf16-mixed"
+        )
+    if method.trains_weights and method.own_optimizer is not None:
+        raise UserError(
+            f"the optimizer of {type(method).__name__} needs the whole gradient of each weight, which trainer.strategy "
+            "fsdp2 splits: use ddp"
+        )
+    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+        raise UserError(
+            "the callback WeightAveraging keeps a whole copy of the network in each process, where trainer.strategy "
+            "fsdp2 is to keep a part: leave it out, or use ddp"
+        )
 
 
 def shard(root: nn.Module, adaptation: Adaptation, mesh: Any) -> None:
