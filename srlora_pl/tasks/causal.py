@@ -225,7 +225,8 @@ class CausalLM(Task):
         data = self._data
         asked = [repr(data.generation(split)) for split in splits] if data.generation else []
         model = digest(fingerprint(trained), self.hparams["backbone"], str(self.trainer.precision), asked)
-        self.evaluation.begin(Answers(self.answers, model))
+        # Processes that start at once may each have found another folder free.
+        self.evaluation.begin(Answers(self.trainer.strategy.broadcast(self.answers), model))
         try:
             self.adaptation.merge()  # which spares generation the products of the adapters
         except UserError:  # they are no part of a weight, and stay beside it
