@@ -121,6 +121,7 @@ def answers(home: Path, processes: int, weights: str, ckpt_path: Path | None = N
         template="{prompt}",
         batch_size=ddp_program.BATCH // processes // 2,
         max_length=64,
+        grader="exact",
         max_new_tokens=4,
         cache_dir=str(home / "tokens"),
     )

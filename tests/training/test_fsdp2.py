@@ -212,8 +212,11 @@ def test_half_precision_trains(all_home):
 @pytest.mark.parametrize(("weights", "tolerance"), [("float32", 1e-10), ("bfloat16", 1e-3)])
 def test_answers_equal_one_process_and_resume(all_home, weights, tolerance):
     two = _ranks(all_home)
-    assert_same_run(program.answers(all_home, 1, weights), two[0][weights], tolerance)
-    for each in two:
+    runs = program.answers(all_home, 1, weights), two[0][weights]
+    for run in runs if weights == "bfloat16" else ():  # whose rests are bits of rounding
+        run["state"] = {name: value for name, value in run["state"].items() if not name.endswith(".rest")}
+    assert_same_run(*runs, tolerance)
+    for each in _ranks(all_home):
         assert_equal(each[weights], each[f"{weights} resumed"])
         assert re.search(mentions("srlora test", "one device"), each[weights]["refused"])
 
