@@ -206,7 +206,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         if sampled_batches is None:
             raise UserError(
                 f"{type(method).__name__} starts from gradients, but {type(datamodule).__name__} has no "
-                "sampled_batches(samples) to estimate them from: derive it from a DataModule of this package, or take another method."
+                "sampled_batches(samples): derive it from a DataModule of this package, or take another method."
             )
         # Of the first step that moves weights: with a warm-up the rate of step 0 is 0.
         first = schedule_factor(self.schedule, min(self.warmup_steps, 1), math.inf, self.warmup_steps)
