@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srlora_pl.data.protocols import Batch, DataForTask, Generation
 from srlora_pl.lowrank import Method
+from srlora_pl.lowrank.shards import own_part
 from srlora_pl.models import causal, pretrained
 from srlora_pl.models.causal_family import Causal
 from srlora_pl.models.generation import Completion, generate
@@ -218,7 +219,7 @@ class CausalLM(Task):
         self.adaptation.unmerge()
 
     def _begin_answers(self, splits: Sequence[str]) -> None:
-        trained: dict[str, Tensor] = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+        trained = {name: own_part(p) for name, p in self.net.named_parameters() if p.requires_grad}
         data = self._data
         asked = [repr(data.generation(split)) for split in splits] if data.generation else []
         model = digest(fingerprint(trained), self.hparams["backbone"], str(self.trainer.precision), asked)

@@ -15,23 +15,35 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from srlora_pl import (
+    AdaLoRA,
+    BitFit,
+    Bottleneck,
     CausalLM,
     DoRA,
+    DyLoRA,
     Full,
     GaLore,
+    HydraLoRA,
     ImageClassifier,
     InstructionData,
+    LinearProbe,
     LoRA,
     LoRAGA,
+    LoRAPro,
     LoRASB,
+    LoRAXS,
     Method,
+    PiSSA,
     ReLoRA,
     SRLoRA,
+    TiedLoRA,
+    VeRA,
 )
 from srlora_pl.lowrank.shards import is_split, whole
 from srlora_pl.training.checkpoints import AtomicCheckpointIO
 from tests.helpers import ddp_program
 from tests.helpers.ddp_program import SHAPE, FewDigits
+from tests.helpers.methods import made
 
 METHODS: dict[str, Method] = {
     "srlora": SRLoRA(rank=2, alpha=4.0, target_rank=6),
@@ -42,8 +54,13 @@ METHODS: dict[str, Method] = {
     "lora_ga": LoRAGA(rank=2, gradient_samples=12),
     "full": Full(),
     "galore": GaLore(rank=2),
+    # Whose updates become larger than the matrices.
+    "dense": SRLoRA(rank=4, alpha=4.0, target_rank=10),
 }
-TRAINED = [name for name in METHODS if name != "galore"]
+NAMED = [name for name in METHODS if name not in ("galore", "dense")]
+OTHERS = [AdaLoRA, BitFit, Bottleneck, DyLoRA, HydraLoRA, LinearProbe, LoRAPro, LoRAXS, PiSSA, TiedLoRA, VeRA]
+METHODS |= {kind.__name__: made(kind, rank=2, alpha=4.0) for kind in OTHERS}
+TRAINED = [*NAMED, *(kind.__name__ for kind in OTHERS)]
 STEPS = 8  # of which three switch
 
 
@@ -88,8 +105,9 @@ def trainer(home: Path, processes: int, *callbacks: Callback, **options: Any) ->
 def result(module: Any) -> dict[str, Any]:
     """What there is after a run, whole; all processes must call this."""
     adaptation, controller = module.adaptation, module.adaptation.controller
+    has_weights = adaptation.method.additive or adaptation.method.rescales
     return {
-        "effective": {name: layer.merged_weight() for name, layer in adaptation.layers.items()},
+        "effective": {name: layer.merged_weight() for name, layer in adaptation.layers.items()} if has_weights else {},
         "state": {name: whole(value).clone() for name, value in module.state_dict().items()},
         "directions": getattr(controller, "active", {}),
         "events": controller.progress().done,
@@ -177,12 +195,13 @@ def few(home: Path) -> dict[str, Any]:
 def everything(home: Path) -> dict[str, Any]:
     found: dict[str, Any] = {name: fitted(home, 2, name) for name in TRAINED}
     fitted(home, 2, "srlora", Files("ddp"), strategy="ddp", **ACCUMULATED)
+    found["dense accumulated"] = fitted(home, 2, "dense", Files("dense"), **ACCUMULATED)
     for name in ("srlora", "full"):
         found[f"{name} 32"] = fitted(home, 2, name, optimizer="sgd", lr=0.1, precision="32-true")
         found[f"{name} accumulated"] = fitted(home, 2, name, Files(name), **ACCUMULATED)
     # This run's own files, and those of one process and of ddp.
-    for file in ("srlora5", "srlora10", "full5", "full10", "one5", "ddp5"):
-        method = "full" if file.startswith("full") else "srlora"
+    for file in ("srlora5", "srlora10", "full5", "full10", "dense10", "one5", "ddp5"):
+        method = file.rstrip("0123456789") if file not in ("one5", "ddp5") else "srlora"
         found[file] = fitted(home, 2, method, ckpt_path=home / f"{file}.ckpt", **ACCUMULATED)
     found["whole"] = fitted(home, 2, "srlora", Files("whole"), checkpoints="full", **ACCUMULATED)
     found["whole5"] = fitted(home, 2, "srlora", ckpt_path=home / "whole5.ckpt", checkpoints="full", **ACCUMULATED)
