@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from srlora_pl.lowrank.linear import Adapter, Matrix
+from srlora_pl.lowrank.nf4 import NF4
 from srlora_pl.lowrank.optimizer_state import parameters_of
 from srlora_pl.lowrank.target_settings import is_below
 from srlora_pl.util.errors import UserError, did_you_mean
@@ -42,8 +43,13 @@ def require_unmerged(layers: Iterable[Adapter], before: str) -> None:
 
 def require_full_precision(method: Any, matrices: Iterable[Matrix], parameters: Iterable[torch.Tensor] = ()) -> None:
     """Refuse half precision in weights that ``method`` moves, and in those of the ``parameters`` that train."""
-    changed = [matrix.weight for matrix in matrices if method.moves_weights]
+    changed = [matrix.layer.weight for matrix in matrices if method.moves_weights]
     changed += [parameter for parameter in parameters if parameter.requires_grad]
+    if any(isinstance(weight, NF4) for weight in changed):
+        raise UserError(
+            f"{type(method).__name__} changes pretrained weights, which cannot be done in four bits (model.weights "
+            "nf4): keep them in bfloat16 or float32, or take a method that leaves them, such as LoRA"
+        )
     coarse = next((weight.dtype for weight in changed if weight.dtype.itemsize < 4), None)
     if coarse is not None:
         leaves = not (method.moves_weights or method.trains_weights)

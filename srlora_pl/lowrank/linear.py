@@ -185,15 +185,20 @@ class AdaptedLinear(Adapter):
         self._require_enabled("merge")
         if not self.merged:
             effective = self.merged_weight().to(self.weight.dtype)
-            self._unmerged = self.weight.data
-            self.weight.data = effective
+            vars(self)["_unmerged"] = self.weight  # as an attribute it would be a second parameter
+            self.put(effective)
 
     def unmerge(self) -> None:
         """Undo `merge`, to the bit: the weight from before is put back, not computed back."""
         self._require_enabled("unmerge")
         if self._unmerged is not None:
-            self.weight.data = self.unmerged_weight
+            moved = self._unmerged.device != self.weight.device
+            self.put(self.unmerged_weight if moved else self._unmerged)
             self._unmerged = None
+
+    def put(self, weight: Tensor) -> None:
+        """Let ``weight`` (out, in) stand in the place of the frozen weight; the other stays what it is."""
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
 
     def _require_enabled(self, what: str) -> None:
         if self.disabled:

@@ -179,15 +179,15 @@ class FrozenWeights:
     @contextmanager
     def replaced_by_pretrained(self) -> Iterator[None]:
         """Inside, W0 stands in place of W."""
-        weights = {name: layer.weight.data for name, layer in self.layers.items()}
+        weights = {name: layer.weight for name, layer in self.layers.items()}
         pretrained = self.pretrained()
         try:
             for name, layer in self.layers.items():
-                layer.weight.data = pretrained[name]
+                layer.put(pretrained[name])
             yield
         finally:
             for name, layer in self.layers.items():
-                layer.weight.data = weights[name]
+                layer.put(weights[name])
 
     # --- state
 
