@@ -12,12 +12,12 @@ from torch.utils.hooks import RemovableHandle
 from srlora_pl.lowrank import checks, groups, loop, storage
 from srlora_pl.lowrank.formats import FORMAT, upgraded
 from srlora_pl.lowrank.former_names import FormerNames
+from srlora_pl.lowrank.frozen import FrozenWeights, Reload, freeze
 from srlora_pl.lowrank.inference import Inference
-from srlora_pl.lowrank.linear import Adapter, Matrix, widened
+from srlora_pl.lowrank.linear import Adapter, Matrix, precise
 from srlora_pl.lowrank.method import Controller, Method, Sources
 from srlora_pl.lowrank.methods import from_spec
 from srlora_pl.lowrank.optimizer_state import parameters_of
-from srlora_pl.lowrank.weights import FrozenWeights, Reload, freeze
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision
 
@@ -64,13 +64,13 @@ class Adaptation(Inference, FormerNames):
         self.trainable = [trainable] if isinstance(trainable, str) else list(trainable)
         checks.require_names(net, self.trainable)
         # A random weight has no directions worth keeping, and no file holds it.
-        self.layers: dict[str, Adapter] = widened(method.inject(net, [*self.trainable, *new]))
+        self.layers: dict[str, Adapter] = precise(method.inject(net, [*self.trainable, *new]), method.moves_weights)
         self.matrices = [matrix for name, layer in self.layers.items() for matrix in layer.matrices(name)]
         for matrix in self.matrices:
             method.initialize(matrix)
         frozen = freeze(net, self.layers, method.frozen_adapter(), method.trains, self.trainable, self.new)
         groups.require_output_factors(method, self.layers)
-        checks.require_full_precision(method, self.matrices, net.parameters())
+        checks.require_full_precision(method, self.layers.values(), net.parameters())
         self.weights = FrozenWeights(net, frozen, self.matrices, pretrained)
         self.ledgers = self.weights.ledgers
         self.started = method.starts_from == "nothing"
@@ -103,10 +103,10 @@ class Adaptation(Inference, FormerNames):
             device: of the run, where weights are changed, by default where each weight is.
 
         Raises:
-            UserError: the adapters are merged; a weight is in half precision; the pretrained weights are gone.
+            UserError: the adapters are merged; a weight was put into half precision; the pretrained weights are gone.
         """
         checks.require_unmerged(self.layers.values(), before="training")
-        checks.require_full_precision(self.method, self.matrices)
+        checks.require_full_precision(self.method, self.layers.values())
         self.weights.device = device
         self.seed = self.run_on_rank_zero(lambda: self.seed)
         if not self.started:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from srlora_pl.lowrank.linear import Adapter, Matrix
+from srlora_pl.lowrank.linear import AdaptedLinear, Adapter
 from srlora_pl.lowrank.nf4 import NF4
 from srlora_pl.lowrank.optimizer_state import parameters_of
 from srlora_pl.lowrank.target_settings import is_below
@@ -41,10 +41,11 @@ def require_unmerged(layers: Iterable[Adapter], before: str) -> None:
         raise UserError(f"the adapters are merged into the weights, call unmerge() before {before}")
 
 
-def require_full_precision(method: Any, matrices: Iterable[Matrix], parameters: Iterable[torch.Tensor] = ()) -> None:
-    """Refuse half precision in weights that ``method`` moves, and in those of the ``parameters`` that train."""
-    changed = [matrix.layer.weight for matrix in matrices if method.moves_weights]
-    changed += [parameter for parameter in parameters if parameter.requires_grad]
+def require_full_precision(method: Any, layers: Iterable[Adapter], parameters: Iterable[torch.Tensor] = ()) -> None:
+    """Refuse half precision in weights that ``method`` moves and in those of the ``parameters`` that train."""
+    changed = [parameter for parameter in parameters if parameter.requires_grad]
+    if method.moves_weights:
+        changed += [each.weight for each in layers if isinstance(each, AdaptedLinear) and each.rest is None]
     if any(isinstance(weight, NF4) for weight in changed):
         raise UserError(
             f"{type(method).__name__} changes pretrained weights, which cannot be done in four bits (model.weights "
@@ -52,11 +53,10 @@ def require_full_precision(method: Any, matrices: Iterable[Matrix], parameters: 
         )
     coarse = next((weight.dtype for weight in changed if weight.dtype.itemsize < 4), None)
     if coarse is not None:
-        leaves = not (method.moves_weights or method.trains_weights)
-        way_out = "" if leaves else " (model.weights), or take a method that leaves them, such as LoRA"
+        way_out = " (model.weights), or take a method that leaves them, such as LoRA" if method.trains_weights else ""
         raise UserError(
             f"{type(method).__name__} changes weights that are {coarse}, which would round the changes: keep "
-            f"{'what trains' if leaves else 'them'} in float32{way_out}"
+            f"{'them' if method.trains_weights else 'what trains or moves'} in float32{way_out}"
         )
 
 

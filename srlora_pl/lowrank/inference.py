@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from srlora_pl.lowrank.checks import require_something_to_train, require_unmerged
 from srlora_pl.lowrank.delta import merged_copy
+from srlora_pl.lowrank.frozen import FrozenWeights
 from srlora_pl.lowrank.groups import output_factors, param_groups
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter
 from srlora_pl.lowrank.method import Method
 from srlora_pl.lowrank.nf4 import plain
 from srlora_pl.lowrank.target_settings import is_below
-from srlora_pl.lowrank.weights import FrozenWeights
 from srlora_pl.util.errors import UserError
 
 

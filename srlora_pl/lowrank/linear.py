@@ -1,12 +1,14 @@
 """The adapted linear layer, and the matrices inside it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from srlora_pl.lowrank.kernels import linear, low_rank_linear, merged, two_branches
+from srlora_pl.lowrank.nf4 import NF4
+from srlora_pl.lowrank.weights import FourBits, Halves, Plain, join, split
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision, trained_dtype
 
@@ -58,10 +60,23 @@ class Adapter(nn.Module):
         """Undo `merge`, to the bit."""
 
 
-def widened(layers: dict[str, Adapter]) -> dict[str, Adapter]:
-    """``layers`` with parameters in float32 at least: beside a weight in half precision they would train in it too."""
+def precise(layers: dict[str, Adapter], moves_weights: bool) -> dict[str, Adapter]:
+    """``layers`` whose changes are not rounded to the half precision that a frozen weight may have.
+
+    Their parameters are in float32 at least. With ``moves_weights`` so is a weight in bfloat16: the bits that it gains
+    stay on the CPU.
+
+    Raises:
+        UserError: a weight that is to gain bits is not finite.
+    """
     for parameter in (each for layer in layers.values() for each in layer.adapter_parameters()):
         parameter.data = parameter.data.to(trained_dtype(parameter.dtype))
+    for name, layer in layers.items():
+        if moves_weights and isinstance(layer, AdaptedLinear) and layer.weight.dtype == torch.bfloat16:
+            weight = layer.weight
+            if not (weight.is_meta or weight.isfinite().all()):
+                raise UserError(f"the weight of {name} holds NaN or infinity, see to the pretrained weights")
+            layer.rest = torch.zeros(weight.shape, dtype=torch.int16, device="meta" if weight.is_meta else "cpu")
     return layers
 
 
@@ -87,6 +102,7 @@ class AdaptedLinear(Adapter):
     Attributes:
         shared: factors that other layers use too; in a list, so that they are no submodules.
         evaluation_rank: how many of the first pairs act outside training, where the method is `nested`.
+        rest: int16 (out, in), of a weight in bfloat16 that changes, see `Halves`; else None. It stays on the CPU.
     """
 
     shared: "Sequence[SharedFactors]" = ()
@@ -108,6 +124,7 @@ class AdaptedLinear(Adapter):
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias
         self.dropout = nn.Dropout(dropout)
+        self.rest: Tensor | None = None
         self._unmerged: Tensor | None = None
         self.build(() if parts == 1 else (len(adapted),), self.out_features // parts, self.in_features, **options)
         self.train(linear.training)
@@ -146,7 +163,15 @@ class AdaptedLinear(Adapter):
     @property
     def unmerged_weight(self) -> Tensor:
         """W, (out, in), also while the update is part of ``weight``."""
-        return self.weight.detach() if self._unmerged is None else self._unmerged.to(self.weight.device)
+        return self.weight.detach() if self._unmerged is None else self._unmerged.detach().to(self.weight.device)
+
+    @property
+    def frozen(self) -> Plain:
+        """W, also while the update is part of ``weight``."""
+        W = self.unmerged_weight
+        if isinstance(W, NF4):
+            return FourBits(W)
+        return Plain(W) if self.rest is None else Halves(W, self.rest)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -170,7 +195,7 @@ class AdaptedLinear(Adapter):
             return self.weight.detach().clone()
         with full_precision():
             B, A = self.factors()
-            return merged(self.weight.detach(), A, B, self.scaling, self._some_parts)
+            return merged(self.frozen.dense(), A, B, self.scaling, self._some_parts)
 
     @property
     def _some_parts(self) -> tuple[int, ...] | None:
@@ -208,10 +233,30 @@ class AdaptedLinear(Adapter):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[f"{prefix}weight"] = self.unmerged_weight
+        if self.rest is not None:
+            destination[f"{prefix}rest"] = self.rest
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.unmerge()
-        super()._load_from_state_dict(*args, **kwargs)
+        weight, rest = state_dict.get(f"{prefix}weight"), state_dict.pop(f"{prefix}rest", None)
+        if weight is not None:  # of a layer that may keep its weight in another way
+            W = weight if rest is None else join(weight, rest)
+            if self.rest is not None:
+                W, rest = split(W.float())
+                self.rest.copy_(rest)
+            state_dict[f"{prefix}weight"] = W
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any) -> "AdaptedLinear":
+        W = None if self.rest is None else self.frozen.dense()
+        super()._apply(fn, *args)
+        if W is not None and self.weight.dtype != torch.bfloat16:  # so that no bit is lost
+            self.rest = None
+            if self.merged:
+                self._unmerged = W
+            else:
+                self.weight.data = W.to(self.weight)
+        return self
 
     def matrices(self, name: str) -> "list[Matrix]":
         """The adapted matrices of this layer, which is called ``name`` in its network."""
@@ -269,7 +314,7 @@ class SharedFactors(Adapter):
 class Matrix:
     """One adapted weight matrix: a whole `AdaptedLinear`, or one of q, k, v in a fused one.
 
-    Holds no values: ``weight`` (out, in), ``A`` (r, in) and ``B`` (out, r) are detached views into the layer.
+    Holds no values: ``A`` (r, in) and ``B`` (out, r) are detached views into the layer.
     """
 
     def __init__(self, name: str, layer_name: str, layer: AdaptedLinear, index: int) -> None:
@@ -291,8 +336,23 @@ class Matrix:
         return tensor.chunk(len(self.layer.adapted))[self.index] if tensor.dim() == 1 else tensor[self.index]
 
     @property
+    def frozen(self) -> Plain:
+        """W, to be read or changed."""
+        return self.layer.frozen.part(self.of_weight)
+
+    @property
     def weight(self) -> Tensor:
-        return self.of_weight(self.layer.weight.detach())
+        """W (out, in), to be read only: a new tensor where the layer keeps less than float32."""
+        return self.frozen.dense()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values of ``weight``."""
+        return trained_dtype(self.layer.weight.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.layer.weight.device
 
     @property
     def A(self) -> Tensor:

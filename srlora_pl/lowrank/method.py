@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from srlora_pl.lowrank.frozen import FrozenWeights
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear, Matrix
 from srlora_pl.lowrank.own_optimizer import OwnOptimizer, split
 from srlora_pl.lowrank.target_settings import TargetSettings
 from srlora_pl.lowrank.targets import select
-from srlora_pl.lowrank.weights import FrozenWeights
 from srlora_pl.util.signatures import arguments_of_class
 
 

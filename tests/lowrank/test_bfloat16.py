@@ -16,8 +16,9 @@ from tests.helpers.methods import IA3, METHODS, OFT, Bottlenecks, PeftLoRA, made
 from tests.helpers.toys import ToyNet, assert_same_state
 
 STEPS, TUNERS = 6, (IA3, OFT, PeftLoRA)
-CHANGE_WEIGHTS = [kind for kind in METHODS if kind.moves_weights or kind.trains_weights]
-LEAVE_WEIGHTS = [kind for kind in METHODS if kind not in CHANGE_WEIGHTS]
+TRAIN_WEIGHTS = [kind for kind in METHODS if kind.trains_weights]
+OTHERS = [kind for kind in METHODS if not kind.trains_weights]
+LEAVE_WEIGHTS = [kind for kind in OTHERS if not kind.moves_weights]
 WHOLE = (*TUNERS, Bottleneck, Bottlenecks, LinearProbe)  # which leave some linears as they were
 pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "ignore:.*no whole number of switches")
 
@@ -80,7 +81,7 @@ class Run:
         return adapters | {name: p for name, p in self.net.named_parameters() if p.requires_grad}
 
 
-@pytest.fixture(params=LEAVE_WEIGHTS, ids=lambda kind: kind.__name__)
+@pytest.fixture(params=OTHERS, ids=lambda kind: kind.__name__)
 def kind(request):
     return request.param
 
@@ -105,11 +106,14 @@ def test_it_trains_under_autocast_as_beside_the_same_values_in_float32(kind, one
     assert_equal(run, other)
     assert run.train().losses == other.train().losses
     assert_equal(run, other)
+    for ours, theirs in zip(run.adaptation.matrices, other.adaptation.matrices, strict=True):
+        assert torch.equal(ours.weight, theirs.weight), ours.name
+    moved = {f"{matrix.layer_name}.weight" for matrix in run.adaptation.matrices if kind.moves_weights}
     for name, value in run.W0.items():
         module, _, leaf = name.rpartition(".")
         now = getattr(getattr(run.net.get_submodule(module), "base_layer", run.net.get_submodule(module)), leaf)
         assert now.dtype == value.dtype
-        assert torch.equal(now, value) != name.startswith("head"), name
+        assert torch.equal(now, value) != (name.startswith("head") or name in moved), name
 
 
 def test_without_autocast_it_trains_in_the_type_of_what_passes(kind):
@@ -125,8 +129,8 @@ def test_layers_that_are_given_float32_compute_in_float32(kind, one_kernel):
     assert_equal(*(Run(kind, each, autocast=False).train() for each in (net, fine())))
 
 
-@pytest.mark.parametrize("kind", CHANGE_WEIGHTS, ids=lambda kind: kind.__name__)
-def test_a_method_that_changes_weights_is_refused_by_name(kind):
+@pytest.mark.parametrize("kind", TRAIN_WEIGHTS, ids=lambda kind: kind.__name__)
+def test_a_method_that_trains_weights_is_refused_by_name(kind):
     with pytest.raises(UserError, match=mentions(kind.__name__, "torch.bfloat16", "float32", "LoRA")):
         Adaptation(coarse(), made(kind), ["head"])
 

@@ -68,7 +68,7 @@ class LoRAGA(Method):
         source.require(2 * matrix.rank, matrix.name)
         of_A, of_B = self._chosen(matrix, adaptation.seed)
         c = self._scale(matrix)
-        A, B = c * source.Vh[of_A].to(matrix.weight), c * source.U[:, of_B].to(matrix.weight)
+        A, B = c * source.Vh[of_A].to(matrix.A), c * source.U[:, of_B].to(matrix.A)
         if self.norm_clip:
             ratio = matrix.weight.abs().max() / (matrix.scaling * (B @ A).abs().max())
             shrink = ratio.clamp(max=1).sqrt()

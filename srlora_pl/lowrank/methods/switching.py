@@ -244,7 +244,7 @@ class Switching(Controller):
         B, A, s = matrix.B, matrix.A, matrix.scaling
         old_B, old_A = B[:, recycled], A[recycled]
         first = len(self.intervals[matrix.name])
-        new_B, new_A = self.spectra[matrix.name].pairs(first, len(recycled), s, like=matrix.weight)
+        new_B, new_A = self.spectra[matrix.name].pairs(first, len(recycled), s, like=matrix.A)
         self.adaptation.add(matrix, old_B, old_A, s)  # Eq. 9, 10
         B[:, recycled], A[recycled] = new_B, new_A  # Eq. 11
         self.adaptation.add(matrix, new_B, new_A, -s)  # Eq. 12

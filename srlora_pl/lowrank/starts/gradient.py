@@ -52,7 +52,7 @@ def gradients(
         found = {}
         with full_precision():
             for matrix in progress([matrix for matrix in adaptation.matrices if matrix.layer_name in totals]):
-                total = matrix.of_weight(totals[matrix.layer_name]).to(matrix.weight.device)
+                total = matrix.of_weight(totals[matrix.layer_name]).to(matrix.device)
                 name = f"the gradient of {matrix.name}"
                 if not total.isfinite().all():
                     raise UserError(f"{name} holds NaN or infinity, see to the samples and the pretrained weights")
@@ -98,7 +98,7 @@ def _sums(
         name: torch.zeros(layer.weight.shape, dtype=trained_dtype(layer.weight.dtype)) for name, layer in layers.items()
     }
     trained = [p for layer in layers.values() for p in layer.adapter_parameters() if p.requires_grad]
-    seen, device = 0, adaptation.matrices[0].weight.device
+    seen, device = 0, adaptation.matrices[0].device
     with _as_it_was(adaptation.net, adaptation.seed), _gathered(layers, totals):
         for batch in batches:
             with torch.enable_grad():

@@ -114,7 +114,7 @@ def spectra(progress: ShowProgress = iter, cache: Path | None = None) -> Sources
     """
 
     def find(adaptation: AdaptedNetwork) -> "KeptSpectra":
-        dtype = str(trained_dtype(adaptation.matrices[0].weight.dtype)).removeprefix("torch.")
+        dtype = str(adaptation.matrices[0].dtype).removeprefix("torch.")
         folder = None if cache is None else SpectrumCache(cache, f"{adaptation.weights.fingerprint}-{dtype}")
         found = KeptSpectra(folder)
         for matrix in progress(adaptation.matrices):
