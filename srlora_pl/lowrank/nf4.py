@@ -7,6 +7,7 @@ bitsandbytes packs and unpacks them: its kernels run on CPUs, CUDA and ROCm. On 
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,19 +15,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from srlora_pl.util.errors import UserError
+from srlora_pl.util.program import require_extra
 
 BLOCK = 64  # values that share a scale
 _aten = torch.ops.aten
 
 
+@cache
 def _ops() -> Any:
     """The operators of bitsandbytes, which is imported where there is something in four bits alone."""
+    require_extra("nf4", "bitsandbytes", "model.weights nf4")
     # On some CPUs it says at its import that a kernel is missing, which nothing here calls.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise UserError("model.weights nf4 needs bitsandbytes: pip install 'srlora_pl[nf4]' brings it") from error
+    import bitsandbytes  # noqa: F401
+
     return torch.ops.bitsandbytes
 
 
@@ -91,7 +93,7 @@ class NF4(Tensor):
         parts = change(self.packed), change(self.scales)
         return NF4(*parts, self.shape, dtype or self.dtype, self.is_transposed)
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"NF4({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
@@ -106,7 +108,9 @@ class NF4(Tensor):
         return f"{self!r} {self.is_transposed}"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs, first = dict(kwargs or {}), args[0] if args else None
         if isinstance(first, NF4):
             if func in (_aten.detach.default, _aten.clone.default, _aten._to_copy.default):
