@@ -110,7 +110,7 @@ def _write_merged(
     if format in serving.FILES:
         _remove_weights(new)
         serving.write(family, loaded, new, format)
-        found, trained = serving.trial_outputs(family, task.net, new, format)
+        found, trained = serving.trial_outputs(family, task.net if exact is None else exact, new, format)
         expected = trained
     else:
         trained = _trained_outputs(task, exact)

@@ -22,10 +22,12 @@ from srlora_pl.lowrank.targets import repeated_blocks
 from srlora_pl.models.family import ModelFamily
 from srlora_pl.models.heads import FoundHead, settle
 from srlora_pl.models.peft_folder import PeftFolder
+from srlora_pl.models.weights import DTYPES
 from srlora_pl.tasks.evaluation import Evaluation
 from srlora_pl.tasks.guards import (
     FiniteLoss,
     on_device,
+    require_autocast,
     require_finite_weights,
     require_known_scores,
     require_that_a_batch_passes,
@@ -38,6 +40,7 @@ from srlora_pl.training.mixin import SRLoRAMixin
 from srlora_pl.training.resume import ExactResume
 from srlora_pl.util.errors import UserError, require, require_one_of
 from srlora_pl.util.precision import restorer
+from srlora_pl.util.signatures import arguments_of
 from srlora_pl.util.yaml_text import plain
 
 
@@ -50,6 +53,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     Args:
         method: the class of a method, such as ``srlora_pl.SRLoRA``, or its ``{class_path, init_args}``.
         backbone_checkpoint: a local weights file (safetensors or torch) instead of the name's own weights.
+        weights: the type of frozen weights: of a causal language model's all, else of its linear layers' matrices. In
+            ``bfloat16`` a method that moves them does so exactly, and keeps the bits that they gain on the CPU.
         adapter: a folder that the PEFT library saved a LoRA in, as a start: ``LoRA`` goes on with its pairs, for the
             other methods it becomes part of the pretrained weights; its head is taken as the backbone's is.
         optimizer: ``sgd``, ``adamw``, or the path of a torch optimizer class; a method with an optimizer of its own
@@ -87,6 +92,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         method: Method,
         *,
         backbone_checkpoint: str | None = None,
+        weights: Literal["float32", "bfloat16"] = "float32",
         adapter: str | None = None,
         optimizer: str = "adamw",
         lr: float = 1e-3,
@@ -102,6 +108,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         shared = arguments_of(locals())
         super().__init__()
         optimizer_class(optimizer)
+        require_one_of("model.weights", weights, DTYPES)
         require_one_of("model.schedule", schedule, SCHEDULES)
         require("model.lr", lr, "positive", 0 < lr < math.inf)
         require("model.head_lr", head_lr, "positive", head_lr is None or 0 < head_lr < math.inf)
@@ -113,6 +120,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.optimizer, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
         self.lr, self.head_lr, self.schedule, self.warmup_steps = lr, head_lr, schedule, warmup_steps
         self.whole_checkpoints = checkpoints == "full"
+        self.storage: dict[str, Any] = {"checkpoint": backbone_checkpoint, "weights": weights}  # of the family
         self._method = method if isinstance(method, Method) else from_spec(method)
         # Plain containers, because checkpoints are read with weights_only=True.
         self.save_hyperparameters(plain({**shared, "method": self._method.spec()}))
@@ -223,6 +231,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def setup(self, stage: str) -> None:
         self._restore_precision = restorer()
         torch.set_float32_matmul_precision(self.hparams["matmul_precision"])
+        require_autocast(self)
         if stage == "fit":
             self._began_with = settings_of(self.trainer.callbacks)  # type: ignore[attr-defined]
         else:
@@ -380,11 +389,6 @@ class _RestorePrecision(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if restore := vars(pl_module).get("_restore_precision"):  # else it raised before the precision was set
             restore()
-
-
-def arguments_of(names: Mapping[str, Any]) -> dict[str, Any]:
-    """A constructor's own arguments by name, from its ``locals()`` at its beginning."""
-    return {key: value for key, value in names.items() if key not in ("self", "__class__", "kwargs")}
 
 
 def _with_adapter(adapter: PeftFolder | None, method: Method, heads: Sequence[str], net: nn.Module) -> nn.Module:

@@ -15,11 +15,12 @@ from srlora_pl.models.causal_family import Causal
 from srlora_pl.models.generation import Completion, generate
 from srlora_pl.models.token_loss import summed_loss, token_losses
 from srlora_pl.tasks.answers import Answers, Row, digest
-from srlora_pl.tasks.base import Task, arguments_of
+from srlora_pl.tasks.base import Task
 from srlora_pl.tasks.guards import on_device
 from srlora_pl.tasks.token_scores import TextScores
 from srlora_pl.util.cache import fingerprint
-from srlora_pl.util.errors import UserError, require, require_one_of
+from srlora_pl.util.errors import UserError, require
+from srlora_pl.util.signatures import arguments_of
 
 
 class CausalLM(Task):
@@ -40,8 +41,6 @@ class CausalLM(Task):
         method: the class of a method, such as ``srlora_pl.SRLoRA``, or its ``{class_path, init_args}``.
         backbone_kwargs: override the configuration, such as ``attn_implementation``, or say where the hub's files are
             found, such as ``revision``; ``pretrained: false`` starts from random weights.
-        weights: the dtype of the frozen weights; pairs are always float32. ``bfloat16`` is for methods that do not
-            change the weights.
         activation_checkpointing: compute the activations of each block again in the backward pass, instead of keeping
             them: a third more work, far less memory.
         loss_chunk: how many rows of logits are in memory at a time.
@@ -69,7 +68,6 @@ class CausalLM(Task):
         method: Method,
         backbone_kwargs: dict[str, Any] | None = None,
         *,
-        weights: Literal["float32", "bfloat16"] = "float32",
         activation_checkpointing: bool = False,
         loss_chunk: int = 256,
         samples: int = 4,
@@ -79,14 +77,13 @@ class CausalLM(Task):
     ) -> None:
         arguments = arguments_of(locals())
         super().__init__(method, lr=lr, schedule=schedule, **kwargs)
-        require_one_of("model.weights", weights, causal.DTYPES)
         require("model.loss_chunk", loss_chunk, "1 or more", loss_chunk >= 1)
         require("model.samples", samples, "0 or more", samples >= 0)
         self.loss_chunk, self.samples = loss_chunk, samples
         self.backbone_name = pretrained.resolve(backbone)
         self.tokenizer_options = pretrained.hub_options(backbone_kwargs)
         self.evaluation = TextScores()
-        self.build(Causal(backbone, backbone_kwargs, self.hparams["backbone_checkpoint"], weights), arguments)
+        self.build(Causal(backbone, backbone_kwargs, **self.storage), arguments)
         if activation_checkpointing:
             # The reentrant kind trains nothing behind a frozen embedding.
             net: Any = self.net

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srlora_pl.data.protocols import Batch
 from srlora_pl.lowrank.importance import all_finite
-from srlora_pl.models.family import in_evaluation
+from srlora_pl.models.family import Classifier, in_evaluation
 from srlora_pl.util.errors import UserError, did_you_mean, one_line
 
 
@@ -77,6 +77,16 @@ class FiniteLoss:
                 "model.lr or more model.warmup_steps, or go on from the last checkpoint, if there is one it is good, "
                 "with another trainer.precision (bf16-mixed, 32-true) or trainer.gradient_clip_val."
             )
+
+
+def require_autocast(task: Any) -> None:
+    """Refuse frozen matrices in half precision beside layers in float32, where nothing brings their types together."""
+    weights, precision = task.hparams["weights"], str(task.trainer.precision)
+    if isinstance(task.family, Classifier) and weights != "float32" and not precision.endswith("-mixed"):
+        raise UserError(
+            f"model.weights is {weights!r}, but in trainer.precision {precision!r} norms and the head compute in "
+            "another type: set it to bf16-mixed."
+        )
 
 
 def require_finite_weights(task: L.LightningModule) -> None:
