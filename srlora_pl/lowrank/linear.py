@@ -72,8 +72,9 @@ def precise(layers: dict[str, Adapter], moves_weights: bool) -> dict[str, Adapte
     for parameter in (each for layer in layers.values() for each in layer.adapter_parameters()):
         parameter.data = parameter.data.to(trained_dtype(parameter.dtype))
     for name, layer in layers.items():
-        if moves_weights and isinstance(layer, AdaptedLinear) and layer.weight.dtype == torch.bfloat16:
-            weight = layer.weight
+        if not (moves_weights and isinstance(layer, AdaptedLinear)) or isinstance(layer.weight, NF4):
+            continue
+        if (weight := layer.weight).dtype == torch.bfloat16:
             if not (weight.is_meta or weight.isfinite().all()):
                 raise UserError(f"the weight of {name} holds NaN or infinity, see to the pretrained weights")
             layer.rest = torch.zeros(weight.shape, dtype=torch.int16, device="meta" if weight.is_meta else "cpu")

@@ -6,6 +6,7 @@ bitsandbytes packs and unpacks them: its kernels run on CPUs, CUDA and ROCm. On 
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
@@ -96,6 +97,10 @@ class NF4(Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"NF4({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # torch's own cannot be loaded to a device that is named
+        parts = self.packed, self.scales, tuple(self.shape), self.dtype, self.is_transposed
+        return _rebuilt, (*parts, isinstance(self, nn.Parameter))
+
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         return ["packed", "scales"], (self.dtype, self.is_transposed)
 
@@ -134,7 +139,22 @@ def plain(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return weight.values(dtype) if isinstance(weight, NF4) else weight.to(dtype or weight.dtype)
 
 
-torch.serialization.add_safe_globals([NF4])  # a whole checkpoint holds it
+def _rebuilt(*given: Any) -> NF4:
+    *parts, is_parameter = given
+    weight = NF4(*parts)
+    return nn.Parameter(weight, requires_grad=False) if is_parameter else weight  # type: ignore[return-value]
+
+
+torch.serialization.add_safe_globals([_rebuilt])  # a whole checkpoint holds it
+
+
+def relative_error(weights: Iterable[Tensor]) -> float:
+    """How far all ``weights`` together lie from what four bits keep of them, in the Frobenius norm."""
+    lost = size = 0.0
+    for weight in weights:
+        W = weight.detach().double()
+        lost, size = lost + float((NF4.of(weight).values() - W).square().sum()), size + float(W.square().sum())
+    return math.sqrt(lost / size) if size else 0.0
 
 
 def quantize(linears: Iterable[nn.Linear]) -> None:

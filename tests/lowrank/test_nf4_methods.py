@@ -116,10 +116,11 @@ def test_it_trains_to_the_bit_as_beside_the_values(kind, autocast):
             assert torch.equal(now.packed, value.packed), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", CHANGE_WEIGHTS, ids=lambda kind: kind.__name__)
-def test_a_method_that_changes_weights_is_refused_by_name(kind):
+def test_a_method_that_changes_weights_is_refused_by_name(kind, dtype):
     with pytest.raises(UserError, match=mentions(kind.__name__, "four bits", "model.weights nf4", "LoRA")):
-        Adaptation(four_bits(), made(kind), ["head"])
+        Adaptation(four_bits().to(dtype), made(kind), ["head"])
 
 
 def test_it_stops_and_goes_on_to_the_bit(kind):
