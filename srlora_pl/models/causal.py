@@ -23,7 +23,7 @@ def build(
         checkpoint: a weights file, instead of the name's own weights.
         weights: one of `srlora_pl.models.weights.DTYPES`, of all weights.
     """
-    net, _ = load(AutoModelForCausalLM, name, kwargs, checkpoint, lambda net: ())
+    net, _ = load(AutoModelForCausalLM, name, kwargs, checkpoint, lambda net: (), DTYPES[weights])
     if net.get_output_embeddings() is None:
         raise UserError(f"model.backbone {name!r} has no head that predicts tokens: choose a causal language model.")
     return cast(net, weights)
