@@ -94,7 +94,7 @@ class NF4(Tensor):
         parts = change(self.packed), change(self.scales)
         return NF4(*parts, self.shape, dtype or self.dtype, self.is_transposed)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"NF4({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:  # torch's own cannot be loaded to a device that is named
