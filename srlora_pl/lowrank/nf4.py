@@ -90,6 +90,10 @@ class NF4(Tensor):
         values = values[0, : self.numel()].view(rows).to(dtype)
         return values.T if self.is_transposed else values
 
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]
+        return self.packed.nbytes + self.scales.nbytes
+
     def _with(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype | None = None) -> "NF4":
         parts = change(self.packed), change(self.scales)
         return NF4(*parts, self.shape, dtype or self.dtype, self.is_transposed)
