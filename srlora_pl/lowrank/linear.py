@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from srlora_pl.lowrank.kernels import linear, low_rank_linear, merged, two_branches
 from srlora_pl.lowrank.nf4 import NF4
-from srlora_pl.lowrank.weights import FourBits, Halves, Plain, join, split
+from srlora_pl.lowrank.shards import is_split
+from srlora_pl.lowrank.weights import FourBits, Halves, Plain, Split, join, split
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision, trained_dtype
 
@@ -172,7 +173,8 @@ class AdaptedLinear(Adapter):
         W = self.unmerged_weight
         if isinstance(W, NF4):
             return FourBits(W)
-        return Plain(W) if self.rest is None else Halves(W, self.rest)
+        kept = Plain(W) if self.rest is None else Halves(W, self.rest)
+        return Split(kept) if is_split(W) else kept
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -207,8 +209,13 @@ class AdaptedLinear(Adapter):
         """Add the update to ``weight``: inference then costs one product. Merging twice is merging once.
 
         A weight in half precision rounds the sum, once.
+
+        Raises:
+            UserError: the weight is split over several processes.
         """
         self._require_enabled("merge")
+        if is_split(self.weight):
+            raise UserError("merge() needs weights that are whole in one process: load the checkpoint there")
         if not self.merged:
             effective = self.merged_weight().to(self.weight.dtype)
             vars(self)["_unmerged"] = self.weight  # as an attribute it would be a second parameter

@@ -206,21 +206,20 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     def gradients(self) -> Sources:
         datamodule, sampled_batches = self.trainer.datamodule, self._data.sampled_batches  # type: ignore[attr-defined]
+        method = self.adaptation.method
         if sampled_batches is None:
-            name = type(self.adaptation.method).__name__
             raise UserError(
-                f"{name} starts from gradients, but {type(datamodule).__name__} has no sampled_batches(samples) to "
-                "estimate them from: derive it from a DataModule of this package, or take another method."
+                f"{type(method).__name__} starts from gradients, but {type(datamodule).__name__} has no "
+                "sampled_batches(samples): derive it from a DataModule of this package, or take another method."
             )
         # Of the first step that moves weights: with a warm-up the rate of step 0 is 0.
         first = schedule_factor(self.schedule, min(self.warmup_steps, 1), math.inf, self.warmup_steps)
 
         def losses(batch: Batch) -> Tensor:
-            loss = self.training_loss(on_device(self, datamodule, batch))
+            loss = self.call_as_step("training_loss", on_device(self, datamodule, batch))
             return loss.expand(self.samples_in(batch))
 
-        samples = self.adaptation.method.gradient_samples
-        return gradients(losses, sampled_batches(samples), first * self.lr, self._progress)
+        return gradients(losses, sampled_batches(method.gradient_samples), first * self.lr, self._progress)
 
     # A run
 
@@ -333,9 +332,10 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if "spare" not in batch:  # which another process scores
-            split = self._splits[dataloader_idx]
-            self.evaluation.update(self, split, batch)
-            self._scored.add(split)
+            self.evaluation.update(self, self._splits[dataloader_idx], batch)
+            self._scored.add(self._splits[dataloader_idx])
+        elif self.is_sharded:  # and for which it needs this one's part of the weights
+            self.training_loss(batch)
 
     test_step = validation_step
 

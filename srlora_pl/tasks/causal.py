@@ -10,6 +10,7 @@ from torch import Tensor
 
 from srlora_pl.data.protocols import Batch, DataForTask, Generation
 from srlora_pl.lowrank import Method
+from srlora_pl.lowrank.shards import own_part
 from srlora_pl.models import causal, pretrained
 from srlora_pl.models.causal_family import Causal
 from srlora_pl.models.generation import Completion, generate
@@ -162,14 +163,25 @@ class CausalLM(Task):
         return -losses.new_zeros(len(batch["labels"])).index_add(0, row, losses)
 
     def complete(self, batch: Batch, settings: Generation) -> list[Completion]:
-        """The answers to the prompts of ``batch``."""
+        """The answers to the prompts of ``batch``.
+
+        Raises:
+            UserError: the weights are split over processes, which would have to wait for each other at every token.
+        """
+        if self.is_sharded:
+            raise UserError(
+                "trainer.strategy fsdp2 generates no answers: let `srlora test` or `srlora predict` do it from the "
+                "checkpoint, on one device or with ddp"
+            )
         ids, mask = batch["input_ids"], batch["attention_mask"]
         return generate(self.net, self._data.tokenizer, ids, mask, settings.max_new_tokens, settings.stop)
 
     def sample_answers(self) -> list[Row]:
         """Answers to the first ``samples`` prompts of the validation split, graded if it has a grader."""
         data = self._data
-        if not self.samples or data.generation_batch is None or data.generation is None or data.question is None:
+        if not self.samples or self.is_sharded:
+            return []
+        if data.generation_batch is None or data.generation is None or data.question is None:
             return []
         split = data.split_names.get("val", ("val",))[0]
         settings, question = data.generation(split), data.question
@@ -208,11 +220,12 @@ class CausalLM(Task):
         self.adaptation.unmerge()
 
     def _begin_answers(self, splits: Sequence[str]) -> None:
-        trained: dict[str, Tensor] = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+        trained = {name: own_part(p) for name, p in self.net.named_parameters() if p.requires_grad}
         data = self._data
         asked = [repr(data.generation(split)) for split in splits] if data.generation else []
         model = digest(fingerprint(trained), self.hparams["backbone"], str(self.trainer.precision), asked)
-        self.evaluation.begin(Answers(self.answers, model))
+        # Processes that start at once may each have found another folder free.
+        self.evaluation.begin(Answers(self.trainer.strategy.broadcast(self.answers), model))
         try:
             self.adaptation.merge()  # which spares generation the products of the adapters
         except UserError:  # they are no part of a weight, and stay beside it

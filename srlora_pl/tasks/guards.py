@@ -120,7 +120,7 @@ def require_that_a_batch_passes(task: Any, data: Any) -> None:
         batch = on_device(task, data, batch)
         try:
             with task.trainer.precision_plugin.val_step_context():
-                loss = task.trial_loss(batch)
+                loss = task.call_as_step("trial_loss", batch)
         except UserError:
             raise
         except Exception as error:  # a network raises what it likes

@@ -1,11 +1,13 @@
 """``model.weights: nf4``: what is in four bits, and that training, files and exports do without the rest."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -15,6 +17,7 @@ from srlora_pl.export.command import export_model
 from srlora_pl.lowrank import nf4
 from srlora_pl.lowrank.nf4 import NF4
 from srlora_pl.tasks.base import Task
+from srlora_pl.training.sharding import require_splittable
 from srlora_pl.util import program
 from tests.helpers.causal import save_llama
 from tests.helpers.encoders import BERT
@@ -169,6 +172,24 @@ def test_methods_that_change_weights_are_refused(kind):
     for method in (SRLoRA(4, target_rank=8), Full()):
         with pytest.raises(UserError, match=mentions(type(method).__name__, "four bits", "bfloat16", "LoRA")):
             kind.task(method)
+
+
+def test_fsdp2_is_refused(tmp_path):
+    adaptation = Kind("image", tmp_path / "net").task().adaptation
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(precision="32-true"), callbacks=[])
+    with pytest.raises(UserError, match=mentions("model.weights is nf4", "fsdp2", "ddp")):
+        require_splittable(trainer, adaptation)
+
+
+def test_averaged_weights_leave_the_four_bits_alone(trainer, tmp_path):
+    kind = Kind("image", tmp_path / "net")
+    plain, averaged = kind.task(), kind.task()
+    trainer(max_steps=STEPS).fit(plain, kind.batches(plain))
+    average = EMAWeightAveraging(decay=0.5)
+    trainer(max_steps=STEPS, callbacks=[average]).fit(averaged, kind.batches(averaged))
+    before = {name: p for name, p in plain.net.named_parameters() if isinstance(p, NF4)}
+    same({n: p for n, p in averaged.net.named_parameters() if isinstance(p, NF4)}, before)
+    assert any(not torch.equal(p, q) for p, q in zip(averaged.parameters(), plain.parameters(), strict=True))
 
 
 def test_a_network_without_linears_in_blocks_is_refused():
