@@ -14,9 +14,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from srlora_pl.lowrank import Adaptation, Method
-from srlora_pl.lowrank.optimizer_state import parameters_of
+from srlora_pl.lowrank import Adaptation
 from srlora_pl.lowrank.nf4 import NF4
+from srlora_pl.lowrank.optimizer_state import parameters_of
 from srlora_pl.lowrank.shards import is_split, placed, whole
 from srlora_pl.lowrank.targets import repeated_blocks
 from srlora_pl.util.errors import UserError
