@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from srlora_pl.lowrank import checks
 from srlora_pl.lowrank.ledger import Ledger, Update
 from srlora_pl.lowrank.linear import Adapter, Matrix
+from srlora_pl.lowrank.nf4 import plain
 from srlora_pl.lowrank.shards import is_split, whole
 from srlora_pl.lowrank.target_settings import is_below
 from srlora_pl.util.cache import fingerprint
@@ -158,7 +159,7 @@ class FrozenWeights:
     def pretrained_weight(self, matrix: Matrix) -> Tensor:
         """W0 (out, in), on the run's device; where it is in place or kept."""
         weight = matrix.layer.weight.detach() if self._kept is None else self._kept[0][matrix.layer_name]
-        return matrix.of_weight(weight).to(self.device or matrix.device, matrix.dtype)
+        return matrix.of_weight(plain(weight, matrix.dtype)).to(self.device or matrix.device)
 
     @full_precision()
     def pretrained(self) -> dict[str, Tensor]:
@@ -186,15 +187,15 @@ class FrozenWeights:
     @contextmanager
     def replaced_by_pretrained(self) -> Iterator[None]:
         """Inside, W0 stands in place of W."""
-        weights = {name: layer.weight.data for name, layer in self.layers.items()}
+        weights = {name: layer.weight for name, layer in self.layers.items()}
         pretrained = self.pretrained()
         try:
             for name, layer in self.layers.items():
-                layer.weight.data = pretrained[name]
+                layer.put(pretrained[name])
             yield
         finally:
             for name, layer in self.layers.items():
-                layer.weight.data = weights[name]
+                layer.put(weights[name])
 
     # --- state
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from srlora_pl.lowrank.ledger import Update
+from srlora_pl.lowrank.nf4 import plain
 from srlora_pl.lowrank.shards import own_rows, whole
+from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import trained_dtype
 
 
@@ -65,6 +67,27 @@ class Halves(Plain):
 
     def part(self, view: Callable[[Tensor], Tensor]) -> Plain:
         return Halves(view(self.weight), view(self.rest))
+
+
+@dataclass(frozen=True)
+class FourBits(Plain):
+    """A weight in four bits, which never changes.
+
+    Attributes:
+        weight: an `NF4` (out, in).
+        rows: makes the view of its values that is meant.
+    """
+
+    rows: Callable[[Tensor], Tensor] = Tensor.detach
+
+    def dense(self) -> Tensor:
+        return self.rows(plain(self.weight, trained_dtype(self.weight.dtype)))
+
+    def copy_(self, W: Tensor) -> None:
+        raise UserError("a weight in four bits (model.weights nf4) cannot change, take bfloat16 or float32")
+
+    def part(self, view: Callable[[Tensor], Tensor]) -> Plain:
+        return FourBits(self.weight, view)
 
 
 class Split(Plain):

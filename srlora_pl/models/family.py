@@ -101,7 +101,7 @@ class Backbone:
         name: ``model.backbone``.
         kwargs: ``model.backbone_kwargs``.
         checkpoint: ``model.backbone_checkpoint``.
-        weights: ``model.weights``, one of `srlora_pl.models.weights.DTYPES`.
+        weights: their type, one of `srlora_pl.models.weights.DTYPES`.
     """
 
     name: str

@@ -22,7 +22,7 @@ from srlora_pl.lowrank.targets import repeated_blocks
 from srlora_pl.models.family import ModelFamily
 from srlora_pl.models.heads import FoundHead, settle
 from srlora_pl.models.peft_folder import PeftFolder
-from srlora_pl.models.weights import DTYPES
+from srlora_pl.models.weights import DTYPES, NF4, prepared
 from srlora_pl.tasks.evaluation import Evaluation
 from srlora_pl.tasks.guards import (
     FiniteLoss,
@@ -55,6 +55,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         backbone_checkpoint: a local weights file (safetensors or torch) instead of the name's own weights.
         weights: the type of frozen weights: of a causal language model's all, else of its linear layers' matrices. In
             ``bfloat16`` a method that moves them does so exactly, and keeps the bits that they gain on the CPU.
+            ``nf4`` puts the linears inside the repeated blocks into four bits, for methods that leave them as they are.
         adapter: a folder that the PEFT library saved a LoRA in, as a start: ``LoRA`` goes on with its pairs, for the
             other methods it becomes part of the pretrained weights; its head is taken as the backbone's is.
         optimizer: ``sgd``, ``adamw``, or the path of a torch optimizer class; a method with an optimizer of its own
@@ -74,6 +75,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     Attributes:
         family: builds, saves and loads the network.
         evaluation: scores validation and test.
+        beside_nf4: the type of all else beside weights in four bits.
         generates: whether it answers in texts, which it writes to the file ``answers`` itself.
         trained_classes: the names of the outputs, from the data of a fit or from a checkpoint; empty where neither
             tells them.
@@ -83,6 +85,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     family: ModelFamily
     evaluation: Evaluation
+    beside_nf4 = "float32"
     generates = False
     trained_classes: Sequence[str] = ()
     found_head: FoundHead | None = None
@@ -92,7 +95,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         method: Method,
         *,
         backbone_checkpoint: str | None = None,
-        weights: Literal["float32", "bfloat16"] = "float32",
+        weights: Literal["float32", "bfloat16", "nf4"] = "float32",
         adapter: str | None = None,
         optimizer: str = "adamw",
         lr: float = 1e-3,
@@ -108,7 +111,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         shared = arguments_of(locals())
         super().__init__()
         optimizer_class(optimizer)
-        require_one_of("model.weights", weights, DTYPES)
+        require_one_of("model.weights", weights, (*DTYPES, NF4))
         require_one_of("model.schedule", schedule, SCHEDULES)
         require("model.lr", lr, "positive", 0 < lr < math.inf)
         require("model.head_lr", head_lr, "positive", head_lr is None or 0 < head_lr < math.inf)
@@ -120,7 +123,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.optimizer, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
         self.lr, self.head_lr, self.schedule, self.warmup_steps = lr, head_lr, schedule, warmup_steps
         self.whole_checkpoints = checkpoints == "full"
-        self.storage: dict[str, Any] = {"checkpoint": backbone_checkpoint, "weights": weights}  # of the family
+        dtype = self.beside_nf4 if weights == NF4 else weights
+        self.storage: dict[str, Any] = {"checkpoint": backbone_checkpoint, "weights": dtype}  # of the family
         self._method = method if isinstance(method, Method) else from_spec(method)
         # Plain containers, because checkpoints are read with weights_only=True.
         self.save_hyperparameters(plain({**shared, "method": self._method.spec()}))
@@ -145,7 +149,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         heads = self.trained_heads(net)
         folder = self.hparams["adapter"]
         self.adapter = PeftFolder.read(folder) if folder else None
-        prepare = partial(_with_adapter, self.adapter, method, heads)
+        prepare = partial(prepared, self.adapter, method, heads, self.hparams["weights"])
         self.net = prepare(net)
         # Random weights cannot be had again, so their checkpoints are whole.
         pretrained = None if family.random else partial(_pretrained_state, family, prepare)
@@ -389,10 +393,6 @@ class _RestorePrecision(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if restore := vars(pl_module).get("_restore_precision"):  # else it raised before the precision was set
             restore()
-
-
-def _with_adapter(adapter: PeftFolder | None, method: Method, heads: Sequence[str], net: nn.Module) -> nn.Module:
-    return net if adapter is None else adapter.prepare(net, method, heads)
 
 
 def _pretrained_state(family: ModelFamily, prepare: Callable[[nn.Module], nn.Module]) -> Mapping[str, Tensor]:

@@ -61,6 +61,7 @@ class CausalLM(Task):
     family: Causal
     evaluation: TextScores
     answers: Path | None = None
+    beside_nf4 = "bfloat16"
     generates = True
 
     def __init__(

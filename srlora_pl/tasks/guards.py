@@ -81,7 +81,7 @@ class FiniteLoss:
 
 def require_autocast(task: Any) -> None:
     """Refuse frozen matrices in half precision beside layers in float32, where nothing brings their types together."""
-    weights, precision = task.hparams["weights"], str(task.trainer.precision)
+    weights, precision = task.family.weights, str(task.trainer.precision)
     if isinstance(task.family, Classifier) and weights != "float32" and not precision.endswith("-mixed"):
         raise UserError(
             f"model.weights is {weights!r}, but in trainer.precision {precision!r} norms and the head compute in "

@@ -220,7 +220,7 @@ class SRLoRAMixin(_Module):
                 f"trainer.strategy {strategy} shards the weights that a start or a switch changes, use ddp or fsdp2"
             )
         if self.is_sharded:
-            require_splittable(trainer, self.adaptation.method)
+            require_splittable(trainer, self.adaptation)
         averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
         if averaging and not self.adaptation.method.averages:
             raise UserError(

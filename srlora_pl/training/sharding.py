@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
-from srlora_pl.lowrank import Adaptation, Method
+from srlora_pl.lowrank import Adaptation
+from srlora_pl.lowrank.nf4 import NF4
 from srlora_pl.lowrank.optimizer_state import parameters_of
 from srlora_pl.lowrank.shards import is_split, placed, whole
 from srlora_pl.lowrank.targets import repeated_blocks
@@ -119,8 +120,13 @@ class _Sharded(nn.Module):
         return self.module(*args, **kwargs)
 
 
-def require_splittable(trainer: Any, method: Method) -> None:
+def require_splittable(trainer: Any, adaptation: Adaptation) -> None:
     """Refuse what needs whole weights in a run of `FSDP2Strategy`."""
+    method = adaptation.method
+    if any(isinstance(parameter, NF4) for parameter in adaptation.net.parameters()):
+        raise UserError(
+            "model.weights is nf4, but trainer.strategy fsdp2 splits no weights in four bits: use ddp, or bfloat16"
+        )
     if trainer.precision_plugin.precision == "16-mixed":
         raise UserError(
             "trainer.precision 16-mixed scales each process's gradients, which trainer.strategy fsdp2 does not: use "
