@@ -191,6 +191,16 @@ def test_what_is_exported_is_a_change_of_the_values():
         torch.testing.assert_close(each.applied_to(W0[name]), W, rtol=0, atol=1e-7)
 
 
+def test_an_adapted_weight_is_read_part_by_part_and_never_changes():
+    run = Run(LoRA, four_bits())
+    for matrix in run.adaptation.matrices:
+        weight = plain(matrix.layer.weight)
+        assert torch.equal(matrix.weight, matrix.of_weight(weight))
+        with pytest.raises(UserError, match=mentions("four bits", "bfloat16")):
+            run.adaptation.add(matrix, matrix.B, matrix.A, 1.0)
+        assert torch.equal(plain(matrix.layer.weight), weight)
+
+
 def test_a_head_in_the_blocks_stays_whole():
     net = toy_net()
     assert set(linears_in_blocks(net, ["head", "blocks.1"])) == {f"blocks.0.{n}" for n in ("qkv", "proj", "fc1", "fc2")}
