@@ -168,8 +168,11 @@ def test_a_folder_of_its_own_holds_it_all(kind, tmp_path):
     run.adaptation.save(tmp_path)
     loaded = Adaptation.load(four_bits(), tmp_path)
     assert_same_weights(loaded.net, run.net)
-    with pytest.raises(UserError, match="other pretrained weights"):
-        Adaptation.load(values(), tmp_path)
+    other = four_bits()
+    other.blocks[1].fc2.weight.packed[-1] ^= 1
+    for net in (values(), other):
+        with pytest.raises(UserError, match="other pretrained weights"):
+            Adaptation.load(net, tmp_path)
 
 
 def test_copies_and_doubles_compute_the_same(kind):
