@@ -29,7 +29,7 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     for name, weight in weights.items():
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
         if hasattr(weight, "packed"):  # in four bits, see lowrank/nf4.py
-            digest.update(fingerprint({"packed": weight.packed, "scales": weight.scales}).encode())
+            digest.update(fingerprint({part: getattr(weight, part) for part in ("packed", "scales")}).encode())
             continue
         values = weight.detach().cpu()
         single = values.float().contiguous()
