@@ -51,6 +51,7 @@ NAMES = [
     "trainer._logger_connector.metrics",
     "trainer._logger_connector.should_update_logs",
     "trainer.strategy._checkpoint_io",
+    "trainer.strategy._forward_redirection",
     "scaler._get_scale_async",
     "optimizer._step_supports_amp_scaling",
     "cli._set_seed",

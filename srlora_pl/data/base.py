@@ -5,7 +5,7 @@ The position of a run is one number, the training micro-batches it has processed
 sampler at ``divmod(processed, batches per epoch)``.
 """
 
-import re
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -250,15 +250,17 @@ class DataModule(L.LightningDataModule):
         """This process's share of random training samples, in batches; moves no loader and no random state.
 
         Args:
-            samples: how many; below 1 a share of all, of at least 2 samples.
+            samples: how many; below 1 a share of all, of at least 2 samples; at least one a process.
         """
         singles = self._train().singles
-        count = max(2, round(samples * len(singles))) if samples < 1 else int(samples)
-        generator = torch.Generator().manual_seed(derive(run_seed(), _SAMPLE))
         rank, world = rank_and_world(self)
+        count = max(2, round(samples * len(singles))) if samples < 1 else int(samples)
+        count = min(max(count, world), len(singles))
+        generator = torch.Generator().manual_seed(derive(run_seed(), _SAMPLE))
         own = torch.randperm(len(singles), generator=generator)[:count][rank::world]
-        for start in range(0, len(own), self.batch_size):
-            keys: list[Key] = [(index, 0) for index in own[start : start + self.batch_size].tolist()]
+        batches = own.split(self.batch_size) if world == 1 else own.tensor_split(-(-count // (world * self.batch_size)))
+        for batch in batches:
+            keys: list[Key] = [(index, 0) for index in batch.tolist()]
             yield raise_user_error(singles.__getitems__(keys))
 
     # -- loaders
@@ -365,7 +367,10 @@ class DataModule(L.LightningDataModule):
         """
         if self.trainer and self.trainer.state.fn != TrainerFn.FITTING:
             return
-        for name, here in self._fingerprint().items():
+        ours, spread = self._fingerprint(), ("data.batch_size", "number of processes")  # whose product decides
+        if math.prod(state_dict.get(name, 0) for name in spread) == math.prod(int(ours[name]) for name in spread):
+            ours = {name: value for name, value in ours.items() if name not in spread}
+        for name, here in ours.items():
             there = state_dict.get(name)
             if there != here and state_dict["processed"]:  # else nothing began yet; so a tuner tries batch sizes
                 raise UserError(
@@ -393,8 +398,3 @@ def split_keys(keys: Sequence[Key]) -> tuple[Tensor, Tensor | None]:
     """Indices, int64 (b,), and epochs, int64 (b,), or None for keys without epochs."""
     table = torch.tensor(keys, dtype=torch.int64)
     return (table, None) if table.ndim == 1 else (table[:, 0], table[:, 1])
-
-
-def is_hub_name(root: str) -> bool:
-    """Whether ``root``, which is no local folder, can be the name of a repository."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", root) is not None

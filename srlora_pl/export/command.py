@@ -20,8 +20,11 @@ from srlora_pl.export.card import Facts, facts_of, model_card
 from srlora_pl.export.folders import require_free, whole_or_nothing
 from srlora_pl.export.report import Report, compare, require_finite, size_of
 from srlora_pl.lowrank.delta import change, overall_error
+from srlora_pl.lowrank.nf4 import relative_error
+from srlora_pl.lowrank.targets import linears_in_blocks
 from srlora_pl.models import peft_folder
 from srlora_pl.models.family import example_outputs
+from srlora_pl.models.weights import NF4, prepared
 from srlora_pl.run import config, folders
 from srlora_pl.run.messages import note
 from srlora_pl.tasks.base import Task
@@ -106,11 +109,16 @@ def _write_merged(
 ) -> Report:
     family, exact = task.family, _exact(task, plain)
     notes = family.save(plain, new, class_names, task.card())
+    if rounded := _in_four_bits(task):
+        lost = relative_error(linear.weight for linear in rounded.values())
+        notes.append(
+            f"frozen weights are those of the run, in four bits: {lost:.1e} from the pretrained ones, relative"
+        )
     loaded = family.load(new)
     if format in serving.FILES:
         _remove_weights(new)
         serving.write(family, loaded, new, format)
-        found, trained = serving.trial_outputs(family, task.net, new, format)
+        found, trained = serving.trial_outputs(family, task.net if exact is None else exact, new, format)
         expected = trained
     else:
         trained = _trained_outputs(task, exact)
@@ -129,6 +137,14 @@ def _exact(task: Task, plain: nn.Module) -> nn.Module | None:
     """The merged network in float32, where its weights are not; None where they are."""
     is_half = any(weight.dtype.itemsize == 2 for weight in task.net.parameters())
     return copy.deepcopy(plain) if is_half else None
+
+
+def _in_four_bits(task: Task) -> dict[str, nn.Linear]:
+    """The pretrained linears that the run has in four bits, by dotted name; none where nothing tells them any more."""
+    if task.hparams["weights"] != NF4 or task.family.random:
+        return {}
+    base = prepared(task.adapter, task.adaptation.method, (), "", task.family.build()[0])
+    return linears_in_blocks(base, task.trained_heads(base))
 
 
 def _remove_weights(folder: Path) -> None:
@@ -150,9 +166,9 @@ def _write_adapter(
     factors = change(task.adaptation, rank, start.merged_into(task.adaptation) if start else None)
     names = [*heads, *(start.modules_beside(heads) if start else ())]
     modules = {name: plain.get_submodule(name).state_dict() for name in names}
-    require_untouched(
-        base.state_dict(), plain, (*(f"{name}.weight" for name in factors), *(f"{name}." for name in modules))
-    )
+    rounded = _in_four_bits(task)
+    exported = (*(f"{name}.weight" for name in {**factors, **rounded}), *(f"{name}." for name in modules))
+    require_untouched(base.state_dict(), plain, exported)
     try:
         notes = family.save(plain, new, class_names, task.card())
         # Beside an adapter transformers would take a config.json for the sign of a whole model.
@@ -166,10 +182,12 @@ def _write_adapter(
     notes = [f"it belongs on {family.recipe}", *notes]
     if not installed:
         notes.append("peft is not installed, so the files were not loaded back")
-    if rank is not None or not installed:
+    if rounded:
+        notes.append("the run had these weights in four bits, so the adapter gives other outputs on them")
+    if others := rank is not None or bool(rounded) or not installed:
         rebuilt = example_outputs(family, changed(copy.deepcopy(base), factors, modules), task.net)
     found = example_outputs(family, in_peft(base, new), task.net) if installed else rebuilt
-    differences = compare(found, trained if rank is None else rebuilt, trained)
+    differences = compare(found, rebuilt if others else trained, trained)
     return Report(target, size, size_of(plain), *differences, factors, notes)
 
 

@@ -111,7 +111,8 @@ class Adaptation(Inference, FormerNames):
         self.seed = self.run_on_rank_zero(lambda: self.seed)
         if not self.started:
             checks.require_untrained(self.layers)
-        if not self.started or self.weights.fingerprint is None:
+        # Weights that are split by now were taken before, while they were whole.
+        if (not self.started and not self.weights.are_split) or self.weights.fingerprint is None:
             self.weights.identify()
         if self.started and not self.controller.awaits_sources():
             return

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter
+from srlora_pl.lowrank.nf4 import NF4
 from srlora_pl.lowrank.optimizer_state import parameters_of
 from srlora_pl.lowrank.target_settings import is_below
 from srlora_pl.util.errors import UserError, did_you_mean
@@ -45,6 +46,11 @@ def require_full_precision(method: Any, layers: Iterable[Adapter], parameters: I
     changed = [parameter for parameter in parameters if parameter.requires_grad]
     if method.moves_weights:
         changed += [each.weight for each in layers if isinstance(each, AdaptedLinear) and each.rest is None]
+    if any(isinstance(weight, NF4) for weight in changed):
+        raise UserError(
+            f"{type(method).__name__} changes pretrained weights, which cannot be done in four bits (model.weights "
+            "nf4): keep them in bfloat16 or float32, or take a method that leaves them, such as LoRA"
+        )
     coarse = next((weight.dtype for weight in changed if weight.dtype.itemsize < 4), None)
     if coarse is not None:
         way_out = " (model.weights), or take a method that leaves them, such as LoRA" if method.trains_weights else ""

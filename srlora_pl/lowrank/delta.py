@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from srlora_pl.lowrank.ledger import Ledger
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, Matrix, SharedFactors
 from srlora_pl.lowrank.method import AdaptedNetwork
+from srlora_pl.lowrank.nf4 import plain
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision, trained_dtype
 
@@ -96,7 +97,8 @@ def merged_copy(
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None).contiguous()
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return plain(tensor.detach(), dtype).to("cpu").contiguous()
 
 
 def _linear(weight: Tensor, bias: object) -> nn.Linear:

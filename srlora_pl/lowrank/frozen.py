@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from srlora_pl.lowrank import checks
 from srlora_pl.lowrank.ledger import Ledger, Update
 from srlora_pl.lowrank.linear import Adapter, Matrix
+from srlora_pl.lowrank.nf4 import plain
+from srlora_pl.lowrank.shards import is_split, whole
 from srlora_pl.lowrank.target_settings import is_below
 from srlora_pl.util.cache import fingerprint
 from srlora_pl.util.errors import UserError
@@ -90,6 +92,11 @@ class FrozenWeights:
         """Whether a weight is no longer W0, merged adapters aside."""
         return any(ledger.rank for ledger in self.ledgers.values())
 
+    @property
+    def are_split(self) -> bool:
+        """Whether each process has a part of them only."""
+        return any(map(is_split, self._parameters().values()))
+
     # --- identity
 
     def identify(self) -> None:
@@ -131,6 +138,8 @@ class FrozenWeights:
 
     def keep_pretrained(self) -> None:
         """Keep W0, which the weights are now."""
+        if self.are_split:  # a load in between reads them from their file again
+            return
         kept = {name: layer.weight.detach().to("cpu", copy=True) for name, layer in self.layers.items()}
         self._kept = kept, self.fingerprint or fingerprint(self._parameters())
 
@@ -150,14 +159,17 @@ class FrozenWeights:
     def pretrained_weight(self, matrix: Matrix) -> Tensor:
         """W0 (out, in), on the run's device; where it is in place or kept."""
         weight = matrix.layer.weight.detach() if self._kept is None else self._kept[0][matrix.layer_name]
-        return matrix.of_weight(weight).to(self.device or matrix.device, matrix.dtype)
+        return matrix.of_weight(plain(weight, matrix.dtype)).to(self.device or matrix.device)
 
     @full_precision()
     def pretrained(self) -> dict[str, Tensor]:
         """W0 of every adapted layer, new tensors; equal to rounding where only W and the ledgers are left."""
         if any(layer.disabled for layer in self.layers.values()):  # W0 is in place
             return {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
-        weights = {name: layer.unmerged_weight.clone() for name, layer in self.layers.items()}
+        if self.are_split:
+            weights = {name: whole(layer.unmerged_weight).cpu() for name, layer in self.layers.items()}
+        else:
+            weights = {name: layer.unmerged_weight.clone() for name, layer in self.layers.items()}
         if not self._have_moved:
             return weights
         if self._kept is not None and self._kept[1] == self.fingerprint:
@@ -175,15 +187,15 @@ class FrozenWeights:
     @contextmanager
     def replaced_by_pretrained(self) -> Iterator[None]:
         """Inside, W0 stands in place of W."""
-        weights = {name: layer.weight.data for name, layer in self.layers.items()}
+        weights = {name: layer.weight for name, layer in self.layers.items()}
         pretrained = self.pretrained()
         try:
             for name, layer in self.layers.items():
-                layer.weight.data = pretrained[name]
+                layer.put(pretrained[name])
             yield
         finally:
             for name, layer in self.layers.items():
-                layer.weight.data = weights[name]
+                layer.put(weights[name])
 
     # --- state
 
@@ -192,7 +204,8 @@ class FrozenWeights:
         matrices = {}
         for matrix, ledger in self.ledgers.items():
             dense = ledger.updates is None or (compact and ledger.is_larger_than_weight)
-            weight = matrix.weight.clone() if dense and compact else None
+            place = "cpu" if self.are_split else matrix.device  # gathered weights do not fit onto the device together
+            weight = matrix.weight.to(place, copy=True) if dense and compact else None
             matrices[matrix.name] = {**ledger.state_dict(with_updates=not dense), "weight": weight}
         return {"base_fingerprint": self.fingerprint, "changed": sorted(self.changed), "matrices": matrices}
 
@@ -221,7 +234,8 @@ class FrozenWeights:
             saved = state["matrices"][matrix.name]
             ledger.load_state_dict(saved)
             if compact and (moved or ledger.rank):
-                W0 = matrix.of_weight(source.get(matrix.layer_name, matrix.layer.weight.detach()))
+                W0 = source.get(matrix.layer_name)
+                W0 = matrix.of_weight(whole(matrix.layer.weight.detach()) if W0 is None else W0)
                 with full_precision():
                     W = saved["weight"] if ledger.updates is None else ledger.replay(W0, self.device or W0.device)
                     matrix.frozen.copy_(W)

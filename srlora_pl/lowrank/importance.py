@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from srlora_pl.lowrank.linear import AdaptedLinear, Matrix
+from srlora_pl.lowrank.shards import own_part
 
 
 class Importance:
@@ -86,8 +87,12 @@ class Importance:
 
 @torch.no_grad()
 def all_finite(gradients: Sequence[Tensor]) -> Tensor:
-    """Whether no gradient holds a NaN or an infinity: a bool scalar on the device, not read here."""
-    if not gradients:
+    """Whether no gradient holds a NaN or an infinity: a bool scalar on the device, not read here.
+
+    Of those that are split it looks at this process's part.
+    """
+    parts = [part for part in map(own_part, gradients) if part.numel()]
+    if not parts:
         return torch.ones((), dtype=torch.bool)
-    largest = torch._foreach_norm(list(gradients), ord=float("inf"))
+    largest = torch._foreach_norm(parts, ord=float("inf"))
     return torch.isfinite(torch.stack([value.float() for value in largest])).all()

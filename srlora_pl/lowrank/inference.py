@@ -12,6 +12,7 @@ from srlora_pl.lowrank.frozen import FrozenWeights
 from srlora_pl.lowrank.groups import output_factors, param_groups
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter
 from srlora_pl.lowrank.method import Method
+from srlora_pl.lowrank.nf4 import plain
 from srlora_pl.lowrank.target_settings import is_below
 from srlora_pl.util.errors import UserError
 
@@ -88,7 +89,7 @@ class Inference:
 
     def pretrained_weights(self) -> dict[str, Tensor]:
         """W0 of every adapted linear; equal to rounding where only W and the ledgers are left to tell it."""
-        return self.weights.pretrained()
+        return {name: plain(weight) for name, weight in self.weights.pretrained().items()}
 
     def param_groups(
         self,

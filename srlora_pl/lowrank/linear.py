@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from srlora_pl.lowrank.kernels import linear, low_rank_linear, merged, two_branches
-from srlora_pl.lowrank.weights import Halves, Plain, join, split
+from srlora_pl.lowrank.nf4 import NF4
+from srlora_pl.lowrank.shards import is_split
+from srlora_pl.lowrank.weights import FourBits, Halves, Plain, Split, join, split
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision, trained_dtype
 
@@ -71,8 +73,9 @@ def precise(layers: dict[str, Adapter], moves_weights: bool) -> dict[str, Adapte
     for parameter in (each for layer in layers.values() for each in layer.adapter_parameters()):
         parameter.data = parameter.data.to(trained_dtype(parameter.dtype))
     for name, layer in layers.items():
-        if moves_weights and isinstance(layer, AdaptedLinear) and layer.weight.dtype == torch.bfloat16:
-            weight = layer.weight
+        if not (moves_weights and isinstance(layer, AdaptedLinear)) or isinstance(layer.weight, NF4):
+            continue
+        if (weight := layer.weight).dtype == torch.bfloat16:
             if not (weight.is_meta or weight.isfinite().all()):
                 raise UserError(f"the weight of {name} holds NaN or infinity, see to the pretrained weights")
             layer.rest = torch.zeros(weight.shape, dtype=torch.int16, device="meta" if weight.is_meta else "cpu")
@@ -162,13 +165,16 @@ class AdaptedLinear(Adapter):
     @property
     def unmerged_weight(self) -> Tensor:
         """W, (out, in), also while the update is part of ``weight``."""
-        return self.weight.detach() if self._unmerged is None else self._unmerged.to(self.weight.device)
+        return self.weight.detach() if self._unmerged is None else self._unmerged.detach().to(self.weight.device)
 
     @property
     def frozen(self) -> Plain:
         """W, also while the update is part of ``weight``."""
         W = self.unmerged_weight
-        return Plain(W) if self.rest is None else Halves(W, self.rest)
+        if isinstance(W, NF4):
+            return FourBits(W)
+        kept = Plain(W) if self.rest is None else Halves(W, self.rest)
+        return Split(kept) if is_split(W) else kept
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -203,19 +209,29 @@ class AdaptedLinear(Adapter):
         """Add the update to ``weight``: inference then costs one product. Merging twice is merging once.
 
         A weight in half precision rounds the sum, once.
+
+        Raises:
+            UserError: the weight is split over several processes.
         """
         self._require_enabled("merge")
+        if is_split(self.weight):
+            raise UserError("merge() needs weights that are whole in one process: load the checkpoint there")
         if not self.merged:
             effective = self.merged_weight().to(self.weight.dtype)
-            self._unmerged = self.weight.data
-            self.weight.data = effective
+            vars(self)["_unmerged"] = self.weight  # as an attribute it would be a second parameter
+            self.put(effective)
 
     def unmerge(self) -> None:
         """Undo `merge`, to the bit: the weight from before is put back, not computed back."""
         self._require_enabled("unmerge")
         if self._unmerged is not None:
-            self.weight.data = self.unmerged_weight
+            moved = self._unmerged.device != self.weight.device
+            self.put(self.unmerged_weight if moved else self._unmerged)
             self._unmerged = None
+
+    def put(self, weight: Tensor) -> None:
+        """Let ``weight`` (out, in) stand in the place of the frozen weight; the other stays what it is."""
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
 
     def _require_enabled(self, what: str) -> None:
         if self.disabled:

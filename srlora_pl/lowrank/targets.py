@@ -111,6 +111,12 @@ def _all_linear(inside: dict[str, nn.Module], modules: dict[str, nn.Module]) -> 
     return targets
 
 
+def linears_in_blocks(net: nn.Module, taken: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linears inside the repeated blocks of ``net``, by dotted name; not those in ``taken``, which train whole."""
+    inside = _inside_blocks(net, {name: module for name, module in net.named_modules() if name})
+    return {n: m for n, m in inside.items() if isinstance(m, nn.Linear) and not is_below(n, taken)}
+
+
 def _inside_blocks(net: nn.Module, modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     children = list(net.children())
     if _is_block_list(net) and len(children) > 1 and not isinstance(children[0], nn.ModuleList | nn.Sequential):

@@ -8,9 +8,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from srlora_pl.models.pretrained import load
 from srlora_pl.models.token_loss import Head
+from srlora_pl.models.weights import DTYPES
 from srlora_pl.util.errors import UserError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build(
@@ -22,9 +21,9 @@ def build(
         name: a hub repository, a local folder in transformers' layout, or ``smollm2``.
         kwargs: override the configuration, such as ``attn_implementation``, or say where the hub's files are found.
         checkpoint: a weights file, instead of the name's own weights.
-        weights: one of `DTYPES`, of all weights.
+        weights: one of `srlora_pl.models.weights.DTYPES`, of all weights.
     """
-    net, _ = load(AutoModelForCausalLM, name, kwargs, checkpoint, lambda net: ())
+    net, _ = load(AutoModelForCausalLM, name, kwargs, checkpoint, lambda net: (), DTYPES[weights])
     if net.get_output_embeddings() is None:
         raise UserError(f"model.backbone {name!r} has no head that predicts tokens: choose a causal language model.")
     return cast(net, weights)

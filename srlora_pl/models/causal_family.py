@@ -22,11 +22,7 @@ _NOT_SERVED = "a causal language model has no program for a server here: use --f
 
 @dataclass(frozen=True)
 class Causal(Backbone):
-    """A causal language model, with all that it was pretrained with.
-
-    Attributes:
-        weights: the dtype of the frozen weights, one of `srlora_pl.models.causal.DTYPES`.
-    """
+    """A causal language model, with all that it was pretrained with."""
 
     task_type: ClassVar[str | None] = "CAUSAL_LM"
     name: str

@@ -14,6 +14,7 @@ from srlora_pl.data.texts.tokens import load_tokenizer
 from srlora_pl.models import encoders, pretrained
 from srlora_pl.models.family import Classifier, about_of, write_about
 from srlora_pl.models.heads import FoundHead
+from srlora_pl.models.weights import store
 from srlora_pl.util.errors import UserError
 
 
@@ -35,7 +36,8 @@ class Transformers(Classifier):
         )
 
     def build(self) -> tuple[nn.Module, FoundHead | None]:
-        return encoders.find_head(self.name, self.num_classes, self.kwargs, self.checkpoint)
+        net, head = encoders.find_head(self.name, self.num_classes, self.kwargs, self.checkpoint)
+        return store(net, self.weights, self.heads(net)), head
 
     def heads(self, net: Any) -> tuple[str, ...]:
         return encoders.head_names(net)

@@ -36,7 +36,7 @@ class ModelFamily(Protocol):
         """The call that loads the pretrained network with the library alone."""
 
     def build(self) -> tuple[nn.Module, FoundHead | None]:
-        """The network in float32, in training mode, and its head if that is not new."""
+        """The network in training mode, and its head if that is not new."""
 
     def heads(self, net: nn.Module) -> tuple[str, ...]:
         """Dotted names of the modules that the pretrained weights do not bring along."""
@@ -101,11 +101,13 @@ class Backbone:
         name: ``model.backbone``.
         kwargs: ``model.backbone_kwargs``.
         checkpoint: ``model.backbone_checkpoint``.
+        weights: their type, one of `srlora_pl.models.weights.DTYPES`.
     """
 
     name: str
     kwargs: dict[str, Any] | None
     checkpoint: str | None
+    weights: str
 
     @property
     def random(self) -> bool:
@@ -129,6 +131,7 @@ class Classifier(Backbone):
     num_classes: int
     kwargs: dict[str, Any] | None = None
     checkpoint: str | None = None
+    weights: str = "float32"
 
 
 def about_of(folder: Path) -> dict[str, Any]:

@@ -83,9 +83,10 @@ def load(
     kwargs: dict[str, Any] | None,
     checkpoint: str | None,
     new: Callable[[Any], Sequence[str]],
+    dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A network in float32, in training mode; and the names of its parameters that the weights do not bring along.
+    """A network in training mode, and the names of its parameters that the weights do not bring along.
 
     Args:
         auto: one of transformers' ``AutoModelFor...``.
@@ -94,6 +95,7 @@ def load(
             ``pretrained: false`` gives random weights.
         checkpoint: a weights file, instead of the name's own weights, which are downloaded where needed.
         new: dotted names of the modules of a network that weights may lack.
+        dtype: of the parameters; read so, files need no more of the host's memory.
         settings: of the configuration, such as ``num_labels``.
 
     Raises:
@@ -115,17 +117,19 @@ def load(
             with torch.device("meta"):
                 kind = type(_random(auto, name, config))
             weights = read_weights(checkpoint)
-            net, lacks = _load(name, f"file {checkpoint}", kind, None, new, config=config, state_dict=weights)
+            net, lacks = _load(name, f"file {checkpoint}", kind, None, new, dtype, config=config, state_dict=weights)
         elif pretrained:
             if Path(source).is_dir():
                 weights_file(Path(source), WEIGHTS_FILES)
             hub = hub_options(options)
-            net, lacks = _load(name, source, auto, source, new, config=config, trust_remote_code=False, **hub)
+            net, lacks = _load(name, source, auto, source, new, dtype, config=config, trust_remote_code=False, **hub)
         else:
             net = _random(auto, name, config)
             lacks = [key for key, _ in net.named_parameters()]
+    for parameter in net.parameters():
+        parameter.data = parameter.data.to(dtype)
     # from_pretrained returns a network in evaluation mode, and Lightning would leave its dropout off
-    return net.float().train(), lacks
+    return net.train(), lacks
 
 
 def _config(name: str, source: str, options: dict[str, Any], settings: dict[str, Any]) -> PreTrainedConfig:
@@ -168,12 +172,18 @@ def _random(auto: Any, name: str, config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _load(
-    name: str, place: str, kind: Any, source: str | None, new: Callable[[Any], Sequence[str]], **options: Any
+    name: str,
+    place: str,
+    kind: Any,
+    source: str | None,
+    new: Callable[[Any], Sequence[str]],
+    dtype: torch.dtype,
+    **options: Any,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """Load weights as float32; all but ``new`` must be there. Returns the network, and what was not."""
+    """Load weights as ``dtype``; all but ``new`` must be there. Returns the network, and what was not."""
     try:
         net, report = kind.from_pretrained(
-            source, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            source, dtype=dtype, ignore_mismatched_sizes=True, output_loading_info=True, **options
         )
     except Exception as error:
         if source is None or Path(source).is_dir():

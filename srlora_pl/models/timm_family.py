@@ -12,6 +12,7 @@ from srlora_pl.data.protocols import Batch
 from srlora_pl.models import timm_models
 from srlora_pl.models.family import Classifier, about_of, write_about
 from srlora_pl.models.heads import FoundHead
+from srlora_pl.models.weights import store
 from srlora_pl.util.errors import UserError
 
 
@@ -36,7 +37,8 @@ class Timm(Classifier):
         )
 
     def build(self) -> tuple[nn.Module, FoundHead | None]:
-        return timm_models.find_head(self.name, self.num_classes, self.kwargs, self.checkpoint)
+        net, head = timm_models.find_head(self.name, self.num_classes, self.kwargs, self.checkpoint)
+        return store(net, self.weights, self.heads(net)), head
 
     def heads(self, net: nn.Module) -> tuple[str, ...]:
         return timm_models.head_names(net)

@@ -8,6 +8,7 @@ from srlora_pl.run import config, settings, source
 from srlora_pl.run.explain import NO_CONFIG, unknown
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.files import require_there
+from srlora_pl.util.program import require_extra
 
 _TOP = ("model", "data", "trainer", "seed_everything", "ckpt_path", "name", "output", "config", "print_config", "help")
 _TRAINER = "srlora_pl.run.trainer.Trainer"
@@ -38,6 +39,8 @@ def check(files: Sequence[str], contents: Sequence[config.Node], options: list[s
     for path in classes.values():
         srlora_pl.require_extra_of(path)
     _refuse_unknown(given, {"trainer": _TRAINER} | classes, foreign, files, rest)
+    if settings.value("model.weights", given, rest) == "nf4":
+        require_extra("nf4", "bitsandbytes", "model.weights nf4")
     for key in _PLACES:
         if (place := settings.value(key, given, rest)) and not (key == "ckpt_path" and place == "last"):
             require_there(key if "." in key else f"--{key}", Path(place))

@@ -353,7 +353,9 @@ class Run(LightningCLI):
         took = closing_line(self.trainer, self.model.adaptation, *seconds)
         best = self._best()
         scores = self._scores("val")
-        if self.datamodule.has_test_labels:
+        if self.datamodule.has_test_labels and self.model.generates and self.model.is_sharded:
+            note("fsdp2 generates no answers: run `srlora test` with the checkpoint, on one device or with ddp")
+        elif self.datamodule.has_test_labels:
             scores = self._evaluate("test", best.get("checkpoint"))
         if self.folder and self.trainer.is_global_zero:
             self.summary.write(self.trainer, self.model, scores, best)

@@ -22,10 +22,12 @@ from srlora_pl.lowrank.targets import repeated_blocks
 from srlora_pl.models.family import ModelFamily
 from srlora_pl.models.heads import FoundHead, settle
 from srlora_pl.models.peft_folder import PeftFolder
+from srlora_pl.models.weights import DTYPES, NF4, prepared
 from srlora_pl.tasks.evaluation import Evaluation
 from srlora_pl.tasks.guards import (
     FiniteLoss,
     on_device,
+    require_autocast,
     require_finite_weights,
     require_known_scores,
     require_that_a_batch_passes,
@@ -38,6 +40,7 @@ from srlora_pl.training.mixin import SRLoRAMixin
 from srlora_pl.training.resume import ExactResume
 from srlora_pl.util.errors import UserError, require, require_one_of
 from srlora_pl.util.precision import restorer
+from srlora_pl.util.signatures import arguments_of
 from srlora_pl.util.yaml_text import plain
 
 
@@ -50,6 +53,9 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     Args:
         method: the class of a method, such as ``srlora_pl.SRLoRA``, or its ``{class_path, init_args}``.
         backbone_checkpoint: a local weights file (safetensors or torch) instead of the name's own weights.
+        weights: the type of frozen weights: of a causal language model's all, else of its linear layers' matrices. In
+            ``bfloat16`` a method that moves them does so exactly, and keeps the bits that they gain on the CPU.
+            ``nf4`` puts the linears inside the repeated blocks into four bits, for methods that leave them as they are.
         adapter: a folder that the PEFT library saved a LoRA in, as a start: ``LoRA`` goes on with its pairs, for the
             other methods it becomes part of the pretrained weights; its head is taken as the backbone's is.
         optimizer: ``sgd``, ``adamw``, or the path of a torch optimizer class; a method with an optimizer of its own
@@ -69,6 +75,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     Attributes:
         family: builds, saves and loads the network.
         evaluation: scores validation and test.
+        beside_nf4: the type of all else beside weights in four bits.
         generates: whether it answers in texts, which it writes to the file ``answers`` itself.
         trained_classes: the names of the outputs, from the data of a fit or from a checkpoint; empty where neither
             tells them.
@@ -78,6 +85,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     family: ModelFamily
     evaluation: Evaluation
+    beside_nf4 = "float32"
     generates = False
     trained_classes: Sequence[str] = ()
     found_head: FoundHead | None = None
@@ -87,6 +95,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         method: Method,
         *,
         backbone_checkpoint: str | None = None,
+        weights: Literal["float32", "bfloat16", "nf4"] = "float32",
         adapter: str | None = None,
         optimizer: str = "adamw",
         lr: float = 1e-3,
@@ -102,6 +111,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         shared = arguments_of(locals())
         super().__init__()
         optimizer_class(optimizer)
+        require_one_of("model.weights", weights, (*DTYPES, NF4))
         require_one_of("model.schedule", schedule, SCHEDULES)
         require("model.lr", lr, "positive", 0 < lr < math.inf)
         require("model.head_lr", head_lr, "positive", head_lr is None or 0 < head_lr < math.inf)
@@ -113,6 +123,8 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         self.optimizer, self.momentum, self.weight_decay = optimizer, momentum, weight_decay
         self.lr, self.head_lr, self.schedule, self.warmup_steps = lr, head_lr, schedule, warmup_steps
         self.whole_checkpoints = checkpoints == "full"
+        dtype = self.beside_nf4 if weights == NF4 else weights
+        self.storage: dict[str, Any] = {"checkpoint": backbone_checkpoint, "weights": dtype}  # of the family
         self._method = method if isinstance(method, Method) else from_spec(method)
         # Plain containers, because checkpoints are read with weights_only=True.
         self.save_hyperparameters(plain({**shared, "method": self._method.spec()}))
@@ -137,7 +149,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
         heads = self.trained_heads(net)
         folder = self.hparams["adapter"]
         self.adapter = PeftFolder.read(folder) if folder else None
-        prepare = partial(_with_adapter, self.adapter, method, heads)
+        prepare = partial(prepared, self.adapter, method, heads, self.hparams["weights"])
         self.net = prepare(net)
         # Random weights cannot be had again, so their checkpoints are whole.
         pretrained = None if family.random else partial(_pretrained_state, family, prepare)
@@ -194,21 +206,20 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     def gradients(self) -> Sources:
         datamodule, sampled_batches = self.trainer.datamodule, self._data.sampled_batches  # type: ignore[attr-defined]
+        method = self.adaptation.method
         if sampled_batches is None:
-            name = type(self.adaptation.method).__name__
             raise UserError(
-                f"{name} starts from gradients, but {type(datamodule).__name__} has no sampled_batches(samples) to "
-                "estimate them from: derive it from a DataModule of this package, or take another method."
+                f"{type(method).__name__} starts from gradients, but {type(datamodule).__name__} has no "
+                "sampled_batches(samples): derive it from a DataModule of this package, or take another method."
             )
         # Of the first step that moves weights: with a warm-up the rate of step 0 is 0.
         first = schedule_factor(self.schedule, min(self.warmup_steps, 1), math.inf, self.warmup_steps)
 
         def losses(batch: Batch) -> Tensor:
-            loss = self.training_loss(on_device(self, datamodule, batch))
+            loss = self.call_as_step("training_loss", on_device(self, datamodule, batch))
             return loss.expand(self.samples_in(batch))
 
-        samples = self.adaptation.method.gradient_samples
-        return gradients(losses, sampled_batches(samples), first * self.lr, self._progress)
+        return gradients(losses, sampled_batches(method.gradient_samples), first * self.lr, self._progress)
 
     # A run
 
@@ -223,6 +234,7 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
     def setup(self, stage: str) -> None:
         self._restore_precision = restorer()
         torch.set_float32_matmul_precision(self.hparams["matmul_precision"])
+        require_autocast(self)
         if stage == "fit":
             self._began_with = settings_of(self.trainer.callbacks)  # type: ignore[attr-defined]
         else:
@@ -320,9 +332,10 @@ class Task(ExactResume, SRLoRAMixin, L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         if "spare" not in batch:  # which another process scores
-            split = self._splits[dataloader_idx]
-            self.evaluation.update(self, split, batch)
-            self._scored.add(split)
+            self.evaluation.update(self, self._splits[dataloader_idx], batch)
+            self._scored.add(self._splits[dataloader_idx])
+        elif self.is_sharded:  # and for which it needs this one's part of the weights
+            self.training_loss(batch)
 
     test_step = validation_step
 
@@ -380,15 +393,6 @@ class _RestorePrecision(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if restore := vars(pl_module).get("_restore_precision"):  # else it raised before the precision was set
             restore()
-
-
-def arguments_of(names: Mapping[str, Any]) -> dict[str, Any]:
-    """A constructor's own arguments by name, from its ``locals()`` at its beginning."""
-    return {key: value for key, value in names.items() if key not in ("self", "__class__", "kwargs")}
-
-
-def _with_adapter(adapter: PeftFolder | None, method: Method, heads: Sequence[str], net: nn.Module) -> nn.Module:
-    return net if adapter is None else adapter.prepare(net, method, heads)
 
 
 def _pretrained_state(family: ModelFamily, prepare: Callable[[nn.Module], nn.Module]) -> Mapping[str, Tensor]:

@@ -10,16 +10,18 @@ from torch import Tensor
 
 from srlora_pl.data.protocols import Batch, DataForTask, Generation
 from srlora_pl.lowrank import Method
+from srlora_pl.lowrank.shards import own_part
 from srlora_pl.models import causal, pretrained
 from srlora_pl.models.causal_family import Causal
 from srlora_pl.models.generation import Completion, generate
 from srlora_pl.models.token_loss import summed_loss, token_losses
 from srlora_pl.tasks.answers import Answers, Row, digest
-from srlora_pl.tasks.base import Task, arguments_of
+from srlora_pl.tasks.base import Task
 from srlora_pl.tasks.guards import on_device
 from srlora_pl.tasks.token_scores import TextScores
 from srlora_pl.util.cache import fingerprint
-from srlora_pl.util.errors import UserError, require, require_one_of
+from srlora_pl.util.errors import UserError, require
+from srlora_pl.util.signatures import arguments_of
 
 
 class CausalLM(Task):
@@ -40,8 +42,6 @@ class CausalLM(Task):
         method: the class of a method, such as ``srlora_pl.SRLoRA``, or its ``{class_path, init_args}``.
         backbone_kwargs: override the configuration, such as ``attn_implementation``, or say where the hub's files are
             found, such as ``revision``; ``pretrained: false`` starts from random weights.
-        weights: the dtype of the frozen weights; pairs are always float32. ``bfloat16`` is for methods that do not
-            change the weights.
         activation_checkpointing: compute the activations of each block again in the backward pass, instead of keeping
             them: a third more work, far less memory.
         loss_chunk: how many rows of logits are in memory at a time.
@@ -61,6 +61,7 @@ class CausalLM(Task):
     family: Causal
     evaluation: TextScores
     answers: Path | None = None
+    beside_nf4 = "bfloat16"
     generates = True
 
     def __init__(
@@ -69,7 +70,6 @@ class CausalLM(Task):
         method: Method,
         backbone_kwargs: dict[str, Any] | None = None,
         *,
-        weights: Literal["float32", "bfloat16"] = "float32",
         activation_checkpointing: bool = False,
         loss_chunk: int = 256,
         samples: int = 4,
@@ -79,14 +79,13 @@ class CausalLM(Task):
     ) -> None:
         arguments = arguments_of(locals())
         super().__init__(method, lr=lr, schedule=schedule, **kwargs)
-        require_one_of("model.weights", weights, causal.DTYPES)
         require("model.loss_chunk", loss_chunk, "1 or more", loss_chunk >= 1)
         require("model.samples", samples, "0 or more", samples >= 0)
         self.loss_chunk, self.samples = loss_chunk, samples
         self.backbone_name = pretrained.resolve(backbone)
         self.tokenizer_options = pretrained.hub_options(backbone_kwargs)
         self.evaluation = TextScores()
-        self.build(Causal(backbone, backbone_kwargs, self.hparams["backbone_checkpoint"], weights), arguments)
+        self.build(Causal(backbone, backbone_kwargs, **self.storage), arguments)
         if activation_checkpointing:
             # The reentrant kind trains nothing behind a frozen embedding.
             net: Any = self.net
@@ -164,14 +163,25 @@ class CausalLM(Task):
         return -losses.new_zeros(len(batch["labels"])).index_add(0, row, losses)
 
     def complete(self, batch: Batch, settings: Generation) -> list[Completion]:
-        """The answers to the prompts of ``batch``."""
+        """The answers to the prompts of ``batch``.
+
+        Raises:
+            UserError: the weights are split over processes, which would have to wait for each other at every token.
+        """
+        if self.is_sharded:
+            raise UserError(
+                "trainer.strategy fsdp2 generates no answers: let `srlora test` or `srlora predict` do it from the "
+                "checkpoint, on one device or with ddp"
+            )
         ids, mask = batch["input_ids"], batch["attention_mask"]
         return generate(self.net, self._data.tokenizer, ids, mask, settings.max_new_tokens, settings.stop)
 
     def sample_answers(self) -> list[Row]:
         """Answers to the first ``samples`` prompts of the validation split, graded if it has a grader."""
         data = self._data
-        if not self.samples or data.generation_batch is None or data.generation is None or data.question is None:
+        if not self.samples or self.is_sharded:
+            return []
+        if data.generation_batch is None or data.generation is None or data.question is None:
             return []
         split = data.split_names.get("val", ("val",))[0]
         settings, question = data.generation(split), data.question
@@ -210,11 +220,12 @@ class CausalLM(Task):
         self.adaptation.unmerge()
 
     def _begin_answers(self, splits: Sequence[str]) -> None:
-        trained: dict[str, Tensor] = {name: p for name, p in self.net.named_parameters() if p.requires_grad}
+        trained = {name: own_part(p) for name, p in self.net.named_parameters() if p.requires_grad}
         data = self._data
         asked = [repr(data.generation(split)) for split in splits] if data.generation else []
         model = digest(fingerprint(trained), self.hparams["backbone"], str(self.trainer.precision), asked)
-        self.evaluation.begin(Answers(self.answers, model))
+        # Processes that start at once may each have found another folder free.
+        self.evaluation.begin(Answers(self.trainer.strategy.broadcast(self.answers), model))
         try:
             self.adaptation.merge()  # which spares generation the products of the adapters
         except UserError:  # they are no part of a weight, and stay beside it

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srlora_pl.data.protocols import Batch
 from srlora_pl.lowrank.importance import all_finite
-from srlora_pl.models.family import in_evaluation
+from srlora_pl.models.family import Classifier, in_evaluation
 from srlora_pl.util.errors import UserError, did_you_mean, one_line
 
 
@@ -79,6 +79,16 @@ class FiniteLoss:
             )
 
 
+def require_autocast(task: Any) -> None:
+    """Refuse frozen matrices in half precision beside layers in float32, where nothing brings their types together."""
+    weights, precision = task.family.weights, str(task.trainer.precision)
+    if isinstance(task.family, Classifier) and weights != "float32" and not precision.endswith("-mixed"):
+        raise UserError(
+            f"model.weights is {weights!r}, but in trainer.precision {precision!r} norms and the head compute in "
+            "another type: set it to bf16-mixed."
+        )
+
+
 def require_finite_weights(task: L.LightningModule) -> None:
     """Refuse trained weights that are not finite, in any process: a step's loss may be finite and its gradients not."""
     trainer = task.trainer
@@ -110,7 +120,7 @@ def require_that_a_batch_passes(task: Any, data: Any) -> None:
         batch = on_device(task, data, batch)
         try:
             with task.trainer.precision_plugin.val_step_context():
-                loss = task.trial_loss(batch)
+                loss = task.call_as_step("trial_loss", batch)
         except UserError:
             raise
         except Exception as error:  # a network raises what it likes

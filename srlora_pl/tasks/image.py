@@ -13,9 +13,10 @@ from torchvision.transforms import v2
 from srlora_pl.lowrank import Method
 from srlora_pl.models.timm_family import Timm
 from srlora_pl.models.timm_models import data_config
-from srlora_pl.tasks.base import Batch, Task, arguments_of
+from srlora_pl.tasks.base import Batch, Task
 from srlora_pl.tasks.evaluation import LogitScores
 from srlora_pl.util.errors import UserError, require
+from srlora_pl.util.signatures import arguments_of
 
 
 class ImageClassifier(Task):
@@ -62,7 +63,7 @@ class ImageClassifier(Task):
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
         self.mix = _mix(mixup, cutmix, num_classes)
         self.evaluation = LogitScores(_scores(num_classes), "accuracy")
-        self.build(Timm(backbone, num_classes, backbone_kwargs, self.hparams["backbone_checkpoint"]), arguments)
+        self.build(Timm(backbone, num_classes, backbone_kwargs, **self.storage), arguments)
         self.data_config = data_config(self.net, backbone_kwargs)
 
     def setup(self, stage: str) -> None:

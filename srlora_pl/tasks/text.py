@@ -17,10 +17,11 @@ from srlora_pl.models import encoders, pretrained
 from srlora_pl.models.deberta import use_fast_attention
 from srlora_pl.models.encoder_family import Transformers
 from srlora_pl.tasks import scores
-from srlora_pl.tasks.base import Batch, Task, arguments_of
+from srlora_pl.tasks.base import Batch, Task
 from srlora_pl.tasks.evaluation import LogitScores
 from srlora_pl.util import yaml_text
 from srlora_pl.util.errors import UserError, did_you_mean, require, require_one_of
+from srlora_pl.util.signatures import arguments_of
 
 
 class TextClassifier(Task):
@@ -86,7 +87,7 @@ class TextClassifier(Task):
         self.backbone_name = pretrained.resolve(backbone)
         self.tokenizer_options = pretrained.hub_options(backbone_kwargs)
         self._settle(problem or ("single_label" if num_classes > 1 else "regression"), score_names)
-        self.build(Transformers(backbone, num_classes, backbone_kwargs, self.hparams["backbone_checkpoint"]), arguments)
+        self.build(Transformers(backbone, num_classes, backbone_kwargs, **self.storage), arguments)
         if fast_attention:
             use_fast_attention(self.net, backbone)  # type: ignore[arg-type]
 

@@ -41,6 +41,12 @@ def trains_copy(strategy: Strategy) -> bool:
     return isinstance(strategy.launcher, _MultiProcessingLauncher)
 
 
+def step_of_strategy(module: LightningModule, name: str, *args: Any) -> Any:
+    """``module.name(*args)`` in the forward pass of what the strategy wraps ``module`` in, as Lightning's own steps."""
+    strategy: Any = module.trainer.strategy
+    return strategy._forward_redirection(strategy.model, module, name, *args)
+
+
 def inverse_loss_scale(trainer: Any, optimizer: Optimizer) -> Tensor | None:
     """1 / loss scale where the gradients still carry it: fused optimizers unscale inside their own step."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)

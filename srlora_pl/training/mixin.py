@@ -23,6 +23,7 @@ from srlora_pl.lowrank.method import Sources
 from srlora_pl.lowrank.methods import imported
 from srlora_pl.lowrank.optimizer_state import gradients_of, parameters_of
 from srlora_pl.training import lightning_internals as internals
+from srlora_pl.training.sharding import FSDP2Strategy, require_splittable
 from srlora_pl.util.cache import cache_folder
 from srlora_pl.util.errors import UserError
 
@@ -140,7 +141,10 @@ class SRLoRAMixin(_Module):
         self._refuse_what_cannot_be_right()
         if not internals.module_loads_training_data(self.trainer):  # whose own setup may not be over
             self._require_room()
-        if self.adaptation.method.starts_from != "gradient":
+        if self.adaptation.method.starts_from == "gradient":
+            if not self.adaptation.started:
+                self.adaptation.weights.identify()
+        else:
             self._start(self.adaptation.method.sources(self._progress, cache_folder("spectra")))
 
     def _start(self, sources: Sources | None) -> None:
@@ -151,6 +155,15 @@ class SRLoRAMixin(_Module):
             rank_zero_info(f"Start of {len(self.adaptation.matrices)} matrices: ready after {seconds:.1f} s.")
         for callback in self._averaging():  # which were set up before the start changed the weights
             callback.setup(self.trainer, self, "fit")
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether frozen weights are split over the processes of the run."""
+        return internals.trainer_of(self) is not None and isinstance(self.trainer.strategy, FSDP2Strategy)
+
+    def call_as_step(self, name: str, *args: Any) -> Any:
+        """``self.name(*args)`` outside of the steps of a run, where it is not sure that weights are whole."""
+        return internals.step_of_strategy(self, name, *args) if self.is_sharded else getattr(self, name)(*args)
 
     def gradients(self) -> Sources:
         """The source of a method that starts from gradients; for a class of one's own to override.
@@ -203,7 +216,11 @@ class SRLoRAMixin(_Module):
             raise UserError(f"trainer.gradient_clip_val is {clip}, it must be 0 or more, or null for no clipping")
         refuse_copies(trainer.strategy)
         if strategy in _STRATEGIES:
-            raise UserError(f"trainer.strategy {strategy} shards the weights that a start or a switch changes, use ddp")
+            raise UserError(
+                f"trainer.strategy {strategy} shards the weights that a start or a switch changes, use ddp or fsdp2"
+            )
+        if self.is_sharded:
+            require_splittable(trainer, self.adaptation)
         averaging = [c for c in trainer.callbacks if isinstance(c, WeightAveraging | StochasticWeightAveraging)]
         if averaging and not self.adaptation.method.averages:
             raise UserError(

@@ -11,8 +11,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from srlora_pl.lowrank.shards import is_split, placed
 from srlora_pl.training import lightning_internals as internals
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.randomness import reseed, run_seed
@@ -57,11 +59,18 @@ class ExactResume(_Module):
         if self._half_done is not None:
             for name, parameter in self.named_parameters():
                 if name in self._half_done:
-                    parameter.grad = self._half_done[name].to(parameter, copy=True)
+                    parameter.grad = placed(self._own(self._half_done[name], parameter), like=parameter)
             self._half_done = None
         if self._to_take_up:
             self._take_up(**self._to_take_up)
             self._to_take_up = None
+
+    def _own(self, gradient: Tensor, parameter: Tensor) -> Tensor:
+        """What this process goes on with of a saved ``gradient``, (...) or (processes, ...)."""
+        if gradient.dim() == parameter.dim():
+            return gradient
+        same = len(gradient) == self.trainer.world_size and not is_split(parameter)
+        return gradient[self.global_rank] if same else gradient.mean(0)
 
     def _take_up(self, owes_validation: bool, scores: dict[str, Tensor], should_stop: bool) -> None:
         """Do what is left of the step and the epoch that the checkpoint was written in, besides training."""
@@ -125,10 +134,11 @@ class ExactResume(_Module):
         if trainer.state.fn == "fit" and internals.accumulates(trainer):
             gradients = {n: p.grad.clone() for n, p in self.named_parameters() if p.grad is not None}
         if trainer.world_size > 1:  # until the accumulation is over each process has gradients of its own
-            gradients = self.all_gather(gradients)  # (processes, ...)
+            gradients = {n: g if is_split(g) else self.all_gather(g) for n, g in gradients.items()}  # (processes, ...)
         checkpoint[_KEY] = {
             "processed": internals.batches_in_run(trainer).processed,
             "processes": trainer.world_size,
+            "samples_per_batch": self._samples_per_batch,
             "batches_per_epoch": trainer.num_training_batches,
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "seed": run_seed(),
@@ -156,8 +166,6 @@ class ExactResume(_Module):
         if state is None:
             return
         self._half_done, self._has_scores = state["gradients"] or None, state.get("has_scores", False)
-        if self._half_done and trainer.world_size > 1:
-            self._half_done = {name: each[self.global_rank] for name, each in self._half_done.items()}
         # Without the callback, or with more patience, a run that it has stopped goes on.
         counted = checkpoint.get("callbacks", {})
         stopping = [each for each in trainer.callbacks if isinstance(each, EarlyStopping) and each.state_key in counted]
@@ -178,11 +186,24 @@ class ExactResume(_Module):
             epoch, batch = epoch - 1, per_epoch
         internals.set_position(checkpoint, state["processed"], epoch, batch, per_epoch)
 
+    @property
+    def _samples_per_batch(self) -> int | None:
+        """Of all processes together; None where the data do not say."""
+        batch_size = getattr(self.trainer.datamodule, "batch_size", None)  # type: ignore[attr-defined]
+        return None if batch_size is None else batch_size * self.trainer.world_size
+
     def _require_same(self, state: dict[str, Any]) -> None:
+        here, there = self.trainer.world_size, state["processes"]
+        if here != there and self._samples_per_batch == state.get("samples_per_batch", 0):
+            rank_zero_info(
+                f"The checkpoint was written by {there} processes, and this run has {here}: it sees the same samples "
+                "in each step, and is equal to rounding but for dropout and all else that a process draws for itself."
+            )
+            there = here
         for value, saved, place in (
             (run_seed(), state["seed"], "seed_everything"),
             (self.trainer.accumulate_grad_batches, state["accumulate_grad_batches"], "trainer.accumulate_grad_batches"),
-            (self.trainer.world_size, state["processes"], "the number of processes (trainer.devices x num_nodes)"),
+            (here, there, "the number of processes (trainer.devices x num_nodes)"),
         ):
             if value != saved:
                 raise UserError(f"{place} is {value} and the checkpoint was made with {saved}, resume with {saved}")

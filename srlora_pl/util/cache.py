@@ -28,6 +28,9 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, weight in weights.items():
         digest.update(f"{name} {tuple(weight.shape)}\n".encode())
+        if hasattr(weight, "packed"):  # in four bits, see lowrank/nf4.py
+            digest.update(fingerprint({"packed": weight.packed, "scales": weight.scales}).encode())
+            continue
         values = weight.detach().cpu()
         single = values.float().contiguous()
         digest.update(single.numpy().data)

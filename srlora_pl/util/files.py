@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -127,3 +128,8 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def is_hub_name(root: str) -> bool:
+    """Whether ``root``, which is no local folder, can be the name of a repository."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", root) is not None

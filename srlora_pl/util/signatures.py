@@ -1,7 +1,7 @@
 """The arguments of classes."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
@@ -37,3 +37,8 @@ def _arguments(cls: type) -> Iterator[inspect.Parameter]:
         yield from (each for each in parameters if each.name != "self" and each.kind is not each.VAR_KEYWORD)
         if all(each.kind is not each.VAR_KEYWORD for each in parameters):
             break
+
+
+def arguments_of(names: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's own arguments by name, from its ``locals()`` at its beginning."""
+    return {key: value for key, value in names.items() if key not in ("self", "__class__", "kwargs")}

@@ -10,12 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srlora_pl.data.base import DataModule, KeyedDataset, is_hub_name, split_keys
+from srlora_pl.data.base import DataModule, KeyedDataset, split_keys
 from srlora_pl.data.images.datamodule import ImageData
 from srlora_pl.data.loader import Key, user_error_as_batch
 from srlora_pl.data.protocols import Batch
 from srlora_pl.data.splits import stratified_split
 from srlora_pl.util.errors import UserError
+from srlora_pl.util.files import is_hub_name
 from tests.helpers.data import Recorder, attach
 from tests.helpers.errors import mentions
 

@@ -47,6 +47,8 @@ def commands(block: Block) -> Iterator[list[str]]:
 def of_program(words: list[str]) -> list[str] | None:
     """The arguments of this package's program, or None if ``words`` call another one."""
     words = words[words[0] == "srun" :]
+    if words[0] == "torchrun":
+        return words[words.index("srlora_pl") + 1 :]
     for call in (["srlora"], ["python", "cli.py"], [".venv/bin/python", "cli.py"]):
         if words[: len(call)] == call:
             return words[len(call) :]

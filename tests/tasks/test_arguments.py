@@ -9,14 +9,25 @@ from torch import Tensor
 
 from srlora_pl import ImageClassifier, LoRA, TextClassifier
 from srlora_pl.models.timm_family import Timm
-from srlora_pl.tasks.base import Task, arguments_of
+from srlora_pl.tasks.base import Task
 from srlora_pl.tasks.evaluation import LogitScores
 from srlora_pl.util.errors import UserError
+from srlora_pl.util.signatures import arguments_of
 from tests.helpers.encoders import BERT, folder
 from tests.helpers.images import SMALL_VIT, samples
 
 # A contract: config files and older checkpoints hold these names.
-SHARED = {"method", "backbone_checkpoint", "adapter", "optimizer", "lr", "head_lr", "momentum", "weight_decay"}
+SHARED = {
+    "method",
+    "backbone_checkpoint",
+    "weights",
+    "adapter",
+    "optimizer",
+    "lr",
+    "head_lr",
+    "momentum",
+    "weight_decay",
+}
 SHARED |= {"schedule", "warmup_steps", "compile", "matmul_precision", "checkpoints"}
 CLASSIFIER = SHARED | {"backbone", "num_classes", "backbone_kwargs", "label_smoothing"}
 TEXT = {"train_pooler", "problem", "score_names", "class_weights", "fast_attention"}

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
-from srlora_pl import CausalLM, InstructionData, LoRA, SRLoRA, UserError, export_model
+from srlora_pl import CausalLM, Full, InstructionData, LoRA, SRLoRA, UserError, export_model
 from srlora_pl.models import causal
 from srlora_pl.models.generation import generate
 from srlora_pl.util.signatures import arguments_of_class, class_at
@@ -437,15 +437,17 @@ def test_the_merged_folder_and_the_adapter_give_the_trained_logits(method, llama
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
 
 
-def test_weights_in_bfloat16_are_merged_in_float32_and_rounded_once(llama, texts, tmp_path):
-    task = CausalLM(llama, LoRA(4), lr=1e-2, weights="bfloat16")
+@pytest.mark.parametrize("method", [LoRA(4), SRLoRA(4, target_rank=8)], ids=["lora", "srlora"])
+def test_weights_in_bfloat16_are_merged_in_float32_and_rounded_once(llama, texts, tmp_path, method):
+    task = CausalLM(llama, method, lr=1e-2, weights="bfloat16")
     assert {p.dtype for p in task.parameters() if p.requires_grad} == {torch.float32}
     trainer(tmp_path, max_steps=6, precision="bf16-mixed").fit(task, data(texts))
     name = "model.layers.1.mlp.down_proj"
     layer = task.adaptation.layers[name]
     assert layer.weight.dtype == torch.bfloat16
     assert task.net.model.rotary_emb.inv_freq.dtype == torch.float32
-    exact = layer.weight.double() + layer.scaling * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
+    W = layer.frozen.dense().double()  # of a switch and a start exact beyond bfloat16
+    exact = W + layer.scaling * layer.lora_B.detach().double() @ layer.lora_A.detach().double()
     report = export_model(task, tmp_path / "merged")
     merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert merged.dtype == torch.bfloat16
@@ -455,9 +457,9 @@ def test_weights_in_bfloat16_are_merged_in_float32_and_rounded_once(llama, texts
     assert report.difference < 1e-5 * report.largest
 
 
-def test_methods_that_move_weights_want_them_in_float32(llama):
-    with pytest.raises(UserError, match=r"SRLoRA.*torch\.bfloat16"):
-        CausalLM(llama, SRLoRA(2, target_rank=4), weights="bfloat16")
+def test_methods_that_train_the_weights_want_them_in_float32(llama):
+    with pytest.raises(UserError, match=r"Full.*torch\.bfloat16"):
+        CausalLM(llama, Full(), weights="bfloat16")
 
 
 def test_bf16_true_is_refused(llama, texts, tmp_path):

@@ -206,11 +206,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(home, ranks, position):
         assert resumed["seen"] == whole["seen"][position:]
 
 
-def test_another_number_of_processes_is_refused(alone):
+def test_another_number_of_processes_with_other_batches_is_refused(alone):
     L.seed_everything(3, verbose=False)
     with pytest.raises(UserError, match=mentions("processes", "1", "2")):
         trainer(alone, 1, accumulate_grad_batches=2, max_steps=7).fit(
-            classifier(alone, dropout=0.3, mixup=0.3), FewDigits(1), ckpt_path=alone / "10.ckpt"
+            classifier(alone, dropout=0.3, mixup=0.3), FewDigits(2), ckpt_path=alone / "10.ckpt"
         )
 
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torchvision.datasets import CIFAR10, CIFAR100, MNIST, STL10
 from torchvision.datasets.utils import check_integrity
 
-from srlora_pl.data.base import is_hub_name
 from srlora_pl.data.images.folders import Folder
 from srlora_pl.data.images.hub import Hub, is_table
 from srlora_pl.data.images.pictures import Source, Split
 from srlora_pl.util.errors import UserError, listed, one_line, require_one_of
+from srlora_pl.util.files import is_hub_name
 
 
 class NamesOnly(Source):

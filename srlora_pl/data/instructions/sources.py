@@ -5,11 +5,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from srlora_pl.data.base import is_hub_name
 from srlora_pl.data.splits import split_of
 from srlora_pl.data.texts.files import find_files
 from srlora_pl.data.texts.tables import WITH_JSON, Table, choose_columns, read_table
 from srlora_pl.util.errors import UserError, listed, one_line
+from srlora_pl.util.files import is_hub_name
 
 # Reads columns, each with the reason for it, of which some may be missing.
 Source = Callable[[dict[str, str], Sequence[str]], Table]

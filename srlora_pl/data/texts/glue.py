@@ -8,11 +8,11 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from srlora_pl.data.base import is_hub_name
 from srlora_pl.data.texts.datamodule import TextDataModule, Texts
 from srlora_pl.data.texts.labels import encode_classes, encode_numbers, name_numbers
 from srlora_pl.data.texts.tables import Table, read_table
 from srlora_pl.util.errors import UserError, one_line, require_one_of
+from srlora_pl.util.files import is_hub_name
 
 
 @dataclass

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from srlora_pl.lowrank.kernels import linear, low_rank_linear
 from srlora_pl.lowrank.linear import LowRankLinear, Matrix
 from srlora_pl.lowrank.method import Method, kaiming_uniform
+from srlora_pl.lowrank.shards import whole
 
 
 class DoRALinear(LowRankLinear):
@@ -27,7 +28,7 @@ class DoRALinear(LowRankLinear):
         """The row norms of W + s B A, (adapted rows,), without a temporary of (out, in)."""
         with torch.autocast(self.weight.device.type, enabled=False):
             A, B = (each.view(-1, *each.shape[-2:]) for each in (self.lora_A, self.lora_B))
-            parts = self.weight.view(self.parts, -1, self.in_features).to(A.dtype)
+            parts = whole(self.weight).to(A.dtype).view(self.parts, -1, self.in_features)
             # ||W_i + s B_i A||^2 = ||W_i||^2 + s (2 W_i A^T + s B_i A A^T) B_i^T
             of_W = torch.stack([A_p @ parts[part].T for part, A_p in zip(self.adapted, A, strict=True)]).mT
             change = self.scaling * ((2 * of_W + self.scaling * B @ (A @ A.mT)) * B).sum(-1)
@@ -44,7 +45,7 @@ class DoRALinear(LowRankLinear):
         return torch.cat([adapted.get(part, ones) for part in range(self.parts)])
 
     def magnitudes(self) -> Tensor:
-        norms = torch.linalg.vector_norm(self.unmerged_weight.to(self.lora_A.dtype), dim=1).view(self.parts, -1)
+        norms = torch.linalg.vector_norm(self.frozen.dense(), dim=1).view(self.parts, -1)
         norms[list(self.adapted)] = self.lora_magnitude.detach().view(len(self.adapted), -1)
         return norms.flatten()
 

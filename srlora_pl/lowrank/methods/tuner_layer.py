@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from srlora_pl.lowrank.linear import Adapter
+from srlora_pl.lowrank.nf4 import plain
 from srlora_pl.util.errors import UserError, one_line
 from srlora_pl.util.precision import trained_dtype
 
@@ -18,7 +19,7 @@ class TunerLayer(Adapter):
     def __init__(self, module: Any) -> None:
         super().__init__()
         self._held = [module]
-        self._unmerged: list[tuple[nn.Parameter, Tensor]] = []
+        self._unmerged: dict[str, nn.Parameter] = {}
 
     @property
     def module(self) -> Any:
@@ -57,22 +58,29 @@ class TunerLayer(Adapter):
     def merge(self) -> None:
         if not self.merged:
             base = self.module.get_base_layer()
-            before = [(parameter, parameter.detach().clone()) for parameter in base.parameters()]
+            before = dict(base.named_parameters())
             try:
                 _merge(self.module)
+                for name, parameter in before.items():
+                    base.register_parameter(name, _frozen(getattr(base, name), parameter.dtype))
                 self._unmerged = before
-            finally:
-                for parameter, value in before:
-                    parameter.data = parameter.data.to(value.dtype)
+            except UserError:
+                self._put_back(before)
+                raise
 
     def unmerge(self) -> None:
         if self.merged:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that it is inexact, which is mended below
                 self.module.unmerge()
-            for parameter, value in self._unmerged:
-                parameter.data = value.to(parameter.device)
-            self._unmerged = []
+            self._put_back(self._unmerged)
+            self._unmerged = {}
+
+    def _put_back(self, parameters: dict[str, nn.Parameter]) -> None:
+        base = self.module.get_base_layer()
+        for name, parameter in parameters.items():
+            device = getattr(base, name).device
+            base.register_parameter(name, parameter if parameter.device == device else _frozen(parameter.to(device)))
 
     def merged_module(self) -> nn.Module:
         copied = copy.deepcopy(self.module)
@@ -81,11 +89,16 @@ class TunerLayer(Adapter):
         return copied.get_base_layer()
 
 
+def _frozen(tensor: Tensor, dtype: torch.dtype | None = None) -> nn.Parameter:
+    return nn.Parameter(plain(tensor.detach(), dtype), requires_grad=False)
+
+
 @torch.no_grad()
 def _merge(module: Any) -> None:
-    """Merge ``module``; the sum, and the weight with it, is in the precision of what trained."""
+    """Merge ``module`` into new parameters of its base, in the precision of what trained."""
     base = module.get_base_layer()
-    base.to(trained_dtype(base.weight.dtype))
+    for name, parameter in list(base.named_parameters()):
+        base.register_parameter(name, _frozen(parameter.clone(), trained_dtype(base.weight.dtype)))
     try:
         module.merge(safe_merge=True)
     except (NotImplementedError, ValueError, TypeError, AttributeError) as error:
