@@ -6,6 +6,7 @@ from functools import cached_property
 from inspect import Parameter, signature
 from typing import Any, get_args
 
+from srlora_pl.models.weights import NF4
 from srlora_pl.planning.needs import Needs, needs
 from srlora_pl.planning.step import Step, batch_for, measure
 from srlora_pl.tasks.base import Task
@@ -93,6 +94,7 @@ def _ways(plan: Plan, memory: float) -> Iterator[tuple[str, Plan]]:
     if arguments.get("activation_checkpointing") is False:
         plan = _with(plan, activation_checkpointing=True)
         yield "--model.activation_checkpointing true (a third more work)", plan
+    whole = plan
     kinds = _kinds_of_weights(plan.task)
     for kind in kinds[kinds.index(arguments["weights"]) + 1 :] if kinds else ():
         try:
@@ -100,15 +102,16 @@ def _ways(plan: Plan, memory: float) -> Iterator[tuple[str, Plan]]:
             changed.needs  # noqa: B018
         except UserError:  # the method does not take them
             continue
-        plan = changed
+        plan, whole = changed, whole if kind == NF4 else changed
         yield f"--model.weights {kind} ({_ROUNDS[kind]})", plan
+    plan = whole  # fsdp2 splits no weights in four bits
     while plan.separate and plan.devices < _MOST and not plan.fits(memory):
         devices = 2 * plan.devices
         plan = _again(plan, devices=devices)
-        yield f"{devices} devices, --trainer.strategy fsdp2 --trainer.devices {devices} (traffic between them)", plan
+        yield f"{devices} devices, --trainer.strategy fsdp2 --trainer.devices {devices} (traffic)", plan
 
 
-_ROUNDS = {"bfloat16": "exact for weights published so", "nf4": "rounds them to four bits"}
+_ROUNDS = {"bfloat16": "exact for weights published so", NF4: "rounds them to four bits"}
 
 
 def _kinds_of_weights(task: Task) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from srlora_pl.models.weights import NF4
 from srlora_pl.planning.advice import Plan, advice
 from srlora_pl.planning.needs import Needs
 from srlora_pl.run import config
@@ -43,8 +44,22 @@ class Planned(Run):
         arguments |= {"backbone_kwargs": random, "backbone_checkpoint": None, "adapter": None, "compile": False}
         # They read values, and take next to no memory.
         arguments |= {name: none for name, none in _READING_VALUES.items() if name in arguments}
+        arguments |= changes
+        # Four bits are packed from values, so that they are counted and not made.
+        in_four_bits = arguments.get("weights") == NF4
+        if in_four_bits:
+            arguments["weights"] = kind.beside_nf4
         with torch.device("meta"):
-            return kind(**{**arguments, **changes})
+            task = kind(**arguments)
+        method = task.adaptation.method
+        if in_four_bits and (method.moves_weights or method.trains_weights):
+            raise UserError(
+                f"model.weights is 'nf4', but {type(method).__name__} changes pretrained weights, which cannot be done "
+                "in four bits: take bfloat16 or float32"
+            )
+        if in_four_bits:
+            task.hparams["weights"] = NF4
+        return task
 
     def real_task(self) -> Task:
         """The task with its weights, to compare with."""

@@ -9,7 +9,8 @@ from torch import Tensor
 from srlora_pl.lowrank.adaptation import Adaptation
 from srlora_pl.lowrank.starts.gradient import bytes_of_sums
 from srlora_pl.lowrank.target_settings import is_below
-from srlora_pl.lowrank.targets import repeated_blocks
+from srlora_pl.lowrank.targets import linears_in_blocks, repeated_blocks
+from srlora_pl.models.weights import NF4
 from srlora_pl.planning.step import Step
 from srlora_pl.tasks.base import Task
 
@@ -77,6 +78,7 @@ def needs(task: Task, step: Step, devices: int = 1) -> Needs:
         Part("running averages of the method", step.method),
         Part("activations of a micro-batch", step.activations),
         Part("working memory, logits among it", step.working),
+        Part("a weight that is read out of four bits", max(map(_bytes, _in_four_bits(task)), default=0)),
         Part("a copy of the adapted weights, until the first step", 0, kept),
     ]
     return Needs(_present(step_parts), _present(_start(task, weights, ours, kept)), _spectra(adaptation))
@@ -91,15 +93,28 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _weights(task: Task) -> tuple[Counter[str], int]:
-    """Bytes of the frozen weights and buffers by dtype, and of the adapters and all else that trains."""
+    """Bytes of the frozen weights and buffers by kind, and of the adapters and all else that trains."""
     ours = {id(each) for layer in task.adaptation.layers.values() for each in layer.adapter_parameters()}
+    in_four_bits = {id(each) for each in _in_four_bits(task)}
     frozen, trained = Counter[str](), 0
     for each in [*task.parameters(), *task.buffers()]:
         if each.requires_grad or id(each) in ours:
             trained += _bytes(each)
+        elif id(each) in in_four_bits:
+            frozen[NF4] += each.numel() // 2 + each.numel() // 64 * 2  # and a bfloat16 scale for each 64
         else:
             frozen[str(each.dtype).removeprefix("torch.")] += _bytes(each)
     return frozen, trained
+
+
+def _in_four_bits(task: Task) -> list[Tensor]:
+    """The weights that `srlora_pl.models.weights.prepared` puts into four bits."""
+    if task.hparams["weights"] != NF4:
+        return []
+    blocks = repeated_blocks(task.net)
+    adapted = [layer.weight for name, layer in task.adaptation.weights.layers.items() if is_below(name, blocks)]
+    heads = task.trained_heads(task.net)
+    return [*adapted, *(linear.weight for linear in linears_in_blocks(task.net, heads).values())]
 
 
 def _gathered(task: Task) -> int:

@@ -86,3 +86,13 @@ def test_mistakes_are_told_in_a_sentence(options: list[str], words: list[str], h
     code, out, err = cli("plan", "--config", "causal.yaml", *options, home=home)
     assert (code, out) == (2, "")
     assert all(word in complaint(err) for word in words)
+
+
+def test_four_bits_are_counted_for_methods_that_leave_the_weights(home: Path) -> None:
+    lora = ["--model.method", "srlora_pl.LoRA", "--model.method.rank", 4, "--model.weights", "nf4", "--memory", 1]
+    _, out, _ = cli("plan", "--config", "causal.yaml", *lora, home=home)
+    assert "frozen weights, nf4" in out
+    assert "frozen weights, bfloat16" in out  # the embeddings and the head
+    code, _, err = cli("plan", "--config", "causal.yaml", "--model.weights", "nf4", home=home)
+    assert code == 2
+    assert "SRLoRA changes pretrained weights" in complaint(err)

@@ -117,6 +117,15 @@ def test_bfloat16_weights_that_change_keep_their_rest_in_the_machines_memory(lla
     assert found["frozen weights, bfloat16"][0] >= 2 * 3 * MATRICES
 
 
+def test_four_bits_a_weight_and_two_bytes_for_64(llama: str) -> None:
+    task = causal(llama, weights="bfloat16")
+    task.hparams["weights"] = "nf4"
+    found = parts_of(task, Step(0, 0, 0, 0, 0, 0, 1, 0, 0))
+    assert found["frozen weights, nf4"][0] == 3 * MATRICES * (4 + 16 / 64) / 8
+    assert found["frozen weights, bfloat16"][0] >= 2 * 2 * 300 * 64
+    assert found["a weight that is read out of four bits"][0] == 2 * 64 * 128
+
+
 def test_devices_share_the_frozen_weights_of_blocks(llama: str) -> None:
     task = causal(llama)
     step = measure(task, batch_for(task, 1, 16), "32-true")
