@@ -125,6 +125,20 @@ def half(trial: Trial) -> None:
     trial.fit(trial.task(), "half", precision="bf16-mixed")
 
 
+def stored(weights: str) -> Callable[[Trial], None]:
+    """A run that stops and goes on to the bit."""
+
+    def with_weights(trial: Trial) -> None:
+        options, name = {"precision": "bf16-mixed"}, f"whole-{weights}"
+        whole = trial.fit(trial.task(weights=weights), name, **options)
+        file = trial.home / name / "step=3.ckpt"
+        resumed = trial.fit(trial.task(weights=weights), f"resumed-{weights}", ckpt_path=file, **options)
+        for (key, value), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+            assert torch.equal(value, other), key
+
+    return with_weights
+
+
 def compiled(trial: Trial) -> None:
     task = trial.task(compile=True)
     assert any(module._compiled_call_impl is not None for module in task.modules())
@@ -142,6 +156,8 @@ FEATURES: dict[str, Callable[[Trial], None]] = {
     "exact resume": resume,
     "compact file": compact,
     "half precision": half,
+    "weights in bfloat16": stored("bfloat16"),
+    "weights in nf4": stored("nf4"),
     "`compile`": compiled,
     "weight averages": averaged,
     "`disabled()`": disabled,
@@ -155,9 +171,10 @@ FEATURES: dict[str, Callable[[Trial], None]] = {
 HEAD = """# What goes with which method
 
 Made and kept true by `tests/training/test_features.py`, which tries every cell on a small network. "-" is refused by
-name, before training. All methods train in `ddp` and equal one process (`tests/lowrank/test_contract.py`). `Peft` is
-tried with IA3, `PromptTuning` on BERT, `PrefixTuning` on a Llama, all others on a ViT. A compact file holds the changes
-since the pretrained weights; where all of a network trains that is all of it.
+name, before training. All methods train in `ddp` and equal one process (`tests/lowrank/test_contract.py`), and in `fsdp2`
+but GaLore, which needs whole gradients (`tests/training/test_fsdp2.py`); weights in nf4 do not go with `fsdp2`, as their
+bytes are not split. `Peft` is tried with IA3, `PromptTuning` on BERT, `PrefixTuning` on a Llama, all others on a ViT. A
+compact file holds the changes since the pretrained weights; where all of a network trains that is all of it.
 
 """
 
