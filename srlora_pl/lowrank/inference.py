@@ -48,7 +48,7 @@ class Inference:
         updates (BatchNorm).
 
         Raises:
-            UserError: the method trains the network's own parameters.
+            UserError: the method trains the network's own parameters; or they are split over several processes.
         """
         if self.method.trains_weights:
             name = type(self.method).__name__
@@ -56,6 +56,8 @@ class Inference:
         if any(layer.disabled for layer in self.layers.values()):
             yield
             return
+        if self.weights.are_split:
+            raise UserError("disabled() needs weights that are whole in one process: load the checkpoint there")
         with self.weights.replaced_by_pretrained():
             for layer in self.layers.values():
                 layer.disabled = True

@@ -39,6 +39,7 @@ from srlora_pl import (
     TiedLoRA,
     VeRA,
 )
+from srlora_pl.lowrank import AdaptedLinear
 from srlora_pl.lowrank.shards import is_split, whole
 from srlora_pl.training.checkpoints import AtomicCheckpointIO
 from tests.helpers import ddp_program
@@ -54,11 +55,12 @@ METHODS: dict[str, Method] = {
     "lora_ga": LoRAGA(rank=2, gradient_samples=12),
     "full": Full(),
     "galore": GaLore(rank=2),
+    "bottleneck": Bottleneck(target_modules=["attn.proj", "mlp.fc2"]),
     # Whose updates become larger than the matrices.
     "dense": SRLoRA(rank=4, alpha=4.0, target_rank=10),
 }
 NAMED = [name for name in METHODS if name not in ("galore", "dense")]
-OTHERS = [AdaLoRA, BitFit, Bottleneck, DyLoRA, HydraLoRA, LinearProbe, LoRAPro, LoRAXS, PiSSA, TiedLoRA, VeRA]
+OTHERS = [AdaLoRA, BitFit, DyLoRA, HydraLoRA, LinearProbe, LoRAPro, LoRAXS, PiSSA, TiedLoRA, VeRA]
 METHODS |= {kind.__name__: made(kind, rank=2, alpha=4.0) for kind in OTHERS}
 TRAINED = [*NAMED, *(kind.__name__ for kind in OTHERS)]
 STEPS = 8  # of which three switch
@@ -106,8 +108,9 @@ def result(module: Any) -> dict[str, Any]:
     """What there is after a run, whole; all processes must call this."""
     adaptation, controller = module.adaptation, module.adaptation.controller
     has_weights = adaptation.method.additive or adaptation.method.rescales
+    linears = {name: layer for name, layer in adaptation.layers.items() if isinstance(layer, AdaptedLinear)}
     return {
-        "effective": {name: layer.merged_weight() for name, layer in adaptation.layers.items()} if has_weights else {},
+        "effective": {name: layer.merged_weight() for name, layer in linears.items() if has_weights},
         "state": {name: whole(value).clone() for name, value in module.state_dict().items()},
         "directions": getattr(controller, "active", {}),
         "events": controller.progress().done,

@@ -168,8 +168,11 @@ def test_a_folder_of_its_own_holds_it_all(kind, tmp_path):
     run.adaptation.save(tmp_path)
     loaded = Adaptation.load(four_bits(), tmp_path)
     assert_same_weights(loaded.net, run.net)
-    with pytest.raises(UserError, match="other pretrained weights"):
-        Adaptation.load(values(), tmp_path)
+    other = four_bits()
+    other.blocks[1].fc2.weight.packed[-1] ^= 1
+    for net in (values(), other):
+        with pytest.raises(UserError, match="other pretrained weights"):
+            Adaptation.load(net, tmp_path)
 
 
 def test_copies_and_doubles_compute_the_same(kind):
@@ -189,6 +192,16 @@ def test_what_is_exported_is_a_change_of_the_values():
         assert type(W0[name]) is Tensor
         W = plain_copy.get_parameter(f"{name}.weight").double()
         torch.testing.assert_close(each.applied_to(W0[name]), W, rtol=0, atol=1e-7)
+
+
+def test_an_adapted_weight_is_read_part_by_part_and_never_changes():
+    run = Run(LoRA, four_bits())
+    for matrix in run.adaptation.matrices:
+        weight = plain(matrix.layer.weight)
+        assert torch.equal(matrix.weight, matrix.of_weight(weight))
+        with pytest.raises(UserError, match=mentions("four bits", "bfloat16")):
+            run.adaptation.add(matrix, matrix.B, matrix.A, 1.0)
+        assert torch.equal(plain(matrix.layer.weight), weight)
 
 
 def test_a_head_in_the_blocks_stays_whole():

@@ -98,6 +98,7 @@ def test_it_takes_no_import_to_say_so(words, sentence):
     [
         ("fit --config minilm_cola_srlora", "transformers", "text"),
         ("fit --config quickstart --model.method srlora_pl.Peft", "peft", "peft"),
+        ("fit --config quickstart --model.weights nf4", "bitsandbytes", "nf4"),
         ("figures --run .", "matplotlib", "figures"),
         ("compare --config quickstart --output out", "scipy", "figures"),
         ("fit --config quickstart --data.name null --data.root me/somewhere", "datasets", "hub"),

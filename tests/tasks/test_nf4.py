@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from srlora_pl import CausalLM, DoRA, Full, ImageClassifier, LoRA, SRLoRA, UserError
+from srlora_pl import CausalLM, DoRA, Full, ImageClassifier, LoRA, PrefixTuning, PromptTuning, SRLoRA, UserError
 from srlora_pl.export.command import export_model
 from srlora_pl.lowrank import nf4
-from srlora_pl.lowrank.nf4 import NF4
+from srlora_pl.lowrank.nf4 import NF4, plain
 from srlora_pl.tasks.base import Task
 from srlora_pl.training.sharding import require_splittable
 from srlora_pl.util import program
@@ -112,6 +112,16 @@ def test_a_resumed_run_equals_the_whole_one_to_the_bit(kind, trainer, tmp_path):
     same(second.state_dict(), whole.state_dict())
 
 
+@pytest.mark.parametrize(("name", "method"), [("text", PromptTuning(3)), ("causal", PrefixTuning(3))], ids=type)
+def test_prompts_and_prefixes_train(name, method, trainer, tmp_path):
+    kind = Kind(name, tmp_path / "net")
+    task = kind.task(method)
+    before = {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
+    trainer(max_steps=STEPS, precision=kind.precision).fit(task, kind.batches(task))
+    for name, parameter in task.named_parameters():
+        assert torch.equal(plain(parameter), plain(before[name])) != parameter.requires_grad, name
+
+
 def test_a_whole_checkpoint_holds_the_four_bits(trainer, tmp_path):
     kind = Kind("image", tmp_path / "net")
     whole, first, second = (kind.task(backbone_kwargs={"pretrained": False}) for _ in range(3))
@@ -183,13 +193,13 @@ def test_fsdp2_is_refused(tmp_path):
 
 def test_averaged_weights_leave_the_four_bits_alone(trainer, tmp_path):
     kind = Kind("image", tmp_path / "net")
-    plain, averaged = kind.task(), kind.task()
-    trainer(max_steps=STEPS).fit(plain, kind.batches(plain))
+    usual, averaged = kind.task(), kind.task()
+    trainer(max_steps=STEPS).fit(usual, kind.batches(usual))
     average = EMAWeightAveraging(decay=0.5)
     trainer(max_steps=STEPS, callbacks=[average]).fit(averaged, kind.batches(averaged))
-    before = {name: p for name, p in plain.net.named_parameters() if isinstance(p, NF4)}
+    before = {name: p for name, p in usual.net.named_parameters() if isinstance(p, NF4)}
     same({n: p for n, p in averaged.net.named_parameters() if isinstance(p, NF4)}, before)
-    assert any(not torch.equal(p, q) for p, q in zip(averaged.parameters(), plain.parameters(), strict=True))
+    assert any(not torch.equal(p, q) for p, q in zip(averaged.parameters(), usual.parameters(), strict=True))
 
 
 def test_a_network_without_linears_in_blocks_is_refused():

@@ -171,10 +171,10 @@ FEATURES: dict[str, Callable[[Trial], None]] = {
 HEAD = """# What goes with which method
 
 Made and kept true by `tests/training/test_features.py`, which tries every cell on a small network. "-" is refused by
-name, before training. All methods train in `ddp` and equal one process (`tests/lowrank/test_contract.py`), and in `fsdp2`
-but GaLore, which needs whole gradients (`tests/training/test_fsdp2.py`); weights in nf4 do not go with `fsdp2`, as their
-bytes are not split. `Peft` is tried with IA3, `PromptTuning` on BERT, `PrefixTuning` on a Llama, all others on a ViT. A
-compact file holds the changes since the pretrained weights; where all of a network trains that is all of it.
+name, before training. All methods train in `ddp` and equal one process (`tests/lowrank/test_contract.py`), and in
+`fsdp2` but GaLore, which needs whole gradients (`tests/training/test_fsdp2.py`); weights in nf4 do not go with `fsdp2`.
+`Peft` is tried with IA3, `PromptTuning` on BERT, `PrefixTuning` on a Llama, all others on a ViT. A compact file holds
+the changes since the pretrained weights; where all of a network trains that is all of it.
 
 """
 
