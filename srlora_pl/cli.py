@@ -96,6 +96,13 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     for name, text in RUNS.items():
         command(name, text, add_help=False).add_argument("-c", "--config", action="append", default=[])
 
+    every = "--KEY VALUE: any setting, as of fit"
+    text = "what a run needs, from its config alone: parameters, memory by part, work; and how to make it fit"
+    add = command("plan", text, every).add_argument
+    add("-c", "--config", action="append", default=[], help="as of fit; several are laid over each other")
+    add("--memory", type=float, metavar="GB", help="of a device, by default that of this machine's GPU, or its own")
+    add("--devices", type=int, default=1, help="that share the frozen weights (trainer.strategy fsdp2), by default 1")
+
     add = command("export", "write a checkpoint's model as plain weights, a LoRA for PEFT, or a program").add_argument
     last = "last: the furthest of the newest run of --config, without it of the run below runs/ last written to"
     add("--ckpt_path", required=True, help=f"the checkpoint of a run; {last}")
@@ -158,11 +165,16 @@ def _dispatch(arguments: list[str]) -> int:
         near = did_you_mean(command, parsers)
         raise UserError(f"unknown subcommand {command!r}{near}: it is one of {', '.join(parsers)}")
     given, settings = parsers[command].parse_known_args(options)
-    if command in RUNS:
+    if command in RUNS or command == "plan":
         _require_utf8(settings)
         files = [config.find(name) for name in given.config]
         contents = [config.read(file) for file in files]
         early.check(files, contents, settings)
+        if command == "plan":
+            from srlora_pl.planning.command import plan
+
+            print("\n".join(plan(given, files, contents, settings)))
+            return 0
 
         from srlora_pl.run.run import Run
 

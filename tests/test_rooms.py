@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     ("__main__",),
     ("cli",),
-    ("export", "comparison"),
+    ("export", "comparison", "planning"),
     ("run",),
     ("tasks", "reporting"),
     ("models", "figures"),

@@ -69,13 +69,22 @@ def _groups(adaptation: AdaptedNetwork) -> list[dict[str, AdaptedLinear]]:
     blocks, groups, room = repeated_blocks(adaptation.net), list[dict[str, AdaptedLinear]](), 0
     for _, names in groupby(layers, lambda name: next((block for block in blocks if is_below(name, [block])), name)):
         block = {name: layers[name] for name in names}
-        need = sum(layer.weight.numel() * trained_dtype(layer.weight.dtype).itemsize for layer in block.values())
+        need = sum(map(_bytes, block.values()))
         if need > room:
             groups.append({})
             room = _MEMORY
         groups[-1] |= block
         room -= need
     return groups
+
+
+def bytes_of_sums(adaptation: AdaptedNetwork) -> int:
+    """The most bytes that the sums of one pass take on the host."""
+    return max(sum(map(_bytes, layers.values())) for layers in _groups(adaptation))
+
+
+def _bytes(layer: AdaptedLinear) -> int:
+    return layer.weight.numel() * trained_dtype(layer.weight.dtype).itemsize
 
 
 def _over_processes(values: Tensor, device: torch.device) -> Tensor:
