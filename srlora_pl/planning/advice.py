@@ -81,7 +81,7 @@ def advice(plan: Plan, memory: float) -> list[str]:
         lines.append(f"  {way}: {plan.memory / 1e9:.2f} GB")
         if plan.fits(memory):
             return [*lines, "With these changes it fits."]
-    return [*lines, "That is not enough: shorten the texts, lower method.rank, or take a smaller network."]
+    return [*lines, "That is not enough: shorten the texts, take a method that trains less, or a smaller network."]
 
 
 def _ways(plan: Plan, memory: float) -> Iterator[tuple[str, Plan]]:
@@ -104,11 +104,17 @@ def _ways(plan: Plan, memory: float) -> Iterator[tuple[str, Plan]]:
             continue
         plan, whole = changed, whole if kind == NF4 else changed
         yield f"--model.weights {kind} ({_ROUNDS[kind]})", plan
-    plan = whole  # fsdp2 splits no weights in four bits
-    while plan.separate and plan.devices < _MOST and not plan.fits(memory):
+    plan = whole
+    while plan.separate and can_split(plan.task) and plan.devices < _MOST and not plan.fits(memory):
         devices = 2 * plan.devices
         plan = _again(plan, devices=devices)
         yield f"{devices} devices, --trainer.strategy fsdp2 --trainer.devices {devices} (traffic)", plan
+
+
+def can_split(task: Task) -> bool:
+    """Whether fsdp2 takes the run: it splits no weights in four bits, and leaves no gradient whole for an optimizer."""
+    method = task.adaptation.method
+    return task.hparams["weights"] != NF4 and not (method.trains_weights and method.own_optimizer is not None)
 
 
 _ROUNDS = {"bfloat16": "exact for weights published so", NF4: "rounds them to four bits"}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from srlora_pl.models.weights import NF4
-from srlora_pl.planning.advice import Plan, advice
+from srlora_pl.planning.advice import Plan, advice, can_split
 from srlora_pl.planning.needs import Needs
 from srlora_pl.run import config
 from srlora_pl.run.run import Run
@@ -123,6 +123,11 @@ def plan(given: Namespace, files: Sequence[str], contents: Sequence[config.Node]
         accumulated=run.config.trainer.accumulate_grad_batches,
         separate=separate,
     )
+    if given.devices > 1 and not can_split(made.task):
+        raise UserError(
+            f"--devices is {given.devices}, but fsdp2 splits neither weights in four bits nor those whose optimizer "
+            "needs whole gradients, as GaLore's: leave it out"
+        )
     lines = [*_told(run, made), "", *_table(made.needs), "", *_work(made)]
     return [*lines, "", *advice(made, memory)]
 

@@ -57,24 +57,27 @@ def needs(task: Task, step: Step, devices: int = 1) -> Needs:
     """What a run of ``task`` needs whose steps are like ``step``.
 
     Args:
-        devices: over which FSDP2 splits the frozen weights.
+        devices: over which FSDP2 splits the frozen weights; where a method trains the network's own, all of them, with
+            their gradients and states.
     """
     adaptation = task.adaptation
+    share = devices if adaptation.method.trains_weights else 1
     frozen, adapters = _weights(task)
     kept = _pretrained_copy(adaptation)
     rest = sum(_bytes(layer.rest) for layer in adaptation.weights.layers.values() if layer.rest is not None)
     weights = [Part(f"frozen weights, {kind}", size // devices) for kind, size in frozen.items() if size]
     gathered = _gathered(task) if devices > 1 else 0
     ours = [
-        Part("int16 rests of the weights that change", 0, rest // devices),
-        Part("adapters, and what else trains", adapters),
+        # Split rests lie on the device, with the weights.
+        Part("int16 rests of the weights that change", *((0, rest) if devices == 1 else (rest // devices, 0))),
+        Part("adapters, and what else trains", adapters // share),
     ]
     step_parts = [
         *weights,
         Part("weights gathered for a block and outside of blocks", gathered),
         *ours,
-        Part("gradients", step.gradients),
-        Part(f"states of the optimizer, {task.optimizer}", step.optimizer),
+        Part("gradients", step.gradients // share),
+        Part(f"states of the optimizer, {task.optimizer}", step.optimizer // share),
         Part("running averages of the method", step.method),
         Part("activations of a micro-batch", step.activations),
         Part("working memory, logits among it", step.working),
@@ -118,17 +121,20 @@ def _in_four_bits(task: Task) -> list[Tensor]:
 
 
 def _gathered(task: Task) -> int:
-    """Bytes of frozen weights that FSDP2 holds whole during a step: of two blocks, one ahead, and outside of blocks."""
+    """Bytes of weights that FSDP2 holds whole during a step: of two blocks, one ahead, and outside of blocks.
+
+    Of weights that train also the gradients of one block.
+    """
     blocks = Counter[str](dict.fromkeys(names := repeated_blocks(task.net), 0))
-    outside = 0
+    outside, all_split = 0, task.adaptation.method.trains_weights
     for name, parameter in task.net.named_parameters():
-        if not parameter.requires_grad:
+        if all_split or not parameter.requires_grad:
             block = next((each for each in names if is_below(name, [each])), None)
             if block is None:
                 outside += _bytes(parameter)
             else:
                 blocks[block] += _bytes(parameter)
-    return outside + 2 * max(blocks.values(), default=0)
+    return outside + (3 if all_split else 2) * max(blocks.values(), default=0)
 
 
 def _pretrained_copy(adaptation: Adaptation) -> int:

@@ -89,7 +89,9 @@ class CausalLM(Task):
         if activation_checkpointing:
             # The reentrant kind trains nothing behind a frozen embedding.
             net: Any = self.net
-            net.gradient_checkpointing_enable({"use_reentrant": False})
+            # Its name before transformers 5.24.
+            enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     # For the data, see srlora_pl.data.protocols.ModelForData.
     max_tokens = property(lambda self: causal.max_tokens(self.net, self.adaptation.method.added_tokens))

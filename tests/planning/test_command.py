@@ -77,6 +77,7 @@ def test_images_are_planned_for_and_data_that_are_not_here_are_told(home: Path) 
         (["--memory", "0"], ["--memory is 0.0", "positive"]),
         (["--memory", "much"], ["--memory", "'much'"]),
         (["--devices", "0"], ["--devices is 0", "1 or more"]),
+        (["--devices", "2", "--model.method", "srlora_pl.GaLore"], ["--devices is 2", "GaLore"]),
         (["--model.lr", "-1"], ["model.lr is -1.0"]),
         (["--ckpt_path", "causal.yaml"], ["plan takes no --ckpt_path"]),
         (["--model.backbone", "./nothing"], ["./nothing", "does not exist"]),

@@ -137,6 +137,25 @@ def test_devices_share_the_frozen_weights_of_blocks(llama: str) -> None:
     assert shared["adapters, and what else trains"] == alone["adapters, and what else trains"]
 
 
+def test_devices_share_all_of_full_fine_tuning(llama: str) -> None:
+    task = causal(llama, {"class_path": "srlora_pl.Full"})
+    step = measure(task, batch_for(task, 1, 16), "32-true")
+    alone, shared = parts_of(task, step), parts_of(task, step, devices=4)
+    for name in ("adapters, and what else trains", "gradients", "states of the optimizer, adamw"):
+        assert shared[name][0] == alone[name][0] // 4, name
+    block = 4 * (MATRICES + 2 * 64)  # two are whole at a time, and the gradients of one
+    assert shared["weights gathered for a block and outside of blocks"][0] == 3 * block + 4 * (2 * 300 * 64 + 64)
+
+
+def test_split_rests_lie_on_the_device(llama: str) -> None:
+    srlora = {"class_path": "srlora_pl.SRLoRA", "init_args": {"rank": 4, "target_rank": 12}}
+    task = causal(llama, srlora, weights="bfloat16")
+    step, name = measure(task, batch_for(task, 1, 16), "bf16-mixed"), "int16 rests of the weights that change"
+    size = 3 * MATRICES * 2
+    assert parts_of(task, step)[name] == (0, size)
+    assert parts_of(task, step, devices=4)[name] == (size // 4, 0)
+
+
 @pytest.mark.parametrize("kind", REGISTRY, ids=lambda kind: kind.__name__)
 def test_every_method_can_be_planned_for(kind, tmp_path: Path) -> None:
     tiny_llama().config.save_pretrained(tmp_path)
