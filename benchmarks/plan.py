@@ -4,7 +4,7 @@
 
 Measured is the most resident memory of a process that loads the network, starts and takes two steps, less what it had
 once all was imported. All texts have ``data.max_length`` tokens, all of them answers. Memory is asked of the system for
-each tensor (``MALLOC_MMAP_THRESHOLD_``): by default glibc keeps freed memory with gaps in it, up to a quarter more,
+each tensor (``MALLOC_MMAP_THRESHOLD_``): by default glibc keeps freed memory with gaps in it, up to 30 % more,
 differently in each process. ``--as_it_is`` measures that.
 """
 

@@ -66,6 +66,11 @@ def needs(task: Task, step: Step, devices: int = 1) -> Needs:
     kept = _pretrained_copy(adaptation)
     rest = sum(_bytes(layer.rest) for layer in adaptation.weights.layers.values() if layer.rest is not None)
     weights = [Part(f"frozen weights, {kind}", size // devices) for kind, size in frozen.items() if size]
+    whole = [Part(f"frozen weights, {kind}", 0, size) for kind, size in frozen.items() if size]
+    whole += [
+        Part("int16 rests of the weights that change", 0, rest),
+        Part("adapters, and what else trains", 0, adapters),
+    ]
     gathered = _gathered(task) if devices > 1 else 0
     ours = [
         # Split rests lie on the device, with the weights.
@@ -84,7 +89,7 @@ def needs(task: Task, step: Step, devices: int = 1) -> Needs:
         Part("a weight that is read out of four bits", max(map(_bytes, _in_four_bits(task)), default=0)),
         Part("a copy of the adapted weights, until the first step", 0, kept),
     ]
-    return Needs(_present(step_parts), _present(_start(task, weights, ours, kept)), _spectra(adaptation))
+    return Needs(_present(step_parts), _present(_start(task, weights, whole, ours, kept)), _spectra(adaptation))
 
 
 def _present(parts: list[Part]) -> list[Part]:
@@ -144,18 +149,25 @@ def _pretrained_copy(adaptation: Adaptation) -> int:
     return sum(_bytes(layer.weight) for layer in adaptation.weights.layers.values())
 
 
-def _start(task: Task, weights: list[Part], ours: list[Part], kept: int) -> list[Part]:
-    """The parts of loading and of the start, whichever takes more of the machine's own memory."""
+def _start(task: Task, weights: list[Part], whole: list[Part], ours: list[Part], kept: int) -> list[Part]:
+    """The parts of loading and of the start, whichever takes more of the machine's own memory.
+
+    Args:
+        weights: as they are once they are on their device, split or not.
+        whole: as they are before.
+        ours: what else is there, as on the device.
+        kept: bytes of the copy of the adapted weights.
+    """
     adaptation, method = task.adaptation, task.adaptation.method
     loading = Part("weights in float32 while they are loaded", 0, 4 * sum(each.numel() for each in task.parameters()))
     if method.starts_from == "nothing":
         return [loading]
     svd = max(8 * (out * in_ + 4 * min(out, in_) ** 2) for out, in_ in (each.shape for each in adaptation.matrices))
     sums = Part("sums of gradients", 0, bytes_of_sums(adaptation) if method.starts_from == "gradient" else 0)
-    # Spectra are found before the network is moved to its device.
-    at = [Part(each.name, 0, each.device) for each in weights] if method.starts_from == "spectrum" else weights
+    # Spectra are found before the network is moved to its device, and split there.
+    at = whole if method.starts_from == "spectrum" else [*weights, *ours]
     copy = Part("a copy of the adapted weights", 0, kept)
-    start = [*at, *ours, copy, sums, Part("singular values of one matrix, in float64", svd)]
+    start = [*at, copy, sums, Part("singular values of one matrix, in float64", svd)]
     return start if sum(each.host for each in start) >= loading.host else [*ours, loading]
 
 

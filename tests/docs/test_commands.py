@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from srlora_pl.cli import _parsers
+from srlora_pl.planning.command import Planned
 from srlora_pl.run.run import Run
 from tests.helpers.cli import cli
 from tests.helpers.pages import Block, blocks, pages
@@ -116,7 +117,8 @@ def only_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(self: Run) -> None:
         raise SystemExit(0)
 
-    monkeypatch.setattr(Run, "instantiate_classes", stop)
+    for kind in (Run, Planned):
+        monkeypatch.setattr(kind, "instantiate_classes", stop)
     for name in ("_choose_checkpoint", "_read_checkpoint"):
         monkeypatch.setattr(Run, name, lambda self, *_: None)
 

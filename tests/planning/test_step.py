@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, MistralConfig, RobertaConfig
 
-from srlora_pl import CausalLM, ImageClassifier, LoRA, SRLoRA, TextClassifier
+from srlora_pl import CausalLM, Full, ImageClassifier, LinearProbe, LoRA, SRLoRA, TextClassifier
 from srlora_pl.lowrank.methods import REGISTRY
 from srlora_pl.planning.needs import needs
 from srlora_pl.planning.shapes import Shapes
@@ -156,7 +156,13 @@ def test_split_rests_lie_on_the_device(llama: str) -> None:
     assert parts_of(task, step, devices=4)[name] == (size // 4, 0)
 
 
-@pytest.mark.parametrize("kind", REGISTRY, ids=lambda kind: kind.__name__)
+FAST = (SRLoRA, Full, LinearProbe)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(kind, marks=[] if kind in FAST else pytest.mark.slow, id=kind.__name__) for kind in REGISTRY],
+)
 def test_every_method_can_be_planned_for(kind, tmp_path: Path) -> None:
     tiny_llama().config.save_pretrained(tmp_path)
     arguments = {"config": {"peft_type": "IA3", "feedforward_modules": [".*down_proj"]}}
@@ -227,3 +233,12 @@ def test_the_papers_models_have_their_sizes(name: str, tmp_path: Path) -> None:
     assert parts["frozen weights, bfloat16"].device == weights
     assert parts["adapters, and what else trains"].device == 4 * pairs
     assert parts["int16 rests of the weights that change"].host == 2 * adapted
+
+
+def test_a_start_holds_whole_weights_on_the_host_whatever_the_devices(llama: str) -> None:
+    task = causal(llama, SRLoRA(rank=4, target_rank=16), weights="bfloat16")
+    one, four = (needs(task, Step(0, 0, 0, 0, 0, 0, 1, 0, 0), devices) for devices in (1, 4))
+    assert one.start == four.start
+    weights = {part.name: part.host for part in one.start}
+    assert weights["int16 rests of the weights that change"] == weights["a copy of the adapted weights"]
+    assert weights["a copy of the adapted weights"] == 2 * 3 * MATRICES
