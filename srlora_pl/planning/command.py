@@ -27,9 +27,6 @@ class Planned(Run):
         if self.ckpt_path:
             raise UserError("plan takes no --ckpt_path: a run that goes on needs what it needed, leave it out")
 
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
-
     def instantiate_classes(self) -> None:
         """No weights, no data, no folder."""
 

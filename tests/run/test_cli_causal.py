@@ -154,7 +154,7 @@ def test_a_template_on_the_command_line_is_text_and_another_one_than_the_runs_is
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--model.weights=bfloat16", "SRLoRA"),
+        ("--model.weights=nf4", "SRLoRA"),
         ("--model.weights=int8", "model.weights"),
         ("--model.loss_chunk=0", "model.loss_chunk"),
         ("--model.train_head=true", "model.train_head"),
