@@ -63,6 +63,7 @@ NAMED = [name for name in METHODS if name not in ("galore", "dense")]
 OTHERS = [AdaLoRA, BitFit, DyLoRA, HydraLoRA, LinearProbe, LoRAPro, LoRAXS, PiSSA, TiedLoRA, VeRA]
 METHODS |= {kind.__name__: made(kind, rank=2, alpha=4.0) for kind in OTHERS}
 TRAINED = [*NAMED, *(kind.__name__ for kind in OTHERS)]
+SINGLE = ["srlora", "relora", "lora", "dora", "lora_sb", "full"]  # tried in float32 too
 STEPS = 8  # of which three switch
 
 
@@ -199,8 +200,9 @@ def everything(home: Path) -> dict[str, Any]:
     found: dict[str, Any] = {name: fitted(home, 2, name) for name in TRAINED}
     fitted(home, 2, "srlora", Files("ddp"), strategy="ddp", **ACCUMULATED)
     found["dense accumulated"] = fitted(home, 2, "dense", Files("dense"), **ACCUMULATED)
-    for name in ("srlora", "full"):
+    for name in SINGLE:
         found[f"{name} 32"] = fitted(home, 2, name, optimizer="sgd", lr=0.1, precision="32-true")
+    for name in ("srlora", "full"):
         found[f"{name} accumulated"] = fitted(home, 2, name, Files(name), **ACCUMULATED)
     # This run's own files, and those of one process and of ddp.
     for file in ("srlora5", "srlora10", "full5", "full10", "dense10", "one5", "ddp5"):

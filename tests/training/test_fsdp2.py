@@ -163,7 +163,7 @@ def test_methods_in_double_precision_equal_one_process(all_home, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["srlora", "full"])
+@pytest.mark.parametrize("method", program.SINGLE)
 def test_methods_in_single_precision_stay_near(all_home, method):
     one = program.fitted(all_home, 1, method, optimizer="sgd", lr=0.1, precision="32-true")
     assert_same_run(one, _ranks(all_home)[0][f"{method} 32"], 1e-6)
