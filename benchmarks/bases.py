@@ -15,6 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a file, whose folder holds a kernels.py that transformers would take for a package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 
 from benchmarks.causal import equal_lengths, resident

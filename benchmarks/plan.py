@@ -14,6 +14,9 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+if not __package__:  # run as a file, whose folder holds a kernels.py that transformers would take for a package
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 
 from benchmarks.causal import resident
