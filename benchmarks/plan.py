@@ -8,6 +8,7 @@ each tensor (``MALLOC_MMAP_THRESHOLD_``): by default glibc keeps freed memory wi
 differently in each process. ``--as_it_is`` measures that.
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -60,14 +61,22 @@ def measure(words: list[str]) -> None:
 
 
 def main() -> None:
-    words = [word for word in sys.argv[1:] if word not in ("--one", "--as_it_is")]
-    if "--one" in sys.argv:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="all else: as for `srlora plan`",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--as_it_is", action="store_true", help="leave the system's memory allocation as it is")
+    parser.add_argument("--one", action="store_true", help="the process of the run that is measured")
+    arguments, words = parser.parse_known_args()
+    if arguments.one:
         measure(words)
         return
     run = planned(words)
     data = run.config.data.init_args
     plan = Plan(run.task, data.batch_size, data.get("max_length"), str(run.config.trainer.precision), separate=False)
-    environment = os.environ | ({} if "--as_it_is" in sys.argv else _EXACT)
+    environment = os.environ | ({} if arguments.as_it_is else _EXACT)
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.plan", "--one", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment)
     if done.returncode:
