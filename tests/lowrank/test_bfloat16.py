@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from srlora_pl import UserError
 from srlora_pl.lowrank import Adaptation, Adapter, Bottleneck, LinearProbe, kernels
 from srlora_pl.lowrank.linear import SharedFactors
-from tests.helpers.contract_program import batches, loss_of, sources_of
 from tests.helpers.errors import mentions
-from tests.helpers.methods import IA3, METHODS, OFT, Bottlenecks, PeftLoRA, made, trainer_of
+from tests.helpers.methods import IA3, METHODS, OFT, Bottlenecks, PeftLoRA, made
+from tests.helpers.short_runs import ShortRun
 from tests.helpers.toys import ToyNet, assert_same_state
 
-STEPS, TUNERS = 6, (IA3, OFT, PeftLoRA)
+TUNERS = (IA3, OFT, PeftLoRA)
 TRAIN_WEIGHTS = [kind for kind in METHODS if kind.trains_weights]
 OTHERS = [kind for kind in METHODS if not kind.trains_weights]
 LEAVE_WEIGHTS = [kind for kind in OTHERS if not kind.moves_weights]
@@ -45,33 +45,7 @@ def fine() -> ToyNet:
     return coarse().float()
 
 
-class Run:
-    """A method that trains, under autocast or without, and can go on from a file's content."""
-
-    def __init__(self, kind: type, net: ToyNet, autocast: bool = True) -> None:
-        self.net, self.W0 = net, copy.deepcopy(net.state_dict())
-        self.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-        torch.manual_seed(3)
-        method = made(kind, rank=4, alpha=8.0)
-        self.adaptation = Adaptation(net, method, ["head"], pretrained=lambda: self.W0)
-        self.optimizer = trainer_of(self.adaptation, torch.optim.AdamW, lr=0.02)
-        with self.autocast():
-            self.adaptation.start(sources_of(net, method, dtype=torch.float32))
-        self.adaptation.plan(STEPS)
-
-    def train(self, first: int = 1, last: int = STEPS) -> "Run":
-        self.losses = []
-        for step, batch in enumerate(batches(STEPS, torch.float32)[first - 1 : last], start=first):
-            self.optimizer.zero_grad()
-            with self.autocast():
-                loss = loss_of(self.net, batch)
-            loss.backward()
-            self.losses.append(loss.item())
-            self.adaptation.before_optimizer(step)
-            self.optimizer.step()
-            self.adaptation.after_optimizer(step, self.optimizer)
-        return self
-
+class Run(ShortRun):
     def trained(self) -> dict[str, nn.Parameter]:
         adapters = {
             f"{name}.{own}": parameter

@@ -12,13 +12,13 @@ from srlora_pl.lowrank import Adaptation, Adapter, BitFit, LoRA
 from srlora_pl.lowrank.delta import change
 from srlora_pl.lowrank.nf4 import NF4, plain, quantize
 from srlora_pl.lowrank.targets import linears_in_blocks
-from tests.helpers.contract_program import batches, loss_of, sources_of
+from tests.helpers.contract_program import batches
 from tests.helpers.errors import mentions
-from tests.helpers.methods import METHODS, made, trainer_of
+from tests.helpers.methods import METHODS, made
+from tests.helpers.short_runs import ShortRun
 from tests.helpers.toys import ToyNet, toy_net
 
 pytest.importorskip("bitsandbytes")
-STEPS = 6
 CHANGE_WEIGHTS = [kind for kind in METHODS if kind.moves_weights or (kind.trains_weights and kind is not BitFit)]
 LEAVE_WEIGHTS = [kind for kind in METHODS if kind not in CHANGE_WEIGHTS]
 pytestmark = pytest.mark.filterwarnings("ignore:target_rank 128 is above", "ignore:.*no whole number of switches")
@@ -38,29 +38,11 @@ def values() -> ToyNet:
     return net
 
 
-class Run:
-    """A method that trains, and can go on from a file's content."""
+class Run(ShortRun):
+    """Can go on from a file's content."""
 
     def __init__(self, kind: type, net: ToyNet, autocast: bool = False) -> None:
-        self.net, self.W0 = net, copy.deepcopy(net.state_dict())
-        self.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=autocast)
-        torch.manual_seed(3)
-        method = made(kind, rank=4, alpha=8.0)
-        self.adaptation = Adaptation(net, method, ["head"], pretrained=lambda: self.W0)
-        self.optimizer = trainer_of(self.adaptation, torch.optim.AdamW, lr=0.02)
-        self.adaptation.start(sources_of(net, method, dtype=torch.float32))
-        self.adaptation.plan(STEPS)
-
-    def train(self, first: int = 1, last: int = STEPS) -> "Run":
-        for step, batch in enumerate(batches(STEPS, torch.float32)[first - 1 : last], start=first):
-            self.optimizer.zero_grad()
-            with self.autocast():
-                loss = loss_of(self.net, batch)
-            loss.backward()
-            self.adaptation.before_optimizer(step)
-            self.optimizer.step()
-            self.adaptation.after_optimizer(step, self.optimizer)
-        return self
+        super().__init__(kind, net, autocast)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.net.named_parameters() if p.requires_grad}
