@@ -7,6 +7,7 @@ from torch import Tensor
 
 from srlora_pl.lowrank.linear import Matrix
 from srlora_pl.lowrank.starts.spectrum import Spectrum
+from srlora_pl.lowrank.switch_records import SwitchRecord
 from srlora_pl.util.errors import UserError
 
 FORMAT = 1  # states of version 0.1 have no number
@@ -30,6 +31,12 @@ def histories(state: dict[str, Any]) -> Mapping[str, Tensor]:
         return state["controller"].get("intervals", {})
     scored = state["smoothed"] is not None
     return {name: matrix["intervals"] for name, matrix in state["matrices"].items() if scored}
+
+
+def switch_records(state: dict[str, Any]) -> list[SwitchRecord]:
+    """`Controller.switch_records` of a saved ``state``: empty where it knows of none."""
+    recording = state.get("controller", {}).get("recording", {})
+    return [SwitchRecord.of_state(each) for each in recording.get("records", [])]
 
 
 def _from_0(state: dict[str, Any], matrices: Mapping[str, Matrix]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from srlora_pl.lowrank.frozen import FrozenWeights
 from srlora_pl.lowrank.linear import AdaptedLinear, Adapter, LowRankLinear, Matrix
 from srlora_pl.lowrank.own_optimizer import OwnOptimizer, split
+from srlora_pl.lowrank.switch_records import SwitchRecord
 from srlora_pl.lowrank.target_settings import TargetSettings
 from srlora_pl.lowrank.targets import select
 from srlora_pl.util.signatures import arguments_of_class
@@ -150,6 +151,10 @@ class Controller:
     def histories(self) -> Mapping[str, Tensor]:
         """By matrix: the steps after which each direction was drawn and fused (-1: it is active), (n, 2), int64."""
         return {}
+
+    def switch_records(self) -> Sequence[SwitchRecord]:
+        """What the pairs were like at each switch so far, on the CPU."""
+        return ()
 
     def scores(self) -> Mapping[str, Tensor]:
         """By matrix: the importance of its pairs, (r,), on the device."""

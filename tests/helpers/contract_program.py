@@ -33,6 +33,7 @@ def sources_of(net, method: Method, share: slice = slice(None), dtype: torch.dty
 
 
 def _train(kind: type, steps: int, rank: int, share: slice, wrap, once) -> dict[str, Tensor]:
+    """The state of the network after training, and what was recorded at switches."""
     torch.manual_seed(3)
     net = toy_net(dtype=torch.float64)
     method = made(kind, rank=rank, alpha=8.0)
@@ -44,7 +45,12 @@ def _train(kind: type, steps: int, rank: int, share: slice, wrap, once) -> dict[
     wrapped = wrap(net)
     optimizer = trainer_of(adaptation, torch.optim.SGD, lr=0.05, momentum=0.9)
     train(wrapped, adaptation, optimizer, [(x[share], y[share]) for x, y in batches(steps, torch.float64)])
-    return copy.deepcopy(net.state_dict())
+    records = {
+        f"{name} at switch {record.step}": values
+        for record in adaptation.controller.switch_records()
+        for name, values in record.pairs._asdict().items()
+    }
+    return copy.deepcopy(net.state_dict()) | records
 
 
 def trained_in_one_process(kind: type, steps: int, rank: int) -> dict[str, Tensor]:
@@ -52,7 +58,7 @@ def trained_in_one_process(kind: type, steps: int, rank: int) -> dict[str, Tenso
 
 
 def parallel(process: int, kinds: list[type], steps: int, rank: int, folder: str) -> None:
-    """One of two processes; writes the state of each kind's network into ``folder``."""
+    """One of two processes; writes what `_train` returns of each kind into ``folder``."""
     torch.set_num_threads(1)
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
     store = torch.distributed.FileStore(f"{folder}/store", 2)

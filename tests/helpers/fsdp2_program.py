@@ -114,6 +114,7 @@ def result(module: Any) -> dict[str, Any]:
         "effective": {name: layer.merged_weight() for name, layer in linears.items() if has_weights},
         "state": {name: whole(value).clone() for name, value in module.state_dict().items()},
         "directions": getattr(controller, "active", {}),
+        "records": [dict(record.pairs._asdict()) for record in controller.switch_records()],
         "events": controller.progress().done,
         "held": {n: (p.to_local() if is_split(p) else p).numel() for n, p in module.named_parameters()},
     }

@@ -23,6 +23,8 @@ class ReferenceMatrix:
     averages: dict = field(default_factory=dict)
     moments: dict = field(default_factory=dict)
     chosen: list = field(default_factory=list)  # (indices recycled) at every switch
+    drawn: dict = field(default_factory=dict)  # by pair: the step after which it was drawn, and s b a^T then
+    records: list = field(default_factory=list)  # of every pair before every switch: age, size, score, change
 
 
 class ReferenceSRLoRA:
@@ -45,6 +47,7 @@ class ReferenceSRLoRA:
             B = U[:, :rank] * np.sqrt(sigma[:rank]) / np.sqrt(s)
             A = (Vt[:rank].T * np.sqrt(sigma[:rank])).T / np.sqrt(s)
             matrix = ReferenceMatrix(W0 - s * B @ A, B, A, U, sigma, Vt, rank)
+            matrix.drawn = {k: (0, s * np.outer(B[:, k], A[k])) for k in range(rank)}
             for name, value in (("B", B), ("A", A)):
                 matrix.averages[name] = [np.zeros_like(value), np.zeros_like(value)]
                 matrix.moments[name] = [np.zeros_like(value), np.zeros_like(value)]
@@ -91,6 +94,13 @@ class ReferenceSRLoRA:
         scores = self.pair_scores(m)
         low = sorted(sorted(range(len(scores)), key=lambda k: (scores[k], k))[: self.recycled])
         m.chosen.append(low)
+        norm = np.linalg.norm
+        m.records.append(
+            [
+                (self.step - step, norm(then), scores[k], norm(self.s * np.outer(m.B[:, k], m.A[k]) - then))
+                for k, (step, then) in sorted(m.drawn.items())
+            ]
+        )
         for offset, k in enumerate(low):
             p = m.next_direction + offset
             old_b, old_a = m.B[:, k].copy(), m.A[k].copy()
@@ -98,6 +108,7 @@ class ReferenceSRLoRA:
             m.B[:, k] = m.U[:, p] * np.sqrt(m.sigma[p]) / np.sqrt(self.s)
             m.A[k] = m.Vt[p] * np.sqrt(m.sigma[p]) / np.sqrt(self.s)
             m.W = m.W - self.s * np.outer(m.B[:, k], m.A[k])
+            m.drawn[k] = self.step, self.s * np.outer(m.B[:, k], m.A[k])
             if self.state != "keep":
                 m.moments["B"][0][:, k] = 0
                 m.moments["A"][0][k] = 0

@@ -108,6 +108,20 @@ def test_trajectory_equals_the_plain_algorithm(beta1, beta2, name, reset, state)
             for k in low:
                 held[k], following = following, following + 1
         assert adaptation.controller.active[ours.name].tolist() == held
+    assert_same_records(adaptation, reference.matrices)
+
+
+def assert_same_records(adaptation, matrices):
+    """What is recorded of pairs at switches, against copies of all that were ever drawn."""
+    for i, record in enumerate(adaptation.controller.switch_records()):
+        assert record.ranks == {matrix.name: RANK for matrix in adaptation.matrices}
+        expected = np.array([row for m in matrices for row in m.records[i]]).T
+        found = record.pairs.ages, record.pairs.sizes, record.pairs.scores, record.pairs.changes
+        for values, theirs in zip(found, expected, strict=True):
+            np.testing.assert_allclose(values.numpy(), theirs, atol=TOLERANCE, rtol=0)
+        low = [RANK * j + k for j, m in enumerate(matrices) for k in m.chosen[i]]
+        assert record.pairs.recycled.nonzero().flatten().tolist() == low
+    assert i == 2
 
 
 def test_the_reference_would_notice_a_wrong_choice(monkeypatch):

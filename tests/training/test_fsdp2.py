@@ -89,6 +89,9 @@ def assert_same_run(one: dict[str, Any], other: dict[str, Any], tolerance: float
     assert one["events"] == other["events"]
     for name, directions in one["directions"].items():
         assert torch.equal(directions, other["directions"][name])
+    for recorded, same in zip(one["records"], other["records"], strict=True):
+        for name, values in recorded.items():
+            torch.testing.assert_close(values, same[name], rtol=0, atol=tolerance)
     assert worst(one["effective"], other["effective"]) < tolerance
     assert worst(one["state"], other["state"]) < tolerance
     assert len(one["scores"]) == len(other["scores"])

@@ -12,9 +12,11 @@ from srlora_pl.lowrank.checks import require_trained
 from srlora_pl.lowrank.importance import Importance
 from srlora_pl.lowrank.linear import LowRankLinear, Matrix
 from srlora_pl.lowrank.method import AdaptedNetwork, Controller, Progress
+from srlora_pl.lowrank.methods.recording import Recording
 from srlora_pl.lowrank.optimizer_state import growth_of, recycle, require_recyclable
 from srlora_pl.lowrank.schedule import Pace, Schedule
 from srlora_pl.lowrank.starts.spectrum import Spectrum, lengths_of
+from srlora_pl.lowrank.switch_records import Pairs, SwitchRecord
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.precision import full_precision
 
@@ -42,6 +44,7 @@ class Switching(Controller):
         active: by matrix, the singular direction that each pair was last drawn from, (r,).
         intervals: by matrix, the steps after which each direction was drawn and fused (-1: it is active), (n, 2),
             int64; counted from the first step of all runs.
+        recording: what the pairs were like at each switch.
         paces: by rank; with a ``rank_pattern`` each rank switches at its own pace.
         switches_done: of the rank that switches most often, in all runs.
     """
@@ -57,6 +60,7 @@ class Switching(Controller):
         self._lengths: dict[str, int] = {}
         self.active = {matrix.name: torch.arange(matrix.rank) for matrix in adaptation.matrices}
         self.intervals = {m.name: torch.tensor([[0, -1]]).repeat(m.rank, 1) for m in adaptation.matrices}
+        self.recording = Recording()
         self.paces: dict[int, Pace] = {}
         self.switches_done = 0
         self._scores_pairs = False
@@ -201,11 +205,18 @@ class Switching(Controller):
         self._require_directions()
         if optimizer is not None:
             require_trained(self.adaptation.layers, optimizer)
-        recycled_pairs = self._choose(matrices)
+        scores = self.scores()
+        recycled_pairs = self._choose(matrices, scores)
         unknown: set[str] = set()
+        seen: dict[Matrix, Pairs] = {}
         with full_precision():
             for matrix, recycled in recycled_pairs.items():
-                unknown |= self.recompose(matrix, recycled, step, optimizer)
+                active, ages = self.active[matrix.name], step - self.intervals[matrix.name][:, 0]
+                spectrum = self.spectra[matrix.name]  # read from its file, perhaps
+                seen[matrix] = self.recording.look(matrix, active, ages, recycled, scores.get(matrix.name), spectrum)
+                unknown |= self.recompose(matrix, recycled, spectrum, step, optimizer)
+                self.recording.drawn(matrix, recycled)
+            self.recording.add(step, seen)
             # All of those that walk at this pace; with a rank_pattern the others score on.
             self._reset(dict.fromkeys(matrices) if self.method.reset_scores == "all" else recycled_pairs)
         if unknown:
@@ -215,7 +226,7 @@ class Switching(Controller):
                 stacklevel=4,
             )
 
-    def _choose(self, matrices: list[Matrix]) -> dict[Matrix, Tensor]:
+    def _choose(self, matrices: list[Matrix], scores: Mapping[str, Tensor]) -> dict[Matrix, Tensor]:
         """The pairs to recycle, (r',) of each matrix whose spectrum is not used up; one process decides for all."""
         counts = {matrix: self.method.recycled_rank(matrix.rank) for matrix in matrices}
         counts = {m: n for m, n in counts.items() if len(self.intervals[m.name]) + n <= self.directions(m)}
@@ -223,19 +234,21 @@ class Switching(Controller):
             return {}
 
         def lowest_of_each() -> Tensor:
-            scores = self._pair_scores(list(counts))
-            return torch.cat([lowest(s, n) for s, n in zip(scores, counts.values(), strict=True)]).cpu()
+            return torch.cat([lowest(scores[matrix.name], n) for matrix, n in counts.items()]).cpu()
 
         chosen = self.adaptation.run_on_rank_zero(lowest_of_each).to(self.importance.smoothed.device)
         return dict(zip(counts, chosen.split(list(counts.values())), strict=True))
 
     @torch.no_grad()
-    def recompose(self, matrix: Matrix, recycled: Tensor, step: int, optimizer: Optimizer | None = None) -> set[str]:
+    def recompose(
+        self, matrix: Matrix, recycled: Tensor, spectrum: Spectrum, step: int, optimizer: Optimizer | None = None
+    ) -> set[str]:
         """Fuse the pairs ``recycled`` and re-draw them from unused directions (Eq. 9 to 12); W + s B A stays.
 
         Args:
             matrix: changed in place.
             recycled: indices of pairs, ascending, (r',); they take the next unused directions in this order.
+            spectrum: of its pretrained weight.
             step: the optimizer step that is over, counted from the first of all runs.
 
         Returns:
@@ -244,7 +257,7 @@ class Switching(Controller):
         B, A, s = matrix.B, matrix.A, matrix.scaling
         old_B, old_A = B[:, recycled], A[recycled]
         first = len(self.intervals[matrix.name])
-        new_B, new_A = self.spectra[matrix.name].pairs(first, len(recycled), s, like=matrix.A)
+        new_B, new_A = spectrum.pairs(first, len(recycled), s, like=matrix.A)
         self.adaptation.add(matrix, old_B, old_A, s)  # Eq. 9, 10
         B[:, recycled], A[recycled] = new_B, new_A  # Eq. 11
         self.adaptation.add(matrix, new_B, new_A, -s)  # Eq. 12
@@ -285,6 +298,9 @@ class Switching(Controller):
     def histories(self) -> dict[str, Tensor]:
         return self.intervals
 
+    def switch_records(self) -> Sequence[SwitchRecord]:
+        return self.recording.read()
+
     def progress(self) -> Progress:
         missing = max((pace.missing for pace in self.paces.values()), default=0)
         coming = [pace.next_step for pace in self.paces.values() if pace.next_step is not None]
@@ -299,6 +315,7 @@ class Switching(Controller):
             **self.importance.state_dict(),
             "active": dict(self.active),
             "intervals": dict(self.intervals),
+            "recording": self.recording.state_dict(),
             "paces": [{"rank": rank, "pace": pace.state()} for rank, pace in self.paces.items()],
             "switches_done": self.switches_done,
         }
@@ -307,6 +324,7 @@ class Switching(Controller):
         self.importance.load_state_dict(state)
         self.active = {name: each.cpu().clone() for name, each in state["active"].items()}
         self.intervals = {name: each.cpu().clone() for name, each in state["intervals"].items()}
+        self.recording.load_state_dict(state.get("recording", {}))
         self.paces = {each["rank"]: Pace.of_state(each["pace"]) for each in state["paces"]}
         self.switches_done = state["switches_done"]
         self._scores_pairs = bool(self.paces)
