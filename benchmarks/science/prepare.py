@@ -1,0 +1,91 @@
+"""Write the hidden features that `benchmarks.science.tokens` restores, from data and a pretrained network.
+
+    python -m benchmarks.science.prepare cifar100 --data data/cifar100 --output runs/science/cifar100.safetensors
+    python -m benchmarks.science.prepare mnist --data data/mnist --output runs/science/mnist.safetensors
+    python -m benchmarks.science.prepare text --data data/glue --output runs/science/text.safetensors
+
+Images: 16,000 of the training split and their mirror images (not of MNIST), and 2,000 of the test split, at 64 px
+through the first four of six blocks of the shipped small ViT. Text: windows of 16 tokens of the sentences of QNLI, cut
+from one long text, through the first four of six blocks of MiniLM; those of the test come from its dev split.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from benchmarks.science.networks import image_tokens
+from srlora_pl import ImageData
+from srlora_pl.data.images.transforms import ImageTransform
+from srlora_pl.models.pretrained import resolve
+from srlora_pl.models.timm_models import build_backbone, data_config
+
+BLOCKS, TRAIN, TEST, WINDOW = 4, 16_000, 2_000, 16
+
+
+def in_parts(compute: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    return torch.cat([compute(part).half() for part in inputs.split(250)])
+
+
+def images(name: str, root: str) -> dict[str, Tensor]:
+    """Features before the last two blocks: ``train`` (views, n, 17, D) and ``test`` (n, 17, D)."""
+    net = build_backbone("vit_tiny_in64", 2).eval()
+    columns = {"image_column": "img", "label_column": "fine_label"} if name == "cifar100" else {}
+    data = ImageData(None if columns else name, root, **columns)
+    data.transform = ImageTransform.for_model(data_config(net), **data.options)
+
+    def features(split: str, count: int) -> tuple[Tensor, Tensor]:
+        """Of the first ``count`` images without augmentation, and of their mirror images."""
+        found = data.dataset(split, torch.arange(count), "val")
+        batches = (found.__getitems__(keys.tolist()) for keys in torch.arange(count).split(500))
+        pictures = torch.cat([data.on_after_batch_transfer(batch, 0)["image"] for batch in batches])
+        plain, mirrored = (
+            in_parts(lambda x: image_tokens(net, x, BLOCKS), each) for each in (pictures, pictures.flip(-1))
+        )
+        return plain, mirrored
+
+    train = torch.stack(features("train", TRAIN))
+    return {"train": train if columns else train[:1], "test": features("test", TEST)[0]}
+
+
+@torch.no_grad()
+def text(root: str) -> dict[str, Tensor]:
+    """Features before the last two layers of MiniLM: ``train`` (1, n, 16, D) and ``test`` (n, 16, D)."""
+    folder = resolve("minilm")
+    tokenizer, net = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    net.encoder.layer = net.encoder.layer[:BLOCKS]
+
+    def features(file: str, count: int) -> Tensor:
+        with Path(root, "QNLI", file).open(encoding="utf-8", newline="") as lines:
+            sentences = [row["sentence"] for row in csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)]
+        tokens = tokenizer(sentences, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = torch.tensor([token for sentence in dict.fromkeys(map(tuple, tokens)) for token in sentence])
+        windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)[:count]
+        return in_parts(lambda part: net(part).last_hidden_state, windows)
+
+    return {"train": features("train_subset.tsv", TRAIN)[None], "test": features("dev.tsv", TEST)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=("cifar100", "mnist", "text"))
+    parser.add_argument("--data", required=True, help="the folder of the data set")
+    parser.add_argument("--output", required=True, type=Path, help="the file to write")
+    given = parser.parse_args()
+    features = text(given.data) if given.task == "text" else images(given.task, given.data)
+    given.output.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: each.contiguous() for name, each in features.items()}, given.output)
+    print({name: tuple(each.shape) for name, each in features.items()})
+
+
+if __name__ == "__main__":
+    main()
