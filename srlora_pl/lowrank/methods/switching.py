@@ -29,6 +29,9 @@ class Settings(Protocol):
     beta2: float
     reset_scores: Any
     optimizer_state: Any
+    select: Any
+    redraw_scale: Any
+    last_switch: float
 
     def recycled_rank(self, rank: int) -> int:
         """r' = gamma * rank."""
@@ -77,8 +80,12 @@ class Switching(Controller):
         """r_target, or the largest min(out, in) of the adapted matrices where that is smaller."""
         return max(self.adaptation.method.directions(matrix) for matrix in self.adaptation.matrices)
 
+    def _end(self, steps: int) -> int:
+        """The step up to which the switches of a run of so many ``steps`` are spread."""
+        return int(self.method.last_switch * steps)
+
     def require_room(self, steps: int) -> None:
-        self._planned(steps)
+        self._planned(self._end(steps))
 
     def _planned(self, steps: int) -> dict[int, int]:
         """N_switch (Eq. 13) of the directions that remain, by rank, which must fit into so many ``steps``."""
@@ -103,6 +110,7 @@ class Switching(Controller):
 
     def plan(self, first_step: int, last_step: int, strict: bool) -> str:
         """Spread the switches that remain (Eq. 13, 14); a plan that has begun and ends at ``last_step`` stays."""
+        last_step = max(self._end(last_step), first_step)
         begun = self.paces if first_step > 0 else {}
         if begun and {pace.schedule.last_step for pace in begun.values()} == {last_step}:
             return ""
@@ -156,7 +164,8 @@ class Switching(Controller):
         if self._has_more:
             self._require_directions()
         self._scores_pairs = True
-        self.importance.update(gradients, inverse_scale)
+        if self.method.select == "importance":
+            self.importance.update(gradients, inverse_scale)
 
     def _require_directions(self) -> None:
         if not self.spectra:
@@ -221,6 +230,8 @@ class Switching(Controller):
         counts = {m: n for m, n in counts.items() if len(self.intervals[m.name]) + n <= self.directions(m)}
         if not counts:
             return {}
+        if self.method.select == "age":  # directions are numbered in the order in which they are drawn
+            return {matrix: lowest(self.active[matrix.name], n).to(matrix.device) for matrix, n in counts.items()}
 
         def lowest_of_each() -> Tensor:
             scores = self._pair_scores(list(counts))
@@ -244,7 +255,8 @@ class Switching(Controller):
         B, A, s = matrix.B, matrix.A, matrix.scaling
         old_B, old_A = B[:, recycled], A[recycled]
         first = len(self.intervals[matrix.name])
-        new_B, new_A = self.spectra[matrix.name].pairs(first, len(recycled), s, like=matrix.A)
+        size = None if self.method.redraw_scale == "sigma" else s * (B.norm(dim=0) * A.norm(dim=1)).median()
+        new_B, new_A = self.spectra[matrix.name].pairs(first, len(recycled), s, matrix.A, size)
         self.adaptation.add(matrix, old_B, old_A, s)  # Eq. 9, 10
         B[:, recycled], A[recycled] = new_B, new_A  # Eq. 11
         self.adaptation.add(matrix, new_B, new_A, -s)  # Eq. 12
