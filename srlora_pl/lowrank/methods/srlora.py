@@ -21,11 +21,11 @@ class SRLoRA(PiSSA):
         reset_scores: after a switch all scores start anew, or only those of the recycled pairs (Alg. 1, line 10).
         optimizer_state: what the optimizer remembers of recycled pairs: ``warm``, first moments 0 and second moments
             rescaled to the new partner; ``zero``, nothing; ``keep``, everything.
-        select: which pairs a switch recycles: those of the lowest ``importance`` (the paper's), or the oldest (``age``),
-            which needs no scores.
-        redraw_scale: the size s ||b|| ||a|| of re-drawn pairs: their singular value (``sigma``, the paper's), or the
-            ``median`` of the matrix's present pairs, which lets directions of small singular values train as fast.
-        last_switch: the share of the run over which switches are spread, above 0 and at most 1 (the paper's).
+        select: which pairs a switch recycles: the least important (``importance``, Eq. 7) or the oldest (``age``), for
+            which nothing needs to be scored.
+        redraw_scale: the size s ||b|| ||a|| of re-drawn pairs: their singular value (``sigma``, Eq. 11) or the
+            ``median`` of the matrix's pairs, so that the directions of small singular values train as fast.
+        last_switch: the share of the run over which the switches are spread, above 0 and at most 1.
         kwargs: see `Method`.
 
     Raises:

@@ -1,5 +1,6 @@
 """The switches of SRLoRA: score every pair in every step, fuse the lowest at intervals and re-draw them."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -88,7 +89,10 @@ class Switching(Controller):
         self._planned(self._end(steps))
 
     def _planned(self, steps: int) -> dict[int, int]:
-        """N_switch (Eq. 13) of the directions that remain, by rank, which must fit into so many ``steps``."""
+        """N_switch (Eq. 13) of the directions that remain, by rank, which must fit into so many ``steps``.
+
+        The steps are those over which switches are spread.
+        """
         method = self.method
         used: dict[int, int] = {}  # directions, by rank
         for matrix in self.adaptation.matrices:
@@ -104,7 +108,7 @@ class Switching(Controller):
                 f"{most} switches (method.target_rank {method.target_rank}, rank {rank}, fusion_ratio "
                 f"{method.fusion_ratio}) do not fit into {steps} optimizer steps, "
                 f"{f'lower method.target_rank to {fits} or ' if can_be_lower else ''}raise trainer.max_steps by "
-                f"{most - steps}"
+                f"{math.ceil((most - steps) / method.last_switch)}"
             )
         return planned
 
@@ -291,6 +295,8 @@ class Switching(Controller):
         return [part["lora_B"].mean(0) + part["lora_A"].mean(1) for part in self.importance.scores(matrices)]
 
     def scores(self) -> dict[str, Tensor]:
+        if self.method.select == "age":
+            return {}
         matrices = self.adaptation.matrices
         return {m.name: scores for m, scores in zip(matrices, self._pair_scores(matrices), strict=True)}
 
