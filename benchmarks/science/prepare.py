@@ -2,25 +2,30 @@
 
     python -m benchmarks.science.prepare cifar100 --data data/cifar100 --output runs/science/cifar100.safetensors
     python -m benchmarks.science.prepare mnist --data data/mnist --output runs/science/mnist.safetensors
+    python -m benchmarks.science.prepare pixels --data data/cifar100 --output runs/science/pixels.safetensors
     python -m benchmarks.science.prepare text --data data/glue --output runs/science/text.safetensors
 
 Images: 16,000 of the training split and their mirror images (not of MNIST), and 2,000 of the test split, at 64 px
-through the first four of six blocks of the shipped small ViT. Text: windows of 16 tokens of the sentences of QNLI, cut
-from one long text, through the first four of six blocks of MiniLM; those of the test come from its dev split.
+through the first four of six blocks of the shipped small ViT. Pixels: the same images of CIFAR-100 at 32 px, as the
+patches that the small ViT begins with; the pixels of each are what is restored. Text: windows of 16 tokens of the
+sentences of QNLI, cut from one long text, through the first four of six blocks of MiniLM; those of the test come from
+its dev split.
 """
 
 import argparse
 import csv
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.science.networks import image_tokens
@@ -36,25 +41,45 @@ def in_parts(compute: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     return torch.cat([compute(part).half() for part in inputs.split(250)])
 
 
+def pictures(name: str, root: str, net: Any, size: int) -> tuple[Tensor, Tensor]:
+    """The first images of the training and the test split without augmentation, (n, 3, size, size) each."""
+    columns = {"image_column": "img", "label_column": "fine_label"} if name == "cifar100" else {}
+    data = ImageData(None if columns else name, root, **columns)
+    settings = data_config(net) | {"input_size": (3, size, size)}
+    data.transform = ImageTransform.for_model(settings, **data.options)
+
+    def of(split: str, count: int) -> Tensor:
+        found = data.dataset(split, torch.arange(count), "val")
+        batches = (found.__getitems__(keys.tolist()) for keys in torch.arange(count).split(500))
+        return torch.cat([data.on_after_batch_transfer(batch, 0)["image"] for batch in batches])
+
+    return of("train", TRAIN), of("test", TEST)
+
+
 def images(name: str, root: str) -> dict[str, Tensor]:
     """Features before the last two blocks: ``train`` (views, n, 17, D) and ``test`` (n, 17, D)."""
     net = build_backbone("vit_tiny_in64", 2).eval()
-    columns = {"image_column": "img", "label_column": "fine_label"} if name == "cifar100" else {}
-    data = ImageData(None if columns else name, root, **columns)
-    data.transform = ImageTransform.for_model(data_config(net), **data.options)
+    train, test = pictures(name, root, net, 64)
+    views = [train, train.flip(-1)] if name == "cifar100" else [train]  # a mirrored digit is none
+    features = partial(in_parts, lambda part: image_tokens(net, part, BLOCKS))
+    return {"train": torch.stack([features(view) for view in views]), "test": features(test)}
 
-    def features(split: str, count: int) -> tuple[Tensor, Tensor]:
-        """Of the first ``count`` images without augmentation, and of their mirror images."""
-        found = data.dataset(split, torch.arange(count), "val")
-        batches = (found.__getitems__(keys.tolist()) for keys in torch.arange(count).split(500))
-        pictures = torch.cat([data.on_after_batch_transfer(batch, 0)["image"] for batch in batches])
-        plain, mirrored = (
-            in_parts(lambda x: image_tokens(net, x, BLOCKS), each) for each in (pictures, pictures.flip(-1))
-        )
-        return plain, mirrored
 
-    train = torch.stack(features("train", TRAIN))
-    return {"train": train if columns else train[:1], "test": features("test", TEST)[0]}
+@torch.no_grad()
+def pixels(root: str) -> dict[str, Tensor]:
+    """Embedded patches, ``train`` (2, n, 17, D) and ``test`` (n, 17, D), and their pixels as ``SPLIT_targets``."""
+    net: Any = build_backbone("vit_tiny_in64", 2, {"img_size": 32}).eval()
+    train, test = pictures("cifar100", root, net, 32)
+
+    def patches(image: Tensor) -> Tensor:
+        """The pixels of each patch, behind zeros for the class token, (B, 17, 3 * 8 * 8)."""
+        return nn.functional.pad(nn.functional.unfold(image, 8, stride=8).transpose(1, 2), (0, 0, 1, 0))
+
+    found: dict[str, Tensor] = {}
+    for key, compute in (("", lambda image: net._pos_embed(net.patch_embed(image))), ("_targets", patches)):
+        found[f"train{key}"] = torch.stack([in_parts(compute, view) for view in (train, train.flip(-1))])
+        found[f"test{key}"] = in_parts(compute, test)
+    return found
 
 
 @torch.no_grad()
@@ -77,11 +102,12 @@ def text(root: str) -> dict[str, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("cifar100", "mnist", "text"))
+    parser.add_argument("task", choices=("cifar100", "mnist", "pixels", "text"))
     parser.add_argument("--data", required=True, help="the folder of the data set")
     parser.add_argument("--output", required=True, type=Path, help="the file to write")
     given = parser.parse_args()
-    features = text(given.data) if given.task == "text" else images(given.task, given.data)
+    own = {"text": text, "pixels": pixels}
+    features = own[given.task](given.data) if given.task in own else images(given.task, given.data)
     given.output.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: each.contiguous() for name, each in features.items()}, given.output)
     print({name: tuple(each.shape) for name, each in features.items()})

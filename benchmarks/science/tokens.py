@@ -91,8 +91,8 @@ class TokenData(DataModule):
     """The features in a file of `benchmarks.science.prepare`.
 
     Batches have ``tokens``, float (B, T, D), with the mean of its position in place of each left-out token; ``masked``,
-    bool (B, T); ``target``, the features minus the mean of their position, in units of their dimension's standard
-    deviation, float (B, T, D).
+    bool (B, T); ``target``, the features, or what the file has for them, minus the mean of their position, in units of
+    their dimension's standard deviation, float (B, T, D).
 
     Args:
         file: see above.
@@ -106,33 +106,39 @@ class TokenData(DataModule):
         if not Path(file).is_file():
             raise UserError(f"data.file {file} is no file: write it with python -m benchmarks.science.prepare")
         self.features = load_file(file)
-        train = self.features["train"].float()
-        self.mean = train.mean((0, 1))
-        self.deviation = (train - self.mean).square().mean((0, 1, 2)).sqrt()
+        self.mean = self.features["train"].float().mean((0, 1))
+        targets = self.targets("train").float()
+        self.target_mean = targets.mean((0, 1))
+        self.deviation = (targets - self.target_mean).square().mean((0, 1, 2)).sqrt()
+
+    def targets(self, split: str) -> Tensor:
+        """What is restored, ([views,] n, T, D)."""
+        return self.features.get(f"{split}_targets", self.features[split])
 
     def splits(self, use: str) -> list[str]:
         return [use] if use in self.features else []
 
     def dataset(self, split: str, rows: Tensor | None, use: str) -> KeyedDataset:
-        features = self.features[split] if split == "train" else self.features[split][None]
-        return _Windows(self, features, torch.arange(features.shape[1]) if rows is None else rows)
+        features, targets = self.features[split], self.targets(split)
+        if split == "test":  # of which there is one view
+            features, targets = features[None], targets[None]
+        return _Windows(self, features, targets, torch.arange(features.shape[1]) if rows is None else rows)
 
 
 class _Windows(KeyedDataset):
-    """Windows of features (views, n, T, D): in training a random view and mask, elsewhere the first and a fixed one."""
+    """Windows (views, n, T, D): in training a random view and mask, elsewhere the first view and fixed masks."""
 
-    def __init__(self, data: TokenData, features: Tensor, rows: Tensor) -> None:
-        self.data, self.features, self.rows = data, features, rows
+    def __init__(self, data: TokenData, features: Tensor, targets: Tensor, rows: Tensor) -> None:
+        self.data, self.features, self.all_targets, self.rows = data, features, targets, rows
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         index, epochs = split_keys(keys)
         views, _, length, _ = self.features.shape
-        drawn = uniform(
-            derive(run_seed(), _MASKS) if epochs is not None else 0, torch.tensor(keys).view(len(keys), -1), length + 1
-        )
-        view = (drawn[:, 0] * views).long() if epochs is not None else 0
+        seed = 0 if epochs is None else derive(run_seed(), _MASKS)
+        drawn = uniform(seed, torch.tensor(keys).view(len(keys), -1), length + 1)
+        chosen = (0 if epochs is None else (drawn[:, 0] * views).long()), self.rows[index]
         masked = drawn[:, 1:] < _SHARE
         masked[:, 0] = False
-        features, mean = self.features[view, self.rows[index]].float(), self.data.mean
-        tokens = torch.where(masked[..., None], mean, features)
-        return self.labelled(index, tokens=tokens, masked=masked, target=(features - mean) / self.data.deviation)
+        tokens = torch.where(masked[..., None], self.data.mean, self.features[chosen].float())
+        target = (self.all_targets[chosen].float() - self.data.target_mean) / self.data.deviation
+        return self.labelled(index, tokens=tokens, masked=masked, target=target)

@@ -258,9 +258,7 @@ class Switching(Controller):
         """
         B, A, s = matrix.B, matrix.A, matrix.scaling
         old_B, old_A = B[:, recycled], A[recycled]
-        first = len(self.intervals[matrix.name])
-        size = None if self.method.redraw_scale == "sigma" else s * (B.norm(dim=0) * A.norm(dim=1)).median()
-        new_B, new_A = self.spectra[matrix.name].pairs(first, len(recycled), s, matrix.A, size)
+        new_B, new_A = self.redrawn(matrix, recycled)
         self.adaptation.add(matrix, old_B, old_A, s)  # Eq. 9, 10
         B[:, recycled], A[recycled] = new_B, new_A  # Eq. 11
         self.adaptation.add(matrix, new_B, new_A, -s)  # Eq. 12
@@ -272,6 +270,13 @@ class Switching(Controller):
         return recycle(
             optimizer, layer.get_parameter("lora_B"), lambda x: matrix.of(x).T, recycled, growth_B, how
         ) | recycle(optimizer, layer.get_parameter("lora_A"), matrix.of, recycled, growth_A, how)
+
+    def redrawn(self, matrix: Matrix, recycled: Tensor) -> tuple[Tensor, Tensor]:
+        """B (out, r') and A (r', in) that take the place of the pairs ``recycled`` (Eq. 11)."""
+        B, A, s = matrix.B, matrix.A, matrix.scaling
+        size = None if self.method.redraw_scale == "sigma" else s * (B.norm(dim=0) * A.norm(dim=1)).median()
+        first = len(self.intervals[matrix.name])
+        return self.spectra[matrix.name].pairs(first, len(recycled), s, A, size)
 
     def _record(self, matrix: Matrix, recycled: Tensor, step: int) -> None:
         ends, active, count = self.intervals[matrix.name].clone(), self.active[matrix.name].clone(), len(recycled)
