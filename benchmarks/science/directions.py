@@ -1,6 +1,6 @@
 """Other directions for re-drawn pairs than the next singular ones: the gradient's, and random ones.
 
-Names for ``model.method.class_path``: both are SRLoRA but for the directions. They count what they draw as SRLoRA counts
+Names for ``model.method.class_path``: SRLoRA but for the directions. They count what they draw as SRLoRA counts
 singular directions, up to ``target_rank``.
 """
 
@@ -43,7 +43,7 @@ class _Random(Switching):
         """Orthonormal U (out, r') and Vh (r', in)."""
         drawn = len(self.intervals[matrix.name])
         generator = generator_for(f"{matrix.name} {drawn}", self.adaptation.seed)
-        U, V = (torch.randn(n, len(recycled), generator=generator) for n in matrix.shape)
+        U, V = (torch.randn(n, len(recycled), dtype=torch.float64, generator=generator) for n in matrix.shape)
         return torch.linalg.qr(U).Q.to(matrix.A), torch.linalg.qr(V).Q.T.to(matrix.A)
 
     def redrawn(self, matrix: Matrix, recycled: Tensor) -> tuple[Tensor, Tensor]:
