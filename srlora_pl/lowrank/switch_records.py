@@ -16,7 +16,7 @@ class Pairs(NamedTuple):
         recycled: whether this switch fuses and re-draws it.
         ages: optimizer steps since it was drawn.
         sizes: its Frobenius norm s |b| |a| when it was drawn.
-        scores: S_k (Eq. 7).
+        scores: S_k (Eq. 7); 0 where nothing is scored.
         changes: Frobenius norm of what s b a^T has changed since it was drawn.
     """
 

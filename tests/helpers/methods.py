@@ -86,6 +86,20 @@ class Bottlenecks(Method):
         return layers
 
 
+class OldestFirst(methods.SRLoRA):
+    """Switches by age, early in the run."""
+
+    def __init__(self, rank: int = 8, *, select: str = "age", last_switch: float = 0.9, **kwargs: Any) -> None:
+        super().__init__(rank, select=select, last_switch=last_switch, **kwargs)
+
+
+class OneSize(methods.SRLoRA):
+    """Re-draws all pairs at one size."""
+
+    def __init__(self, rank: int = 8, *, redraw_scale: str = "median", **kwargs: Any) -> None:
+        super().__init__(rank, redraw_scale=redraw_scale, **kwargs)
+
+
 class Tuner(Peft):
     """A tuner of PEFT on the linears that are not fused, which PEFT has no parts of."""
 
@@ -111,6 +125,8 @@ class OFT(Tuner):
 # PEFT's tuners stand for Peft; prompts and prefixes need a network of texts.
 METHODS: list[type[Method]] = [
     *(kind for kind in methods.REGISTRY if kind not in (methods.Peft, methods.PromptTuning, methods.PrefixTuning)),
+    OldestFirst,
+    OneSize,
     PeftLoRA,
     IA3,
     OFT,

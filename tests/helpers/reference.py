@@ -20,6 +20,7 @@ class ReferenceMatrix:
     sigma: np.ndarray
     Vt: np.ndarray
     next_direction: int
+    births: list  # which pairs were drawn last, by pair: the number of its direction
     averages: dict = field(default_factory=dict)
     moments: dict = field(default_factory=dict)
     chosen: list = field(default_factory=list)  # (indices recycled) at every switch
@@ -34,8 +35,21 @@ class ReferenceSRLoRA:
     """
 
     def __init__(
-        self, W0s, rank, s, recycled, switch_steps, optimizer, reset="all", state="warm", beta1=0.85, beta2=0.85
+        self,
+        W0s,
+        rank,
+        s,
+        recycled,
+        switch_steps,
+        optimizer,
+        reset="all",
+        state="warm",
+        beta1=0.85,
+        beta2=0.85,
+        select="importance",
+        redraw_scale="sigma",
     ):
+        self.select, self.redraw_scale = select, redraw_scale
         self.s, self.recycled, self.switch_steps = s, recycled, switch_steps
         self.optimizer, self.reset, self.state, self.beta1, self.beta2 = optimizer, reset, state, beta1, beta2
         self.matrices, self.step = [], 0
@@ -46,7 +60,7 @@ class ReferenceSRLoRA:
                     U[:, k], Vt[k] = -U[:, k], -Vt[k]
             B = U[:, :rank] * np.sqrt(sigma[:rank]) / np.sqrt(s)
             A = (Vt[:rank].T * np.sqrt(sigma[:rank])).T / np.sqrt(s)
-            matrix = ReferenceMatrix(W0 - s * B @ A, B, A, U, sigma, Vt, rank)
+            matrix = ReferenceMatrix(W0 - s * B @ A, B, A, U, sigma, Vt, rank, list(range(rank)))
             matrix.drawn = {k: (0, s * np.outer(B[:, k], A[k])) for k in range(rank)}
             for name, value in (("B", B), ("A", A)):
                 matrix.averages[name] = [np.zeros_like(value), np.zeros_like(value)]
@@ -91,22 +105,25 @@ class ReferenceSRLoRA:
         return w * (1 - o["lr"] * o["weight_decay"]) - o["lr"] * m_hat / (np.sqrt(v_hat) + o["eps"])
 
     def switch(self, m: ReferenceMatrix) -> None:
-        scores = self.pair_scores(m)
+        scores = self.pair_scores(m) if self.select == "importance" else m.births
+        sizes = [self.s * np.linalg.norm(m.B[:, k]) * np.linalg.norm(m.A[k]) for k in range(len(scores))]
+        median = sorted(sizes)[(len(sizes) - 1) // 2]
         low = sorted(sorted(range(len(scores)), key=lambda k: (scores[k], k))[: self.recycled])
         m.chosen.append(low)
-        norm = np.linalg.norm
-        m.records.append(
-            [
-                (self.step - step, norm(then), scores[k], norm(self.s * np.outer(m.B[:, k], m.A[k]) - then))
-                for k, (step, then) in sorted(m.drawn.items())
-            ]
-        )
+        record = []
+        for k, (step, then) in sorted(m.drawn.items()):
+            score = scores[k] if self.select == "importance" else 0
+            change = np.linalg.norm(self.s * np.outer(m.B[:, k], m.A[k]) - then)
+            record.append((self.step - step, np.linalg.norm(then), score, change))
+        m.records.append(record)
         for offset, k in enumerate(low):
             p = m.next_direction + offset
             old_b, old_a = m.B[:, k].copy(), m.A[k].copy()
             m.W = m.W + self.s * np.outer(old_b, old_a)
-            m.B[:, k] = m.U[:, p] * np.sqrt(m.sigma[p]) / np.sqrt(self.s)
-            m.A[k] = m.Vt[p] * np.sqrt(m.sigma[p]) / np.sqrt(self.s)
+            size = m.sigma[p] if self.redraw_scale == "sigma" else median
+            m.B[:, k] = m.U[:, p] * np.sqrt(size) / np.sqrt(self.s)
+            m.A[k] = m.Vt[p] * np.sqrt(size) / np.sqrt(self.s)
+            m.births[k] = p
             m.W = m.W - self.s * np.outer(m.B[:, k], m.A[k])
             m.drawn[k] = self.step, self.s * np.outer(m.B[:, k], m.A[k])
             if self.state != "keep":

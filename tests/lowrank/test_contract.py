@@ -369,7 +369,7 @@ def test_until_its_first_event_it_trains_as_peft_does(kind):
         layer.lora_A["default"].weight.data.copy_(matrix.A)
         layer.lora_B["default"].weight.data.copy_(matrix.B)
     steps = (ours.adaptation.controller.progress().next_step or STEPS) - 1
-    assert steps > 1
+    assert steps > 0
     optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=0.01)
     for batch in batches(STEPS, torch.float64)[:steps]:
         optimizer.zero_grad()

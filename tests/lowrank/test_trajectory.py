@@ -63,54 +63,6 @@ def functional_loss(net):
     return loss
 
 
-@pytest.mark.parametrize("state", ["warm", "zero", "keep"])
-@pytest.mark.parametrize("reset", ["all", "recycled"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize(("beta1", "beta2"), [(0.85, 0.85), (0.7, 0.95)])
-def test_trajectory_equals_the_plain_algorithm(beta1, beta2, name, reset, state):
-    options = {"reset_scores": reset, "optimizer_state": state, "beta1": beta1, "beta2": beta2}
-    net, W0s, adaptation, optimizer = run_package(OPTIMIZERS[name], **options)
-    planned = (TARGET - RANK) // 2
-    reference = ReferenceSRLoRA(
-        W0s,
-        RANK,
-        ALPHA / RANK,
-        recycled=2,
-        switch_steps={i * STEPS // planned for i in range(1, planned)},
-        optimizer=OPTIMIZERS[name],
-        reset=reset,
-        state=state,
-        beta1=beta1,
-        beta2=beta2,
-    )
-    loss = functional_loss(net)
-    for step, batch in enumerate(toy_batches(STEPS, dtype=torch.float64)):
-        train(net, adaptation, optimizer, [batch], first_step=step)
-        reference.train_step(loss, batch)
-    assert adaptation.controller.progress().done == planned - 1 == 3
-
-    averages = adaptation.controller.importance
-    smoothed, uncertainty = (
-        averages.of(adaptation.matrices, flat) for flat in (averages.smoothed, averages.uncertainty)
-    )
-    for i, (ours, theirs) in enumerate(zip(adaptation.matrices, reference.matrices, strict=True)):
-        for value, expected in ((ours.weight, theirs.W), (ours.B, theirs.B), (ours.A, theirs.A)):
-            np.testing.assert_allclose(value.numpy(), expected, atol=TOLERANCE, rtol=0)
-        for mine, index in ((smoothed, 0), (uncertainty, 1)):
-            for name in ("A", "B"):
-                value, expected = mine[i][f"lora_{name}"].numpy(), theirs.averages[name][index]
-                np.testing.assert_allclose(value, expected, atol=TOLERANCE, rtol=0)
-        assert len(adaptation.controller.intervals[ours.name]) == theirs.next_direction
-        # which pairs were recycled: the directions that the pairs hold tell the whole history
-        held = list(range(RANK))
-        following = RANK
-        for low in theirs.chosen:
-            for k in low:
-                held[k], following = following, following + 1
-        assert adaptation.controller.active[ours.name].tolist() == held
-    assert_same_records(adaptation, reference.matrices)
-
-
 def assert_same_records(adaptation, matrices):
     """What is recorded of pairs at switches, against copies of all that were ever drawn."""
     for i, record in enumerate(adaptation.controller.switch_records()):
@@ -122,6 +74,61 @@ def assert_same_records(adaptation, matrices):
         low = [RANK * j + k for j, m in enumerate(matrices) for k in m.chosen[i]]
         assert record.pairs.recycled.nonzero().flatten().tolist() == low
     assert i == 2
+
+
+def follow(name, **options):
+    """Train the package and the plain algorithm side by side, and compare all that they hold."""
+    net, W0s, adaptation, optimizer = run_package(OPTIMIZERS[name], **options)
+    planned = (TARGET - RANK) // 2
+    last = options.pop("last_switch", 1) * STEPS
+    reference = ReferenceSRLoRA(
+        W0s,
+        RANK,
+        ALPHA / RANK,
+        recycled=2,
+        switch_steps={int(i * last // planned) for i in range(1, planned)},
+        optimizer=OPTIMIZERS[name],
+        reset=options.pop("reset_scores", "all"),
+        state=options.pop("optimizer_state", "warm"),
+        **options,
+    )
+    loss = functional_loss(net)
+    for step, batch in enumerate(toy_batches(STEPS, dtype=torch.float64)):
+        train(net, adaptation, optimizer, [batch], first_step=step)
+        reference.train_step(loss, batch)
+    assert adaptation.controller.progress().done == planned - 1 == 3
+    for ours, theirs in zip(adaptation.matrices, reference.matrices, strict=True):
+        for value, expected in ((ours.weight, theirs.W), (ours.B, theirs.B), (ours.A, theirs.A)):
+            np.testing.assert_allclose(value.numpy(), expected, atol=TOLERANCE, rtol=0)
+        assert len(adaptation.controller.intervals[ours.name]) == theirs.next_direction
+        # which pairs were recycled: the directions that the pairs hold tell the whole history
+        assert adaptation.controller.active[ours.name].tolist() == theirs.births
+    assert_same_records(adaptation, reference.matrices)
+    return adaptation, reference
+
+
+@pytest.mark.parametrize("state", ["warm", "zero", "keep"])
+@pytest.mark.parametrize("reset", ["all", "recycled"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.85, 0.85), (0.7, 0.95)])
+def test_trajectory_equals_the_plain_algorithm(beta1, beta2, name, reset, state):
+    adaptation, reference = follow(name, reset_scores=reset, optimizer_state=state, beta1=beta1, beta2=beta2)
+    averages = adaptation.controller.importance
+    smoothed, uncertainty = (
+        averages.of(adaptation.matrices, flat) for flat in (averages.smoothed, averages.uncertainty)
+    )
+    for i, theirs in enumerate(reference.matrices):
+        for mine, index in ((smoothed, 0), (uncertainty, 1)):
+            for name in ("A", "B"):
+                value, expected = mine[i][f"lora_{name}"].numpy(), theirs.averages[name][index]
+                np.testing.assert_allclose(value, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("last_switch", [1.0, 0.8])
+@pytest.mark.parametrize(("select", "redraw_scale"), [("age", "sigma"), ("importance", "median"), ("age", "median")])
+def test_the_variants_follow_the_plain_algorithm_too(select, redraw_scale, last_switch, name):
+    follow(name, select=select, redraw_scale=redraw_scale, last_switch=last_switch)
 
 
 def test_the_reference_would_notice_a_wrong_choice(monkeypatch):

@@ -40,7 +40,7 @@ class Recording:
         U, Vh = spectrum.U.index_select(1, active).to(A.device), spectrum.Vh.index_select(0, active).to(A.device)
         sizes = self.sizes[matrix.name].index_select(0, active.to(A.device))
         chosen = torch.zeros_like(sizes, dtype=torch.bool).index_fill_(0, recycled, True)
-        scores = torch.full_like(sizes, torch.nan) if scores is None else scores
+        scores = torch.zeros_like(sizes) if scores is None else scores
         return Pairs(active, chosen, ages.index_select(0, active), sizes, scores, changes(matrix, U, Vh, sizes))
 
     def drawn(self, matrix: Matrix, recycled: Tensor) -> None:

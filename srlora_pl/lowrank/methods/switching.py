@@ -1,5 +1,6 @@
 """The switches of SRLoRA: score every pair in every step, fuse the lowest at intervals and re-draw them."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -31,6 +32,9 @@ class Settings(Protocol):
     beta2: float
     reset_scores: Any
     optimizer_state: Any
+    select: Any
+    redraw_scale: Any
+    last_switch: float
 
     def recycled_rank(self, rank: int) -> int:
         """r' = gamma * rank."""
@@ -81,11 +85,18 @@ class Switching(Controller):
         """r_target, or the largest min(out, in) of the adapted matrices where that is smaller."""
         return max(self.adaptation.method.directions(matrix) for matrix in self.adaptation.matrices)
 
+    def _end(self, steps: int) -> int:
+        """The step up to which the switches of a run of so many ``steps`` are spread."""
+        return int(self.method.last_switch * steps)
+
     def require_room(self, steps: int) -> None:
-        self._planned(steps)
+        self._planned(self._end(steps))
 
     def _planned(self, steps: int) -> dict[int, int]:
-        """N_switch (Eq. 13) of the directions that remain, by rank, which must fit into so many ``steps``."""
+        """N_switch (Eq. 13) of the directions that remain, by rank, which must fit into so many ``steps``.
+
+        The steps are those over which switches are spread.
+        """
         method = self.method
         used: dict[int, int] = {}  # directions, by rank
         for matrix in self.adaptation.matrices:
@@ -101,12 +112,13 @@ class Switching(Controller):
                 f"{most} switches (method.target_rank {method.target_rank}, rank {rank}, fusion_ratio "
                 f"{method.fusion_ratio}) do not fit into {steps} optimizer steps, "
                 f"{f'lower method.target_rank to {fits} or ' if can_be_lower else ''}raise trainer.max_steps by "
-                f"{most - steps}"
+                f"{math.ceil((most - steps) / method.last_switch)}"
             )
         return planned
 
     def plan(self, first_step: int, last_step: int, strict: bool) -> str:
         """Spread the switches that remain (Eq. 13, 14); a plan that has begun and ends at ``last_step`` stays."""
+        last_step = max(self._end(last_step), first_step)
         begun = self.paces if first_step > 0 else {}
         if begun and {pace.schedule.last_step for pace in begun.values()} == {last_step}:
             return ""
@@ -160,7 +172,8 @@ class Switching(Controller):
         if self._has_more:
             self._require_directions()
         self._scores_pairs = True
-        self.importance.update(gradients, inverse_scale)
+        if self.method.select == "importance":
+            self.importance.update(gradients, inverse_scale)
 
     def _require_directions(self) -> None:
         if not self.spectra:
@@ -232,6 +245,8 @@ class Switching(Controller):
         counts = {m: n for m, n in counts.items() if len(self.intervals[m.name]) + n <= self.directions(m)}
         if not counts:
             return {}
+        if self.method.select == "age":  # directions are numbered in the order in which they are drawn
+            return {matrix: lowest(self.active[matrix.name], n).to(matrix.device) for matrix, n in counts.items()}
 
         def lowest_of_each() -> Tensor:
             return torch.cat([lowest(scores[matrix.name], n) for matrix, n in counts.items()]).cpu()
@@ -256,8 +271,7 @@ class Switching(Controller):
         """
         B, A, s = matrix.B, matrix.A, matrix.scaling
         old_B, old_A = B[:, recycled], A[recycled]
-        first = len(self.intervals[matrix.name])
-        new_B, new_A = spectrum.pairs(first, len(recycled), s, like=matrix.A)
+        new_B, new_A = self.redrawn(matrix, recycled, spectrum)
         self.adaptation.add(matrix, old_B, old_A, s)  # Eq. 9, 10
         B[:, recycled], A[recycled] = new_B, new_A  # Eq. 11
         self.adaptation.add(matrix, new_B, new_A, -s)  # Eq. 12
@@ -269,6 +283,13 @@ class Switching(Controller):
         return recycle(
             optimizer, layer.get_parameter("lora_B"), lambda x: matrix.of(x).T, recycled, growth_B, how
         ) | recycle(optimizer, layer.get_parameter("lora_A"), matrix.of, recycled, growth_A, how)
+
+    def redrawn(self, matrix: Matrix, recycled: Tensor, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
+        """B (out, r') and A (r', in) that take the place of the pairs ``recycled`` (Eq. 11)."""
+        B, A, s = matrix.B, matrix.A, matrix.scaling
+        size = None if self.method.redraw_scale == "sigma" else s * (B.norm(dim=0) * A.norm(dim=1)).median()
+        first = len(self.intervals[matrix.name])
+        return spectrum.pairs(first, len(recycled), s, A, size)
 
     def _record(self, matrix: Matrix, recycled: Tensor, step: int) -> None:
         ends, active, count = self.intervals[matrix.name].clone(), self.active[matrix.name].clone(), len(recycled)
@@ -292,6 +313,8 @@ class Switching(Controller):
         return [part["lora_B"].mean(0) + part["lora_A"].mean(1) for part in self.importance.scores(matrices)]
 
     def scores(self) -> dict[str, Tensor]:
+        if self.method.select == "age":
+            return {}
         matrices = self.adaptation.matrices
         return {m.name: scores for m, scores in zip(matrices, self._pair_scores(matrices), strict=True)}
 

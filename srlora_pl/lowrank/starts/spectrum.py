@@ -77,15 +77,22 @@ class Spectrum:
         parts = self.U[:, :count], self.sigma[:count], self.Vh[:count]
         return Spectrum(*(part.clone(memory_format=torch.contiguous_format) for part in parts))
 
-    def pairs(self, first: int, count: int, scaling: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    def pairs(
+        self, first: int, count: int, scaling: float, like: Tensor, size: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """B (out, count) and A (count, in) along directions ``first`` to ``first + count`` (Eq. 2, Eq. 11).
 
         ``scaling * B @ A`` is the part of W0 along them: both factors carry sqrt(sigma / scaling).
+
+        Args:
+            size: a scalar on ``like``'s device that takes the place of every sigma.
         """
         chosen = slice(first, first + count)
-        root = (self.sigma[chosen] / scaling).sqrt()
+        sigma = self.sigma[chosen] if size is None else torch.ones_like(self.sigma[chosen])
+        root = (sigma / scaling).sqrt()
         B, A = self.U[:, chosen] * root, root[:, None] * self.Vh[chosen]
-        return B.to(like.device, like.dtype), A.to(like.device, like.dtype)
+        B, A = B.to(like.device, like.dtype), A.to(like.device, like.dtype)
+        return (B, A) if size is None else (B * size.sqrt(), A * size.sqrt())
 
 
 def _exact_svd(W: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
