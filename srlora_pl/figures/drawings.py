@@ -82,7 +82,7 @@ def length_variance(histories: Histories, last_step: int) -> Figure:
         curves[kind][1].append(variance)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for i, (kind, style) in enumerate(zip(labels, _line_styles(), strict=False)):
+    for i, (kind, style) in enumerate(zip(labels, line_styles(), strict=False)):
         aside = 0.6 * ((i + 0.5) / len(labels) - 0.5)  # equal variances shall not hide each other
         axes.plot(np.array(curves[kind][0]) + aside, curves[kind][1], markersize=5, label=labels[kind], **style)
     _number_blocks(axes.xaxis, blocks, 24)
@@ -91,7 +91,7 @@ def length_variance(histories: Histories, last_step: int) -> Figure:
     axes.set_xlabel("layer")
     axes.set_ylabel("variance of active lengths (optimizer steps²)")
     axes.set_title("How unequally long the singular directions of a matrix were active")
-    _tidy(axes)
+    tidy(axes)
     figure.legend(loc="outside right center", frameon=False)
     return figure
 
@@ -101,13 +101,13 @@ def training_loss(curves: Mapping[str, Curve]) -> Figure:
     rows = math.ceil(len(curves) / 2) if len(curves) > 12 else 0  # of names that do not fit beside the curves
     figure = Figure(figsize=(8, 4.5 + 0.2 * rows), layout="constrained")
     axes = figure.add_subplot()
-    for i, ((name, (steps, losses)), style) in enumerate(zip(curves.items(), _line_styles(), strict=False)):
+    for i, ((name, (steps, losses)), style) in enumerate(zip(curves.items(), line_styles(), strict=False)):
         axes.plot(steps, losses, color=style["color"], linewidth=0.7, alpha=0.3)
         every = (0.04 + 0.03 * (i % 4), 0.15)  # parts of the diagonal: runs with the same losses keep their markers
         axes.plot(steps, smoothed(losses), markersize=5, markevery=every, label=name, **style)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("training loss")
-    _tidy(axes)
+    tidy(axes)
     title = f"exponential moving average (constant {SMOOTHING:g}),\nbehind it the logged values"
     if rows:
         figure.legend(title=title, loc="outside lower center", ncols=2, fontsize="small", frameon=False)
@@ -173,7 +173,7 @@ def _held(directions: int) -> Style:
 # -- their parts
 
 
-def _line_styles() -> Iterator[Style]:
+def line_styles() -> Iterator[Style]:
     return (
         {"color": colour, "linestyle": line, "marker": marker}
         for colour, line, marker in zip(cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False)
@@ -207,7 +207,7 @@ def _number_blocks(axis: Axis, blocks: Sequence[int | None], most: int) -> None:
     axis.set_ticks(ticks, labels=["none" if blocks[i] is None else str(blocks[i]) for i in ticks])
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

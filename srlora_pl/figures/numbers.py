@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from srlora_pl.lowrank.switch_records import SwitchRecord
 from srlora_pl.lowrank.target_settings import name_matches
 from srlora_pl.lowrank.targets import ALIASES, block_and_kind
 from srlora_pl.util.errors import UserError
@@ -17,6 +18,12 @@ Histories = Mapping[str, Tensor]  # the intervals (n, 2) of each matrix: drawn a
 Curve = tuple[Sequence[float], Sequence[float]]  # steps, losses
 
 SMOOTHING = 0.9
+AROUND = 50  # so many steps before a switch and after it have the losses that are compared
+QUANTITIES = ("age", "size", "score", "change")  # of `srlora_pl.lowrank.switch_records.Pairs`
+GROUPS = ("recycled", "kept")
+QUARTILES = ("lower quartile", "median", "upper quartile")
+FIRST_CHANCE, CHANCE = "recycled at the first chance", "chance"
+BEFORE, AFTER = f"loss of {AROUND} steps before", f"loss of {AROUND} steps after"
 LABELS = {"attention_output": "attention output", "fc1": "FFN in", "fc2": "FFN out"}
 
 
@@ -107,6 +114,36 @@ def variance_rows(histories: Histories, last_step: int) -> list[dict[str, Any]]:
         columns | {"directions": len(histories[name]), "variance of active steps": variances[name]}
         for name, columns in _matrix_columns(histories).items()
     ]
+
+
+def switch_rows(records: Sequence[SwitchRecord], losses: Curve = ((), ())) -> list[dict[str, Any]]:
+    """A row for each switch: quartiles of the pairs that it recycled and that it kept, and the losses around it.
+
+    Args:
+        losses: optimizer steps, counted as those of ``records``, and the training losses there.
+    """
+    rows = []
+    for record in records:
+        recycled, step = record.pairs.recycled, record.step
+        row: dict[str, Any] = {"after step": step, "pairs": len(recycled), "recycled": int(recycled.sum())}
+        for quantity, values in zip(QUANTITIES, record.pairs[2:], strict=True):
+            for group, chosen in zip(GROUPS, (recycled, ~recycled), strict=True):
+                names = [f"{quantity}, {group}, {quartile}" for quartile in QUARTILES]
+                row |= zip(names, _quartiles(values[chosen]), strict=True)
+        row |= {FIRST_CHANCE: record.first_chance, CHANCE: row["recycled"] / row["pairs"]}
+        rows.append(row | {BEFORE: _mean(losses, step - AROUND, step), AFTER: _mean(losses, step, step + AROUND)})
+    return rows
+
+
+def _quartiles(values: Tensor) -> list[float | None]:
+    finite = values[values.isfinite()].double()
+    return [None] * 3 if not len(finite) else finite.quantile(finite.new_tensor([0.25, 0.5, 0.75])).tolist()
+
+
+def _mean(curve: Curve, after: int, until: int) -> float | None:
+    """Of the values behind step ``after`` up to ``until``."""
+    values = [value for step, value in zip(*curve, strict=True) if after < step <= until and np.isfinite(value)]
+    return float(np.mean(values)) if values else None
 
 
 def _matrix_columns(histories: Histories) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -13,12 +14,24 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from srlora_pl.figures.drawings import direction_intervals, directions_overview, length_variance, training_loss
-from srlora_pl.figures.numbers import Curve, in_block, interval_rows, middle_block, smoothed, variance_rows
-from srlora_pl.lowrank.formats import histories
+from srlora_pl.figures.numbers import (
+    Curve,
+    in_block,
+    interval_rows,
+    middle_block,
+    smoothed,
+    switch_rows,
+    variance_rows,
+)
+from srlora_pl.figures.switches import switches
+from srlora_pl.lowrank.formats import histories, switch_records
+from srlora_pl.lowrank.switch_records import SwitchRecord
 from srlora_pl.training import checkpoints
 from srlora_pl.util.errors import UserError, did_you_mean
 from srlora_pl.util.files import relative, write_whole, writing_to
 from srlora_pl.util.tables import csv_of
+
+_LOSS, _RANK = "train/loss", "change_effective_rank/"  # columns of metrics.csv
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,9 @@ class TrainedRun:
     Attributes:
         histories: as far as ``last_step``; empty for a method that draws no singular directions.
         curve: optimizer steps, counted from 1, and the training losses logged there.
+        records: of its switches; empty where there are none.
+        ranks: by kind of matrix: optimizer steps, and the effective ranks of W_eff - W0 logged there.
+        steps_before: of earlier runs, which ``last_step`` and the records count too.
     """
 
     folder: Path
@@ -35,6 +51,9 @@ class TrainedRun:
     last_step: int
     histories: dict[str, Tensor]
     curve: Curve
+    records: list[SwitchRecord]
+    ranks: dict[str, Curve]
+    steps_before: int
 
 
 def read_run(folder: Path) -> TrainedRun:
@@ -57,20 +76,27 @@ def read_run(folder: Path) -> TrainedRun:
         raise UserError(f"--run {folder}: {file} holds no model that this package adapted, give another run")
     method = state["method"]["class_path"].rpartition(".")[2]
     drawn = {name: intervals.clone() for name, intervals in histories(state).items()}
-    last_step += state.get("steps_before", 0)
-    return TrainedRun(folder, method, last_step, drawn, _loss_curve(folder / "metrics.csv"))
+    before = state.get("steps_before", 0)
+    curves = _curves(folder / "metrics.csv")
+    ranks = {name.removeprefix(_RANK): curve for name, curve in curves.items() if name.startswith(_RANK)}
+    return TrainedRun(folder, method, before + last_step, drawn, curves[_LOSS], switch_records(state), ranks, before)
 
 
-def _loss_curve(file: Path) -> Curve:
+def _curves(file: Path) -> dict[str, Curve]:
+    """The columns of training losses and of the effective ranks of each kind of matrix."""
     try:
         with file.open(encoding="utf-8", newline="") as lines:
-            rows = [row for row in csv.DictReader(lines) if row.get("train/loss")]
-        steps, losses = [int(row["step"]) + 1 for row in rows], [float(row["train/loss"]) for row in rows]
+            rows = list(csv.DictReader(lines))
+        curves: dict[str, Curve] = {}
+        for name in rows[0] if rows else ():
+            if name == _LOSS or name.startswith(_RANK):
+                points = [(int(row["step"]) + 1, float(row[name])) for row in rows if row[name]]
+                curves[name] = [step for step, _ in points], [value for _, value in points]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{file} cannot be read as a run's steps and losses ({error}), give another run") from error
-    if not steps:
+    if not curves.get(_LOSS, ((), ()))[0]:
         raise UserError(f"{file} has no value of train/loss: lower trainer.log_every_n_steps, or give another run")
-    return steps, losses
+    return curves
 
 
 @dataclass(frozen=True)
@@ -155,4 +181,22 @@ def _of_directions(run: TrainedRun, folder: Path, layer: int | None) -> list[Dra
         Drawing(folder / name, direction_intervals(drawn, last, block), shown),
         Drawing(folder / "length_variance", length_variance(drawn, last), variance_rows(drawn, last)),
         Drawing(folder / "directions_overview", directions_overview(drawn, last), rows),
+        *([_of_switches(run, folder)] if run.records else []),
     ]
+
+
+def _of_switches(run: TrainedRun, folder: Path) -> Drawing:
+    """With steps as the records count them; the rank at the end of a run is logged as if of one step more."""
+    last, before = run.last_step, run.steps_before
+    losses = [step + before for step in run.curve[0]], run.curve[1]
+    ranks = {
+        kind: ([min(step + before, last) for step in steps], values) for kind, (steps, values) in run.ranks.items()
+    }
+    rows = switch_rows(run.records, losses)
+    figure = switches(rows, last, ranks)
+    by_step: dict[float, dict[str, Any]] = defaultdict(dict)
+    for kind, curve in ranks.items():
+        for step, value in zip(*curve, strict=True):
+            by_step[step][f"effective rank, {kind}"] = value
+    rows += [{"after step": step, **values} for step, values in by_step.items()]
+    return Drawing(folder / "switches", figure, rows)

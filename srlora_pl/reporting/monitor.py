@@ -60,6 +60,9 @@ class Monitor(Callback):
     * ``age/initial``: share of all pairs that were never recycled; ``age/survived_0``, ``age/survived_1``,
       ``age/survived_2_to_3`` and ``age/survived_4_or_more``: of those recycled, by the switches since (the five add
       up to 1); ``age_in_steps``: the histogram of the optimizer steps since these were drawn.
+    * Of the last switch, ``srlora/first_chance``: the share that it recycled of the pairs that the switch before had
+      drawn; ``srlora/score_recycled`` and ``srlora/score_kept``: the median scores of the pairs that it recycled and of
+      those that it kept.
     * ``time/step``: seconds of an optimizer step, the mean since the last row, without validations; and
       ``memory/peak``, GiB: of the GPU, or of the process where there is none.
 
@@ -69,7 +72,8 @@ class Monitor(Callback):
 
     At the start of every process ``run``, a card with command, versions, device and parameters, and the settings. At
     the end ``figures/directions_block_N`` (the paper's Figure 5, of the middle block) and ``figures/length_variance``
-    (its Figure 4), if matplotlib is installed; and in TensorBoard the hyperparameters with the final scores.
+    (its Figure 4) and ``figures/switches``, if matplotlib is installed; and in TensorBoard the hyperparameters with
+    the final scores.
 
     No other step waits for the device. Only the first process writes. In ``metrics.csv`` and TensorBoard a resumed run
     has the same events as an uninterrupted one, except ``time/*`` and ``memory/*``, which ``metrics.csv`` leaves out.
@@ -106,7 +110,8 @@ class Monitor(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *rest: Any) -> None:
         if internals.logs_this_step(trainer):
             adaptation = adaptation_of(pl_module)
-            events = chain(_scores(adaptation), _directions(adaptation, _all_steps(trainer)), self._cost(trainer))
+            directions = _directions(adaptation, _all_steps(trainer))
+            events = chain(_scores(adaptation), directions, _last_switch(adaptation), self._cost(trainer))
             self._write(trainer, internals.logged_step(trainer), events)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -220,18 +225,31 @@ def _directions(adaptation: Adaptation, step: int) -> Iterator[Event]:
         yield "histogram", "age_in_steps", step - recycled
 
 
+def _last_switch(adaptation: Adaptation) -> Iterator[Event]:
+    if not (records := adaptation.controller.switch_records()):
+        return
+    if (share := records[-1].first_chance) is not None:
+        yield "scalar", "srlora/first_chance", share
+    pairs = records[-1].pairs
+    for name, chosen in (("recycled", pairs.recycled), ("kept", ~pairs.recycled)):
+        if chosen.any() and pairs.scores.any():
+            yield "scalar", f"srlora/score_{name}", pairs.scores[chosen].median().item()
+
+
 def _figures(adaptation: Adaptation, last_step: int) -> Iterator[Event]:
     if not (histories := adaptation.controller.histories()):
         return
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     from srlora_pl.figures import drawings  # with matplotlib, which takes its time
-    from srlora_pl.figures.numbers import middle_block
+    from srlora_pl.figures.numbers import middle_block, switch_rows
+    from srlora_pl.figures.switches import switches
 
-    middle = middle_block(histories)
+    middle, rows = middle_block(histories), switch_rows(adaptation.controller.switch_records())
     for tag, figure in (
         (f"figures/directions_block_{middle}", drawings.direction_intervals(histories, last_step, middle)),
         ("figures/length_variance", drawings.length_variance(histories, last_step)),
+        *([("figures/switches", switches(rows, last_step))] if rows else []),
     ):
         canvas = FigureCanvasAgg(figure)
         canvas.draw()

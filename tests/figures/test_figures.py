@@ -5,6 +5,7 @@ import io
 import itertools
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,18 @@ from torch import Tensor
 from srlora_pl import UserError
 from srlora_pl.figures import drawings
 from srlora_pl.figures.drawings import direction_intervals, directions_overview, length_variance, training_loss
-from srlora_pl.figures.numbers import Curve, active_lengths, blocks_of, kind_labels, length_variances, smoothed
+from srlora_pl.figures.numbers import (
+    Curve,
+    active_lengths,
+    blocks_of,
+    kind_labels,
+    length_variances,
+    smoothed,
+    switch_rows,
+)
+from srlora_pl.figures.switches import switches
 from srlora_pl.lowrank import Adaptation, SRLoRA
+from srlora_pl.lowrank.switch_records import Pairs, SwitchRecord
 from tests.helpers import waiting
 from tests.helpers.cli import SMALL_RUN, cli
 from tests.helpers.errors import mentions
@@ -49,6 +60,22 @@ VARIANCES = {
     "blocks.1.attn.qkv[q]": 1.0,
     "blocks.1.mlp.fc1": 74 / 9,  # mean 20/3; 1/9, 100/9, 121/9
 }
+
+
+def records_of(histories: Mapping[str, Tensor]) -> list[SwitchRecord]:
+    """Of the switches that these histories tell of; all numbers but ages are functions of the direction."""
+    records = []
+    for step in sorted({step for each in histories.values() for step in each[:, 0].tolist()} - {0}):
+        ranks, pairs = {}, []
+        for name, each in histories.items():
+            if step in each[:, 0]:
+                drawn, fused = each.unbind(1)
+                k = ((drawn < step) & ((fused < 0) | (fused >= step))).nonzero().flatten()
+                numbers = 8 / (1 + k), 10.0 ** (-4 - k), 2.0 ** (-2 - k)
+                pairs.append(Pairs(k, fused[k] == step, step - drawn[k], *numbers))
+                ranks[name] = len(k)
+        records.append(SwitchRecord(step, ranks, Pairs.joined(pairs)))
+    return records
 
 
 def deberta(layers: int, directions: int, pace: int = 1) -> dict[str, Tensor]:
@@ -115,6 +142,42 @@ def test_kinds_have_names_that_people_know() -> None:
         "": "",
         "body": "body",
     }
+
+
+def test_a_switch_has_a_row_of_quartiles_shares_and_losses() -> None:
+    """Query of layer 0 holds directions 1 and 2 after step 4, and 1 and 3 after 7; FFN in 1 and 2, and 2 and 3."""
+    losses: Curve = ([2, 4, 5, 7, 9], [6.0, 4.0, float("nan"), 2.0, 1.0])
+    first, second = switch_rows(records_of({name: TOY[name] for name in list(TOY)[:2]}), losses)
+    assert (first["after step"], first["pairs"], first["recycled"]) == (4, 4, 2)
+    assert (first["recycled at the first chance"], first["chance"]) == (None, 0.5)
+    assert (first["loss of 50 steps before"], first["loss of 50 steps after"]) == (5.0, 1.5)
+    assert second["after step"] == 7
+    # of the two of direction 3, drawn after step 4, query's goes
+    assert (second["recycled at the first chance"], second["chance"]) == (0.5, 0.5)
+    assert (second["loss of 50 steps before"], second["loss of 50 steps after"]) == (4.0, 1.0)
+    quartiles = ("lower quartile", "median", "upper quartile")
+    # recycled: query's 3 and FFN's 2; kept: query's 1 and FFN's 3
+    expected = {
+        "age, recycled": [3, 7],
+        "age, kept": [7, 3],
+        "size, recycled": [8 / 3, 4],
+        "size, kept": [8, 8 / 3],
+        "score, recycled": [1e-6, 1e-5],
+        "score, kept": [1e-4, 1e-6],
+        "change, recycled": [1 / 16, 1 / 8],
+        "change, kept": [1 / 4, 1 / 16],
+    }
+    for name, two in expected.items():
+        assert [second[f"{name}, {q}"] for q in quartiles] == pytest.approx(np.quantile(two, [0.25, 0.5, 0.75]))
+
+
+def test_of_pairs_that_are_not_there_or_not_finite_there_are_no_quartiles() -> None:
+    zeros = torch.zeros(2)
+    sizes = torch.tensor([1.0, torch.inf])
+    every = SwitchRecord(5, {"q": 2}, Pairs(zeros, zeros == 0, zeros, sizes, zeros * torch.nan, zeros))
+    (row,) = switch_rows([every])
+    assert row["size, recycled, median"] == 1
+    assert row["score, recycled, median"] is row["age, kept, median"] is row["loss of 50 steps after"] is None
 
 
 # -- what is drawn
@@ -205,6 +268,32 @@ def test_the_overview_shows_what_was_won_and_lost() -> None:
     assert figure.axes[-1].get_ylabel() == "active length (optimizer steps)"
 
 
+RANKS: dict[str, Curve] = {"mlp.fc1": ([5, 10], [2.0, 4.0]), "attn.qkv[q]": ([5, 10], [1.0, 5.0])}
+
+
+def test_the_switches_are_drawn_from_their_rows() -> None:
+    rows = switch_rows(records_of(TOY), ([3, 5, 8], [3.0, 2.0, 1.0]))
+    figure = switches(rows, LAST, RANKS)
+    for title, quantity in (("age (optimizer steps)", "age"), ("size when drawn", "size"), ("score", "score")):
+        lines = [container.lines[0] for container in panel(figure, title).containers]
+        for line, group in zip(lines, ("recycled", "kept"), strict=True):
+            assert line.get_xdata() == pytest.approx([4, 7], abs=0.05)
+            assert list(line.get_ydata()) == [row[f"{quantity}, {group}, median"] for row in rows]
+    assert [panel(figure, title).get_yscale() for title in ("score", "change since drawn")] == ["log", "log"]
+    chance, share = panel(figure, "recycled at the first chance").lines
+    assert list(chance.get_ydata()) == [row["chance"] for row in rows]
+    assert list(share.get_ydata())[1:] == [rows[1]["recycled at the first chance"]]
+    before, after = panel(figure, "training loss around the switch").lines
+    assert (list(before.get_ydata()), list(after.get_ydata())) == ([3.0, 2.5], [1.5, 1.0])
+    (mean,) = panel(figure, "effective rank of the change").lines
+    assert (list(mean.get_xdata()), list(mean.get_ydata())) == ([5, 10], [1.5, 4.5])
+    silent = [replace(each, pairs=each.pairs._replace(scores=0 * each.pairs.scores)) for each in records_of(TOY)]
+    less = switches(switch_rows(silent), LAST)
+    assert not {"score", "training loss around the switch"} & set(texts(less))
+    assert "mean over the 50 steps after" not in texts(less)
+    assert "mean over the 50 steps after" in texts(figure)
+
+
 def test_it_can_be_read_without_colour() -> None:
     def lightness(colour: Any) -> float:
         return float(np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)))
@@ -215,6 +304,9 @@ def test_it_can_be_read_without_colour() -> None:
     assert scale[0] - scale[-1] > 0.7
     lines = length_variance(deberta(3, 4), 4).axes[0].lines
     assert len({line.get_marker() for line in lines}) == len(lines) == 6
+    recycled, kept = (each.lines[0] for each in switches(switch_rows(records_of(TOY)), LAST).axes[0].containers)
+    assert recycled.get_marker() != kept.get_marker()
+    assert recycled.get_linestyle() != kept.get_linestyle()
     lines = training_loss({str(i): ([1, 2], [3.0, 1.0]) for i in range(8)}).axes[0].lines[1::2]
     assert len({line.get_marker() for line in lines}) == 8
 
@@ -240,7 +332,21 @@ SUBJECTS: dict[str, tuple[Mapping[str, Tensor], int]] = {
 @pytest.mark.parametrize("picture", PICTURES)
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_a_picture_is_not_blank_and_nothing_is_cut_off_or_covered(picture: str, subject: str) -> None:
-    figure = PICTURES[picture](*SUBJECTS[subject])
+    assert_clean(PICTURES[picture](*SUBJECTS[subject]))
+
+
+@pytest.mark.parametrize(
+    ("subject", "known"), [("toy", "all"), ("base model", "all"), ("many directions", "records"), ("one matrix", "all")]
+)
+def test_the_picture_of_switches_is_clean_too(subject: str, known: str) -> None:
+    histories, last = SUBJECTS[subject]
+    steps = range(1, last + 1, 25 if last > 100 else 1)
+    losses: Curve = (steps, [1 / step for step in steps]) if known == "all" else ((), ())
+    ranks: dict[str, Curve] = {"mlp.fc1": ([last // 2, last], [2.0, 4.0])} if known == "all" else {}
+    assert_clean(switches(switch_rows(records_of(histories), losses), last, ranks))
+
+
+def assert_clean(figure: Figure) -> None:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=figure.dpi)
     pixels = np.asarray(Image.open(file).convert("L"))
@@ -253,7 +359,8 @@ def test_a_picture_is_not_blank_and_nothing_is_cut_off_or_covered(picture: str, 
         if text.get_text().strip() and text.get_visible():
             boxes[text] = text.get_window_extent()
     # of ticks those that lie beyond the axes are not drawn
-    ticks = {text for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in axis.get_ticklabels()}
+    scales = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
+    ticks = {text for axis in scales for text in axis.get_ticklabels(which="both")}
     drawn = {text: box for text, box in boxes.items() if text not in ticks}
     assert len(drawn) >= 3
     for text, box in drawn.items():
@@ -274,7 +381,7 @@ def test_drawing_touches_no_global_state() -> None:
 
 # -- the command
 
-NAMES = ["training_loss", "direction_intervals_layer_1", "length_variance", "directions_overview"]
+NAMES = ["training_loss", "direction_intervals_layer_1", "length_variance", "directions_overview", "switches"]
 FILES = {f"{name}.{suffix}" for name in NAMES for suffix in ("png", "svg", "csv")}
 LOSSES = {f"training_loss.{suffix}" for suffix in ("png", "svg", "csv")}
 
@@ -288,14 +395,15 @@ def names(folder: Path) -> set[str]:
     return {file.name for file in folder.iterdir()}
 
 
-def save_run(folder: Path, method: str = "SRLoRA", last: int = LAST, file: str = "last") -> Path:
+def save_run(folder: Path, method: str = "SRLoRA", last: int = LAST, file: str = "last", recorded: bool = True) -> Path:
     """What a run of the toy's history leaves, as far as the figures look at it."""
     spec = {"class_path": f"srlora_pl.{method}", "init_args": {}}
+    records = [record.state() for record in records_of(TOY)] if recorded else []
     state = {
         "format": 1,
         "method": spec,
         "matrices": {name: {"rank": 2} for name in TOY},
-        "controller": {"intervals": TOY} if method == "SRLoRA" else {},
+        "controller": {"intervals": TOY, "recording": {"records": records}} if method == "SRLoRA" else {},
     }
     content = {"global_step": last, "state_dict": {}, "pytorch-lightning_version": "2.6.6", "srlora": state}
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -332,6 +440,14 @@ def test_a_real_run(tmp_path: Path) -> None:
     variances = table(place / "length_variance.csv")
     assert [float(row["variance of active steps"]) for row in variances] == pytest.approx([2 / 9] * 12)
     assert [row["directions"] for row in variances] == ["12"] * 12
+    first, second, *ranks = table(place / "switches.csv")
+    for row, step, share in ((first, "3", ""), (second, "6", "1.0")):
+        assert [row[name] for name in ("after step", "pairs", "recycled")] == [step, "48", "48"]
+        assert [row[f"age, {group}, median"] for group in ("recycled", "kept")] == ["3.0", ""]
+        assert (row["recycled at the first chance"], row["chance"]) == (share, "1.0")
+        assert 0 < float(row["change, recycled, median"]) < float(row["size, recycled, median"])
+    assert {row["after step"] for row in ranks} == {"4", "8", "10"}
+    assert all(float(row["effective rank, mlp.fc1"]) > 1 for row in ranks)
     logged = [row for row in table(tmp_path / folder / "metrics.csv") if row["train/loss"]]
     drawn_losses = table(place / "training_loss.csv")
     assert [int(row["step"]) for row in drawn_losses] == [2, 4, 6, 8, 10]
@@ -371,11 +487,15 @@ def test_the_names_of_many_runs_leave_room_for_their_losses(runs: int) -> None:
 
 
 def test_the_layer_can_be_chosen(tmp_path: Path) -> None:
-    run = save_run(tmp_path / "a")
+    """Of a run from before switches were recorded."""
+    run = save_run(tmp_path / "a", recorded=False)
     assert cli("figures", "--run", run, "--layer", 0, home=tmp_path)[0] == 0
     rows = table(run / "figures/direction_intervals_layer_0.csv")
     assert [int(row["active steps"]) for row in rows] == LENGTHS["blocks.0.attn.qkv[q]"] + LENGTHS["blocks.0.mlp.fc1"]
     assert {row["layer"] for row in rows} == {"0"}
+    assert {name for name in FILES - names(run / "figures") if "layer" not in name} == {
+        f"switches.{suffix}" for suffix in ("png", "svg", "csv")
+    }
 
 
 def test_several_runs_share_one_figure_of_losses(tmp_path: Path) -> None:
@@ -391,6 +511,18 @@ def test_several_runs_share_one_figure_of_losses(tmp_path: Path) -> None:
     found = [row["run"] for row in table(drawn / "training_loss.csv")]
     assert found == [f"{name}/version_0" for name in ("SRLoRA", "LoRA", "PiSSA") for _ in range(3)]
     assert not any((run / "figures").exists() for run in runs)
+
+
+def test_ranks_stand_with_switches_and_losses_are_those_around_them(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "a")
+    rows = "0,,0.5,\n1,3.5,,\n3,nan,,\n4,,,2.5\n5,2.5,,\n10,,,4\n"
+    (run / "metrics.csv").write_text(f"step,train/loss,val/loss,change_effective_rank/mlp.fc1\n{rows}")
+    assert cli("figures", "--run", run, home=tmp_path)[0] == 0
+    found = table(run / "figures/switches.csv")
+    assert [row["after step"] for row in found] == ["4", "7", "5", "10"]
+    assert [row["effective rank, mlp.fc1"] for row in found] == ["", "", "2.5", "4.0"]
+    around = [(row["loss of 50 steps before"], row["loss of 50 steps after"]) for row in found]
+    assert around == [("3.5", "2.5"), ("3.0", ""), ("", ""), ("", "")]
 
 
 def test_a_run_without_directions_is_no_error(tmp_path: Path) -> None:

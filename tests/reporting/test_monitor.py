@@ -78,6 +78,20 @@ def test_directions_and_ages(run: Watched) -> None:
     assert (ages[-1].histogram_value.num, ages[-1].histogram_value.sum) == (len(recycled), sum(recycled))
 
 
+def test_the_last_switch(run: Watched) -> None:
+    first, second, third = run.last_state().adaptation.controller.switch_records()
+    shares = [record.first_chance for record in (second, third, third)]
+    assert run.curve("srlora/first_chance") == (LOGGED[3:], pytest.approx(shares))
+    for name in ("recycled", "kept"):
+        steps, values = run.curve(f"srlora/score_{name}")
+        medians = []
+        for record in (first, first, second, third, third):
+            chosen = record.pairs.recycled if name == "recycled" else ~record.pairs.recycled
+            medians.append(record.pairs.scores[chosen].median().item())
+        assert steps == LOGGED[1:]
+        assert values == pytest.approx(medians)
+
+
 def test_the_change_since_the_pretrained_weights(run: Watched) -> None:
     """A block has two matrices of a kind, so all are measured; W0 is rebuilt from the ledger."""
     adaptation = run.last_state().adaptation
@@ -97,7 +111,7 @@ def test_the_change_since_the_pretrained_weights(run: Watched) -> None:
 
 
 def test_figures_at_validations_and_at_the_end(run: Watched) -> None:
-    for tag in ("figures/directions_block_1", "figures/length_variance"):
+    for tag in ("figures/directions_block_1", "figures/length_variance", "figures/switches"):
         images = run.events.Images(tag)
         assert [event.step for event in images] == [*VALIDATED, END]
         pixels = [np.asarray(Image.open(io.BytesIO(event.encoded_image_string))) for event in images]
@@ -136,7 +150,7 @@ def test_time_and_memory(run: Watched) -> None:
 
 def test_metrics_csv_has_the_same_numbers_but_those_that_differ_from_run_to_run(run: Watched) -> None:
     rows = list(csv.DictReader((run.folder / "metrics.csv").read_text().splitlines()))
-    mine = ("scores/", "age/", "srlora/directions", "change_", "time/", "memory/")
+    mine = ("scores/", "age/", "srlora/", "change_", "time/", "memory/")
     tags = {tag for tag in run.events.Tags()["scalars"] if tag.startswith(mine)}
     assert {tag for tag in rows[0] if tag.startswith(mine)} == {tag for tag in tags if not tag.startswith(mine[-2:])}
     for tag in ("scores/mlp.fc1", "age/initial", "srlora/directions", "change_norm/attn.proj"):
@@ -172,7 +186,7 @@ def test_a_broken_run_goes_on_without_a_gap_or_a_second_copy(
     assert all(resumed.curve(tag) == run.curve(tag) for tag in tags)
     for what in ("histograms", "images"):
         assert raw_steps(resumed, what) == raw_steps(run, what)
-    for tag in ("figures/directions_block_1", "figures/length_variance"):
+    for tag in ("figures/directions_block_1", "figures/length_variance", "figures/switches"):
         pairs = zip(run.events.Images(tag), resumed.events.Images(tag), strict=True)
         assert all(one.encoded_image_string == other.encoded_image_string for one, other in pairs)
     for tag in run.events.Tags()["histograms"]:
