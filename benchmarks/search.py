@@ -4,8 +4,9 @@
         --rates 0.005,0.01,0.02 --seeds 3 --output runs/search
 
 A method's rate is the one with the lowest mean loss of validation at the last step. Where that is the lowest or the
-highest of the grid, the grid grows by a factor of 2 until it is neither. All other options are for every run, as with
-``srlora compare``; every run is one of the command line in a folder of its own, and is not repeated.
+highest of the grid, the grid grows by a factor of 2 until it is neither. A rate whose loss with the first seed is 10 %
+above the lowest is out, and not tried with the others. All other options are for every run, as with ``srlora compare``;
+every run is one of the command line in a folder of its own, and is not repeated.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from srlora_pl.run import config
 Point = tuple[tuple[str, str], ...]
 RATE = "model.lr"
 _MOST = 6  # steps by which a grid grows
+_HOPELESS = 1.1  # times the lowest loss
 
 
 def plan_of(given: argparse.Namespace, options: Sequence[str]) -> Plan:
@@ -90,7 +92,12 @@ class Search:
         return statistics.fmean(self.losses[rate].values())
 
     def _try(self, rate: float) -> None:
-        self.losses[rate] = {seed: self._loss(rate, seed) for seed in self.plan.seeds}
+        first, *others = self.plan.seeds
+        found = {first: self._loss(rate, first)}
+        lowest = min((losses[first] for losses in self.losses.values()), default=math.inf)
+        if found[first] < _HOPELESS * lowest:
+            found |= {seed: self._loss(rate, seed) for seed in others}
+        self.losses[rate] = found
 
     def _loss(self, rate: float, seed: int) -> float:
         if why := run(self.plan, self.cell(rate, seed), self.held):

@@ -1,6 +1,7 @@
 """The benchmarks of where SRLoRA wins: their task, their search for rates, and the directions that they try."""
 
 import argparse
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks import rank_gap, search
-from benchmarks.science import directions
+from benchmarks.science import directions, verdict
 from benchmarks.science.directions import GradientDirections, RandomDirections
 from benchmarks.science.tokens import MaskedTokens, TokenData
 from srlora_pl import LoRA
@@ -50,7 +51,7 @@ def test_half_of_the_tokens_but_never_the_first_are_left_out(data):
     assert is_view.any(1).all()
     shown = plain[is_view.long().argmax(0), torch.arange(30)]
     assert torch.equal(batch["tokens"], torch.where(masked[..., None], data.mean, shown))
-    features = data.features["train"].double()
+    features = data.features["train"][:, ::10].double()
     deviation = features.flatten(0, 1).std(0, correction=0).square().mean(0).sqrt()  # of all positions together
     torch.testing.assert_close(batch["target"].double(), (shown - features.mean((0, 1))) / deviation, rtol=0, atol=1e-5)
 
@@ -119,6 +120,13 @@ def test_a_search_turns_at_a_rate_that_diverges_and_ends_somewhere():
     assert endless.best([1.0, 2.0]) == 2.0**-6
 
 
+def test_a_rate_that_is_out_with_the_first_seed_is_not_tried_with_the_others():
+    found = Valley(2.0)
+    found.valley = 2.02  # a loss of 0.014 at 2.0
+    assert found.best([1.0, 2.0]) == 2.0
+    assert {rate: sorted(losses) for rate, losses in found.losses.items()} == {1.0: [0, 1], 2.0: [0, 1], 4.0: [0]}
+
+
 def test_the_gap_of_a_rank_is_paired_by_seed():
     assert rank_gap.gap([1.0, 2.0, 3.0], [0.5, 1.5, 2.5]) == (0.5, 0.0)
     assert rank_gap.gap([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]) == (1.0, 1.0)
@@ -160,3 +168,21 @@ def test_a_switch_sees_the_gradient_of_the_effective_weight(monkeypatch):
         G = matrix.of_weight(adaptation.controller._gradients[matrix.layer_name])
         expected = matrix.of(matrix.layer.lora_B.grad)
         torch.testing.assert_close(matrix.scaling * G @ matrix.A.T, expected, rtol=0, atol=1e-14)
+
+
+def test_the_tests_of_a_verdict_are_corrected_for_their_number(tmp_path, monkeypatch, capsys):
+    assert verdict.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    scores = {"lora": (0.50, 0.52, 0.54), "pissa": (0.61, 0.58, 0.66), "srlora": (0.60, 0.6201, 0.64)}
+    rows = [f"{method},{seed},{score}" for method, given in scores.items() for seed, score in enumerate(given)]
+    (tmp_path / "results.csv").write_text("\n".join(["method,seed,test/score", *rows]) + "\n")
+    monkeypatch.setattr("sys.argv", ["verdict", "--method", "srlora", "--against", "lora,pissa", str(tmp_path)])
+    verdict.main()
+    first, second = json.loads(capsys.readouterr().out.splitlines()[-1])["comparisons"]
+    assert (first["other"], second["other"]) == ("lora", "pissa")
+    assert (first["n"], first["mean"], second["mean"]) == (
+        3,
+        pytest.approx(0.100033, abs=1e-6),
+        pytest.approx(0.0034, abs=1e-4),
+    )
+    assert first["corrected"] == pytest.approx(2 * first["p"])
+    assert first["p"] < 0.01 < second["p"] == second["corrected"]

@@ -1,5 +1,6 @@
 """SRLoRA (Yang, Wang and Hossain 2025)."""
 
+import math
 from typing import Any, Literal
 
 from srlora_pl.lowrank.linear import Matrix
@@ -23,8 +24,8 @@ class SRLoRA(PiSSA):
             rescaled to the new partner; ``zero``, nothing; ``keep``, everything.
         select: which pairs a switch recycles: the least important (``importance``, Eq. 7) or the oldest (``age``), for
             which nothing needs to be scored.
-        redraw_scale: the size s ||b|| ||a|| of re-drawn pairs: their singular value (``sigma``, Eq. 11) or the
-            ``median`` of the matrix's pairs, so that the directions of small singular values train as fast.
+        redraw_scale: the size s ||b|| ||a|| of re-drawn pairs: their singular value (``sigma``, Eq. 11), the ``median``
+            of the matrix's pairs, or a number above 0, so that the directions of small singular values train as fast.
         last_switch: the share of the run over which the switches are spread, above 0 and at most 1.
         kwargs: see `Method`.
 
@@ -45,7 +46,7 @@ class SRLoRA(PiSSA):
         reset_scores: Literal["all", "recycled"] = "all",
         optimizer_state: Literal["warm", "zero", "keep"] = "warm",
         select: Literal["importance", "age"] = "importance",
-        redraw_scale: Literal["sigma", "median"] = "sigma",
+        redraw_scale: Literal["sigma", "median"] | float = "sigma",
         last_switch: float = 1.0,
         **kwargs: Any,
     ) -> None:
@@ -60,7 +61,10 @@ class SRLoRA(PiSSA):
         require_one_of("method.reset_scores", reset_scores, ("all", "recycled"))
         require_one_of("method.optimizer_state", optimizer_state, ("warm", "zero", "keep"))
         require_one_of("method.select", select, ("importance", "age"))
-        require_one_of("method.redraw_scale", redraw_scale, ("sigma", "median"))
+        if isinstance(redraw_scale, str):
+            require_one_of("method.redraw_scale", redraw_scale, ("sigma", "median"))
+        else:
+            require("method.redraw_scale", redraw_scale, "above 0, or sigma, or median", 0 < redraw_scale < math.inf)
         for each in {rank, *self.rank_pattern.values()}:
             self.recycled_rank(each)
             if not isinstance(target_rank, int) or target_rank < each:

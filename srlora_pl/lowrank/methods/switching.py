@@ -286,10 +286,11 @@ class Switching(Controller):
 
     def redrawn(self, matrix: Matrix, recycled: Tensor, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
         """B (out, r') and A (r', in) that take the place of the pairs ``recycled`` (Eq. 11)."""
-        B, A, s = matrix.B, matrix.A, matrix.scaling
-        size = None if self.method.redraw_scale == "sigma" else s * (B.norm(dim=0) * A.norm(dim=1)).median()
+        B, A, s, size = matrix.B, matrix.A, matrix.scaling, self.method.redraw_scale
+        if size == "median":
+            size = s * (B.norm(dim=0) * A.norm(dim=1)).median()
         first = len(self.intervals[matrix.name])
-        return spectrum.pairs(first, len(recycled), s, A, size)
+        return spectrum.pairs(first, len(recycled), s, A, None if size == "sigma" else torch.as_tensor(size).to(A))
 
     def _record(self, matrix: Matrix, recycled: Tensor, step: int) -> None:
         ends, active, count = self.intervals[matrix.name].clone(), self.active[matrix.name].clone(), len(recycled)
