@@ -33,7 +33,7 @@ class Cell:
     def name(self) -> str:
         """The name of its folder, such as ``lora-lr0.001-seed0``."""
         settings = (f"{key.rpartition('.')[2]}{value}".replace("/", "_") for key, value in self.point)
-        return "-".join([Path(self.method).stem, *settings, f"seed{self.seed}"])
+        return "-".join([self.method, *settings, f"seed{self.seed}"])
 
 
 @dataclass(frozen=True)

@@ -388,7 +388,7 @@ def test_a_dry_run_counts_the_micro_batches_of_a_step(task, tmp_path, monkeypatc
 
 
 def test_the_name_of_a_cell_is_a_folder():
-    assert Cell("my/own.yaml", (("data.root", "a/b"),), 3).name == "own-roota_b-seed3"
+    assert Cell("own_0.1", (("data.root", "a/b"),), 3).name == "own_0.1-roota_b-seed3"  # own_0.01 is another
 
 
 CELLS = ("lora-seed0", "srlora-seed0", "lora-seed1", "srlora-seed1")
