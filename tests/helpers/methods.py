@@ -87,10 +87,10 @@ class Bottlenecks(Method):
 
 
 class OldestFirst(methods.SRLoRA):
-    """Switches by age, early in the run."""
+    """Switches by age."""
 
-    def __init__(self, rank: int = 8, *, select: str = "age", last_switch: float = 0.9, **kwargs: Any) -> None:
-        super().__init__(rank, select=select, last_switch=last_switch, **kwargs)
+    def __init__(self, rank: int = 8, *, select: str = "age", **kwargs: Any) -> None:
+        super().__init__(rank, select=select, **kwargs)
 
 
 class OneSize(methods.SRLoRA):

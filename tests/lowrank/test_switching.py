@@ -1,6 +1,5 @@
 """SRLoRA's switches: what they change and leave, which pairs they take, and after which steps they fall."""
 
-import math
 import re
 import warnings
 
@@ -329,18 +328,6 @@ def test_intervals_tell_when_each_direction_was_active():
         assert sorted(ends.tolist()) == [-1] * 4 + [10] * 2 + [20] * 2 + [30] * 2
         assert sorted(adaptation.controller.active[name].tolist()) == torch.nonzero(ends == -1).flatten().tolist()
         assert (ends[ends > 0] > intervals[ends > 0, 0]).all()
-
-
-@pytest.mark.parametrize("share", [0.25, 0.7, 1.0])
-def test_switches_that_do_not_fit_into_their_share_of_the_run_name_the_steps_that_do(share):
-    steps = 5
-    adaptation = begun(srlora(target_rank=12, fusion_ratio=0.25, last_switch=share), steps=100)[1]
-    with pytest.raises(UserError, match=r"do not fit into \d optimizer steps, ") as error:
-        adaptation.controller.require_room(steps)
-    more = int(re.search(r"raise trainer.max_steps by (\d+)", str(error.value))[1])
-    adaptation.controller.require_room(steps + more)
-    with pytest.raises(UserError, match="do not fit"):  # the share of a step is rounded down
-        adaptation.controller.require_room(steps + more - math.ceil(1 / share))
 
 
 def test_a_choice_by_age_keeps_no_scores():

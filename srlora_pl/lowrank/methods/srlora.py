@@ -1,13 +1,12 @@
 """SRLoRA (Yang, Wang and Hossain 2025)."""
 
-import math
 from typing import Any, Literal
 
 from srlora_pl.lowrank.linear import Matrix
 from srlora_pl.lowrank.method import AdaptedNetwork
 from srlora_pl.lowrank.methods.pissa import PiSSA
 from srlora_pl.lowrank.methods.switching import Switching
-from srlora_pl.util.errors import UserError, require, require_one_of
+from srlora_pl.util.errors import UserError, require_one_of
 
 
 class SRLoRA(PiSSA):
@@ -24,9 +23,8 @@ class SRLoRA(PiSSA):
             rescaled to the new partner; ``zero``, nothing; ``keep``, everything.
         select: which pairs a switch recycles: the least important (``importance``, Eq. 7) or the oldest (``age``), for
             which nothing needs to be scored.
-        redraw_scale: the size s ||b|| ||a|| of re-drawn pairs: their singular value (``sigma``, Eq. 11), the ``median``
-            of the matrix's pairs, or a number above 0, so that the directions of small singular values train as fast.
-        last_switch: the share of the run over which the switches are spread, above 0 and at most 1.
+        redraw_scale: the size s ||b|| ||a|| of re-drawn pairs: their singular value (``sigma``, Eq. 11) or the
+            ``median`` of the matrix's pairs, so that the directions of small singular values train as fast.
         kwargs: see `Method`.
 
     Raises:
@@ -46,25 +44,20 @@ class SRLoRA(PiSSA):
         reset_scores: Literal["all", "recycled"] = "all",
         optimizer_state: Literal["warm", "zero", "keep"] = "warm",
         select: Literal["importance", "age"] = "importance",
-        redraw_scale: Literal["sigma", "median"] | float = "sigma",
-        last_switch: float = 1.0,
+        redraw_scale: Literal["sigma", "median"] = "sigma",
         **kwargs: Any,
     ) -> None:
         super().__init__(rank, **kwargs)
         self.target_rank, self.fusion_ratio, self.beta1, self.beta2 = target_rank, fusion_ratio, beta1, beta2
         self.reset_scores, self.optimizer_state = reset_scores, optimizer_state
-        self.select, self.redraw_scale, self.last_switch = select, redraw_scale, last_switch
+        self.select, self.redraw_scale = select, redraw_scale
         for value, where in ((beta1, "beta1"), (beta2, "beta2")):
             if not 0 < value < 1:
                 raise UserError(f"method.{where} is {value}, it must lie between 0 and 1")
-        require("method.last_switch", last_switch, "above 0 and at most 1", 0 < last_switch <= 1)
         require_one_of("method.reset_scores", reset_scores, ("all", "recycled"))
         require_one_of("method.optimizer_state", optimizer_state, ("warm", "zero", "keep"))
         require_one_of("method.select", select, ("importance", "age"))
-        if isinstance(redraw_scale, str):
-            require_one_of("method.redraw_scale", redraw_scale, ("sigma", "median"))
-        else:
-            require("method.redraw_scale", redraw_scale, "above 0, or sigma, or median", 0 < redraw_scale < math.inf)
+        require_one_of("method.redraw_scale", redraw_scale, ("sigma", "median"))
         for each in {rank, *self.rank_pattern.values()}:
             self.recycled_rank(each)
             if not isinstance(target_rank, int) or target_rank < each:

@@ -1,6 +1,5 @@
 """The switches of SRLoRA: score every pair in every step, fuse the lowest at intervals and re-draw them."""
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -34,7 +33,6 @@ class Settings(Protocol):
     optimizer_state: Any
     select: Any
     redraw_scale: Any
-    last_switch: float
 
     def recycled_rank(self, rank: int) -> int:
         """r' = gamma * rank."""
@@ -85,18 +83,11 @@ class Switching(Controller):
         """r_target, or the largest min(out, in) of the adapted matrices where that is smaller."""
         return max(self.adaptation.method.directions(matrix) for matrix in self.adaptation.matrices)
 
-    def _end(self, steps: int) -> int:
-        """The step up to which the switches of a run of so many ``steps`` are spread."""
-        return int(self.method.last_switch * steps)
-
     def require_room(self, steps: int) -> None:
-        self._planned(self._end(steps))
+        self._planned(steps)
 
     def _planned(self, steps: int) -> dict[int, int]:
-        """N_switch (Eq. 13) of the directions that remain, by rank, which must fit into so many ``steps``.
-
-        The steps are those over which switches are spread.
-        """
+        """N_switch (Eq. 13) of the directions that remain, by rank, which must fit into so many ``steps``."""
         method = self.method
         used: dict[int, int] = {}  # directions, by rank
         for matrix in self.adaptation.matrices:
@@ -112,13 +103,12 @@ class Switching(Controller):
                 f"{most} switches (method.target_rank {method.target_rank}, rank {rank}, fusion_ratio "
                 f"{method.fusion_ratio}) do not fit into {steps} optimizer steps, "
                 f"{f'lower method.target_rank to {fits} or ' if can_be_lower else ''}raise trainer.max_steps by "
-                f"{math.ceil((most - steps) / method.last_switch)}"
+                f"{most - steps}"
             )
         return planned
 
     def plan(self, first_step: int, last_step: int, strict: bool) -> str:
         """Spread the switches that remain (Eq. 13, 14); a plan that has begun and ends at ``last_step`` stays."""
-        last_step = max(self._end(last_step), first_step)
         begun = self.paces if first_step > 0 else {}
         if begun and {pace.schedule.last_step for pace in begun.values()} == {last_step}:
             return ""
@@ -286,11 +276,10 @@ class Switching(Controller):
 
     def redrawn(self, matrix: Matrix, recycled: Tensor, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
         """B (out, r') and A (r', in) that take the place of the pairs ``recycled`` (Eq. 11)."""
-        B, A, s, size = matrix.B, matrix.A, matrix.scaling, self.method.redraw_scale
-        if size == "median":
-            size = s * (B.norm(dim=0) * A.norm(dim=1)).median()
+        B, A, s = matrix.B, matrix.A, matrix.scaling
+        size = None if self.method.redraw_scale == "sigma" else s * (B.norm(dim=0) * A.norm(dim=1)).median()
         first = len(self.intervals[matrix.name])
-        return spectrum.pairs(first, len(recycled), s, A, None if size == "sigma" else torch.as_tensor(size).to(A))
+        return spectrum.pairs(first, len(recycled), s, A, size)
 
     def _record(self, matrix: Matrix, recycled: Tensor, step: int) -> None:
         ends, active, count = self.intervals[matrix.name].clone(), self.active[matrix.name].clone(), len(recycled)
