@@ -10,12 +10,10 @@ from safetensors.torch import save_file
 
 from benchmarks import rank_gap, search
 from benchmarks.science import verdict
-from benchmarks.science.directions import RandomDirections
 from benchmarks.science.tokens import MaskedTokens, TokenData
 from srlora_pl import LoRA
 from srlora_pl.util.errors import UserError
 from srlora_pl.util.randomness import run_seed
-from tests.helpers.toys import begun, toy_batches, train
 
 TRAIN, TEST, LENGTH, WIDTH = 40, 6, 5, 192
 
@@ -129,23 +127,6 @@ def test_a_rate_that_is_out_with_the_first_seed_is_not_tried_with_the_others():
 def test_the_gap_of_a_rank_is_paired_by_seed():
     assert rank_gap.gap([1.0, 2.0, 3.0], [0.5, 1.5, 2.5]) == (0.5, 0.0)
     assert rank_gap.gap([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]) == (1.0, 1.0)
-
-
-def test_random_directions_leave_the_effective_weight():
-    method = RandomDirections(rank=4, alpha=8.0, target_rank=12, select="age")
-    net, adaptation, optimizer = begun(method, dtype=torch.float64)
-    first = adaptation.controller.progress().next_step
-    train(net, adaptation, optimizer, toy_batches(first - 1, dtype=torch.float64))
-    matrix = adaptation.matrices[0]
-    before = [layer.merged_weight() for layer in adaptation.layers.values()]
-    spectrum = adaptation.controller.spectra[matrix.name]
-    adaptation.controller._switch(adaptation.matrices, first, optimizer)
-    for layer, effective in zip(adaptation.layers.values(), before, strict=True):
-        torch.testing.assert_close(layer.merged_weight(), effective, rtol=0, atol=1e-12)
-    new_B, new_A = matrix.B[:, :2], matrix.A[:2]
-    for gram in (new_B.T @ new_B, new_A @ new_A.T):
-        torch.testing.assert_close(gram, (spectrum.sigma[4:6] / matrix.scaling).diag(), rtol=0, atol=1e-12)
-    assert (new_A @ spectrum.Vh[4:6].T).abs().max() < 0.99 * (spectrum.sigma[4] / matrix.scaling).sqrt()
 
 
 def test_the_tests_of_a_verdict_are_corrected_for_their_number(tmp_path, monkeypatch, capsys):

@@ -87,10 +87,10 @@ class Bottlenecks(Method):
 
 
 class OldestFirst(methods.SRLoRA):
-    """Switches by age."""
+    """Re-draws the oldest pairs along random directions."""
 
-    def __init__(self, rank: int = 8, *, select: str = "age", **kwargs: Any) -> None:
-        super().__init__(rank, select=select, **kwargs)
+    def __init__(self, rank: int = 8, *, select: str = "age", redraw_directions: str = "random", **kwargs: Any) -> None:
+        super().__init__(rank, select=select, redraw_directions=redraw_directions, **kwargs)
 
 
 class OneSize(methods.SRLoRA):

@@ -71,5 +71,5 @@ def test_spec_rebuilds_the_method():
     assert set(spec["init_args"]) == {
         "rank", "alpha", "target_modules", "exclude_modules", "layers", "rank_pattern", "alpha_pattern", "dropout",
         "use_rslora", "lr_ratio", "target_rank", "fusion_ratio", "beta1", "beta2", "reset_scores", "optimizer_state",
-        "select", "redraw_scale",
+        "select", "redraw_scale", "redraw_directions",
     }  # fmt: skip

@@ -58,6 +58,23 @@ def test_pairs_carry_their_part_of_the_weight():
     torch.testing.assert_close(B.norm(dim=0), A.norm(dim=1))
 
 
+def test_a_scattered_spectrum_keeps_its_first_directions_and_draws_the_others():
+    found = Spectrum.of(torch.randn(400, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 20)
+    scattered, again, other = (found.scattered(5, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(scattered.sigma, found.sigma)
+    for name, axis in (("U", 0), ("Vh", 1)):
+        vectors, theirs = getattr(scattered, name), getattr(found, name)
+        vectors, theirs = (vectors.T, theirs.T) if axis == 0 else (vectors, theirs)  # rows
+        assert torch.equal(vectors[:5], theirs[:5])
+        torch.testing.assert_close(vectors.norm(dim=1), torch.ones(20, dtype=torch.float64))
+        assert torch.equal(getattr(scattered, name), getattr(again, name))
+        assert not torch.equal(getattr(scattered, name), getattr(other, name))
+        # Isotropic: about 1 / n of its length lies along any direction.
+        shares = (vectors[5:] @ theirs.T).square()
+        assert shares.mean().item() == pytest.approx(1 / vectors.shape[1], rel=0.3)
+        assert shares.max() < 20 / vectors.shape[1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_keeps_no_more_than_the_triplets(dtype):
     spectrum = Spectrum.of(torch.randn(100, 80, dtype=dtype), 5)

@@ -89,8 +89,13 @@ def follow(name, **options):
         optimizer=OPTIMIZERS[name],
         reset=options.pop("reset_scores", "all"),
         state=options.pop("optimizer_state", "warm"),
-        **options,
+        **{name: value for name, value in options.items() if name != "redraw_directions"},
     )
+    for ours, theirs in zip(adaptation.matrices, reference.matrices, strict=True):
+        if options.get("redraw_directions") == "random":  # which are any: those of the package
+            drawn = adaptation.controller.drawn_from(ours)
+            assert not np.isclose(drawn.U[:, RANK:], theirs.U[:, RANK : len(drawn)]).all(0).any()
+            theirs.U[:, : len(drawn)], theirs.Vt[: len(drawn)] = drawn.U.numpy(), drawn.Vh.numpy()
     loss = functional_loss(net)
     for step, batch in enumerate(toy_batches(STEPS, dtype=torch.float64)):
         train(net, adaptation, optimizer, [batch], first_step=step)
@@ -125,8 +130,9 @@ def test_trajectory_equals_the_plain_algorithm(beta1, beta2, name, reset, state)
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize(("select", "redraw_scale"), [("age", "sigma"), ("importance", "median"), ("age", "median")])
-def test_the_variants_follow_the_plain_algorithm_too(select, redraw_scale, name):
-    follow(name, select=select, redraw_scale=redraw_scale)
+@pytest.mark.parametrize("redraw_directions", ["singular", "random"])
+def test_the_variants_follow_the_plain_algorithm_too(redraw_directions, select, redraw_scale, name):
+    follow(name, select=select, redraw_scale=redraw_scale, redraw_directions=redraw_directions)
 
 
 def test_the_reference_would_notice_a_wrong_choice(monkeypatch):

@@ -25,6 +25,7 @@ class SRLoRA(PiSSA):
             which nothing needs to be scored.
         redraw_scale: the size s ||b|| ||a|| of re-drawn pairs: their singular value (``sigma``, Eq. 11) or the
             ``median`` of the matrix's pairs, so that the directions of small singular values train as fast.
+        redraw_directions: what they point along: the next ``singular`` vectors (Eq. 11) or ``random`` ones.
         kwargs: see `Method`.
 
     Raises:
@@ -45,12 +46,13 @@ class SRLoRA(PiSSA):
         optimizer_state: Literal["warm", "zero", "keep"] = "warm",
         select: Literal["importance", "age"] = "importance",
         redraw_scale: Literal["sigma", "median"] = "sigma",
+        redraw_directions: Literal["singular", "random"] = "singular",
         **kwargs: Any,
     ) -> None:
         super().__init__(rank, **kwargs)
         self.target_rank, self.fusion_ratio, self.beta1, self.beta2 = target_rank, fusion_ratio, beta1, beta2
         self.reset_scores, self.optimizer_state = reset_scores, optimizer_state
-        self.select, self.redraw_scale = select, redraw_scale
+        self.select, self.redraw_scale, self.redraw_directions = select, redraw_scale, redraw_directions
         for value, where in ((beta1, "beta1"), (beta2, "beta2")):
             if not 0 < value < 1:
                 raise UserError(f"method.{where} is {value}, it must lie between 0 and 1")
@@ -58,6 +60,7 @@ class SRLoRA(PiSSA):
         require_one_of("method.optimizer_state", optimizer_state, ("warm", "zero", "keep"))
         require_one_of("method.select", select, ("importance", "age"))
         require_one_of("method.redraw_scale", redraw_scale, ("sigma", "median"))
+        require_one_of("method.redraw_directions", redraw_directions, ("singular", "random"))
         for each in {rank, *self.rank_pattern.values()}:
             self.recycled_rank(each)
             if not isinstance(target_rank, int) or target_rank < each:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from srlora_pl.lowrank.checks import require_trained
 from srlora_pl.lowrank.importance import Importance
 from srlora_pl.lowrank.linear import LowRankLinear, Matrix
-from srlora_pl.lowrank.method import AdaptedNetwork, Controller, Progress
+from srlora_pl.lowrank.method import AdaptedNetwork, Controller, Progress, generator_for
 from srlora_pl.lowrank.methods.recording import Recording
 from srlora_pl.lowrank.optimizer_state import growth_of, recycle, require_recyclable
 from srlora_pl.lowrank.schedule import Pace, Schedule
@@ -33,6 +33,7 @@ class Settings(Protocol):
     optimizer_state: Any
     select: Any
     redraw_scale: Any
+    redraw_directions: Any
 
     def recycled_rank(self, rank: int) -> int:
         """r' = gamma * rank."""
@@ -215,7 +216,7 @@ class Switching(Controller):
         with full_precision():
             for matrix, recycled in recycled_pairs.items():
                 active, ages = self.active[matrix.name], step - self.intervals[matrix.name][:, 0]
-                spectrum = self.spectra[matrix.name]  # read from its file, perhaps
+                spectrum = self.drawn_from(matrix)
                 seen[matrix] = self.recording.look(matrix, active, ages, recycled, scores.get(matrix.name), spectrum)
                 unknown |= self.recompose(matrix, recycled, spectrum, step, optimizer)
                 self.recording.drawn(matrix, recycled)
@@ -244,6 +245,13 @@ class Switching(Controller):
         chosen = self.adaptation.run_on_rank_zero(lowest_of_each).to(self.importance.smoothed.device)
         return dict(zip(counts, chosen.split(list(counts.values())), strict=True))
 
+    def drawn_from(self, matrix: Matrix) -> Spectrum:
+        """The directions that pairs of ``matrix`` are drawn from, in this order."""
+        spectrum = self.spectra[matrix.name]  # read from its file, perhaps
+        if self.method.redraw_directions == "singular":
+            return spectrum
+        return spectrum.scattered(matrix.rank, generator_for(f"{matrix.name} directions", self.adaptation.seed))
+
     @torch.no_grad()
     def recompose(
         self, matrix: Matrix, recycled: Tensor, spectrum: Spectrum, step: int, optimizer: Optimizer | None = None
@@ -253,7 +261,7 @@ class Switching(Controller):
         Args:
             matrix: changed in place.
             recycled: indices of pairs, ascending, (r',); they take the next unused directions in this order.
-            spectrum: of its pretrained weight.
+            spectrum: see `drawn_from`.
             step: the optimizer step that is over, counted from the first of all runs.
 
         Returns:
@@ -261,7 +269,9 @@ class Switching(Controller):
         """
         B, A, s = matrix.B, matrix.A, matrix.scaling
         old_B, old_A = B[:, recycled], A[recycled]
-        new_B, new_A = self.redrawn(matrix, recycled, spectrum)
+        size = None if self.method.redraw_scale == "sigma" else s * (B.norm(dim=0) * A.norm(dim=1)).median()
+        first = len(self.intervals[matrix.name])
+        new_B, new_A = spectrum.pairs(first, len(recycled), s, A, size)
         self.adaptation.add(matrix, old_B, old_A, s)  # Eq. 9, 10
         B[:, recycled], A[recycled] = new_B, new_A  # Eq. 11
         self.adaptation.add(matrix, new_B, new_A, -s)  # Eq. 12
@@ -273,13 +283,6 @@ class Switching(Controller):
         return recycle(
             optimizer, layer.get_parameter("lora_B"), lambda x: matrix.of(x).T, recycled, growth_B, how
         ) | recycle(optimizer, layer.get_parameter("lora_A"), matrix.of, recycled, growth_A, how)
-
-    def redrawn(self, matrix: Matrix, recycled: Tensor, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
-        """B (out, r') and A (r', in) that take the place of the pairs ``recycled`` (Eq. 11)."""
-        B, A, s = matrix.B, matrix.A, matrix.scaling
-        size = None if self.method.redraw_scale == "sigma" else s * (B.norm(dim=0) * A.norm(dim=1)).median()
-        first = len(self.intervals[matrix.name])
-        return spectrum.pairs(first, len(recycled), s, A, size)
 
     def _record(self, matrix: Matrix, recycled: Tensor, step: int) -> None:
         ends, active, count = self.intervals[matrix.name].clone(), self.active[matrix.name].clone(), len(recycled)

@@ -77,6 +77,14 @@ class Spectrum:
         parts = self.U[:, :count], self.sigma[:count], self.Vh[:count]
         return Spectrum(*(part.clone(memory_format=torch.contiguous_format) for part in parts))
 
+    def scattered(self, first: int, generator: torch.Generator) -> "Spectrum":
+        """With random unit vectors in place of the singular ones from ``first`` on, of the same sigma."""
+        U, V = self.U.clone(), self.Vh.T.clone()
+        for vectors in (U, V):
+            drawn = torch.randn(vectors[:, first:].shape, dtype=vectors.dtype, generator=generator)
+            vectors[:, first:] = drawn / drawn.norm(dim=0)
+        return Spectrum(U, self.sigma, V.T)
+
     def pairs(
         self, first: int, count: int, scaling: float, like: Tensor, size: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
