@@ -250,7 +250,8 @@ class Switching(Controller):
         spectrum = self.spectra[matrix.name]  # read from its file, perhaps
         if self.method.redraw_directions == "singular":
             return spectrum
-        return spectrum.scattered(matrix.rank, generator_for(f"{matrix.name} directions", self.adaptation.seed))
+        number = [*self.active].index(matrix.name)  # a fused layer's parts draw as layers of their own would
+        return spectrum.scattered(matrix.rank, generator_for(f"directions {number}", self.adaptation.seed))
 
     @torch.no_grad()
     def recompose(
